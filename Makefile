@@ -1,0 +1,72 @@
+# make serve | test | lint | format | bench | fuzz | soak | adapters. Needs Python 3.11 or newer and make; everything else goes into .venv.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+
+# The first of these that runs and is new enough creates .venv; or say which: make serve PYTHON=/path/to/python3.12
+PYTHON ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check
+# One worker per core up to two, because every worker may load the model; the engine's own threads are held down to match.
+WORKERS ?= 2
+
+.PHONY: serve test lint format bench fuzz soak adapters help
+help:
+	@head -1 Makefile | cut -c3-
+
+# The stamps depend on pyproject.toml alone, so that a second start runs no pip and needs no network.
+$(BIN)/python:
+	@for python in $(or $(PYTHON),python3.13 python3.12 python3.11 python3); do \
+	    if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	        echo "Creating $(VENV) with $$("$$python" --version)"; \
+	        "$$python" -m venv $(VENV) && exit 0; \
+	        rm -rf $(VENV); echo "$$python cannot create $(VENV): is its venv module installed?"; exit 1; \
+	    fi; \
+	done; \
+	echo "Python 3.11 or newer is needed; if it is not on the PATH: make serve PYTHON=/path/to/python3.12"; exit 1
+
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	@echo "Installing loraplex and its dependencies into $(VENV) (once; torch is the large one)"
+	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
+	@echo "Installing loraplex with its test and lint tools into $(VENV)"
+	@$(PIP) -e '.[test,lint]'
+	@touch $@ $(VENV)/.installed
+
+serve: $(VENV)/.installed
+	@exec $(BIN)/python -m service serve --examples $(ARGS)
+
+test: $(VENV)/.installed-dev
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup \
+	    --cov --cov-report=term:skip-covered --durations=10 $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks $(ARGS)
+
+# Hostile inputs by the ten thousand: FUZZ times as many as in `make test`, from FUZZ_SEED; the counts are printed.
+FUZZ ?= 50
+FUZZ_SEED ?= 1
+fuzz: $(VENV)/.installed-dev
+	@FUZZ=$(FUZZ) FUZZ_SEED=$(FUZZ_SEED) $(BIN)/python -m pytest -q -s --timeout 0 tests/adapters/test_fuzz.py \
+	    tests/service/test_openapi_fuzz.py $(ARGS)
+
+# Kills processes of the service under traffic for SOAK_MINUTES (60): nothing acknowledged may be lost.
+soak: $(VENV)/.installed-dev
+	@SOAK_MINUTES=$${SOAK_MINUTES:-60} $(BIN)/python -m tests.crash.soak $(ARGS)
+
+# Trains the example adapters again (minutes on a CPU).
+adapters: $(VENV)/.installed-dev
+	$(BIN)/python examples/train_adapters.py $(ARGS)
