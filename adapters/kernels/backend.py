@@ -1,0 +1,55 @@
+"""The Triton LoRA kernels behind the runner's interface: a plan once per step, a product per site."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from adapters.arena import Arena
+from adapters.kernels import ops, triton_lora
+from adapters.kernels.device_plan import DevicePlan
+from adapters.kernels.ops import STEP
+from adapters.plan import LoraPlan
+from adapters.site import Site
+
+DECODE_ENTRIES = 512
+"""Plans of at most so many (token, adapter) pairs use small tiles: their time is that of reading factors."""
+
+
+class TritonKernels:
+    """Binds each step's plan to the arena."""
+
+    fused = True
+
+    def __init__(self, arena: Arena, *, overlap: bool = True) -> None:
+        """overlap: LoRA runs on a side stream beside the base product."""
+        self.arena = arena
+        STEP.tables, STEP.plan = arena, None
+        STEP.side = torch.cuda.Stream(arena.data.device) if overlap and arena.data.is_cuda else None
+
+    def begin_step(self, plan: LoraPlan | None) -> None:
+        STEP.tables = self.arena
+        if plan is None:
+            STEP.plan = None
+            return
+        # float32 has no tensor cores to fill, and its larger tiles spill registers.
+        small = len(plan.tokens) <= DECODE_ENTRIES or self.arena.data.element_size() == 4
+        STEP.plan = DevicePlan.from_plan(plan, self.max_rank(plan), self.arena.data.device, block_m=16 if small else 64)
+
+    def use(self, plan: DevicePlan | None) -> None:
+        """A plan that lies on the device already (a CUDA graph's own)."""
+        STEP.tables, STEP.plan = self.arena, plan
+
+    def max_rank(self, plan: LoraPlan) -> int:
+        """The largest rank that any target of the plan's rows has; at least 1."""
+        return max(1, int(self.arena.ranks_np[plan.seg_row].max(initial=0)))
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, site: Site) -> Tensor:
+        """Base product and deltas beside each other; their sum is left to the compiler, which folds it into the
+        kernel that reads the result anyway."""
+        y, delta = ops.lora_linear_delta(x, weight, bias, targets, list(site.offsets), list(site.widths))
+        return y + delta
+
+    def apply(self, y: Tensor, x: Tensor, site: Site) -> None:
+        if STEP.plan is not None:
+            triton_lora.apply(y, x, site, STEP.plan, self.arena)

@@ -1,0 +1,153 @@
+"""The batch plan as the GPU kernels read it: fixed-size int32 arrays in one buffer, their real lengths beside them.
+
+A kernel works on tiles: at most `block_m` consecutive entries of one segment, so that one tile has one block of
+factors. How many tiles there are is read on the device, so a CUDA graph captured with one plan replays with any
+other that fits the same PlanShape, after one host-to-device copy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from adapters.plan import LoraPlan
+
+RANK_BUCKETS = (16, 32, 64, 128, 256, 512)
+_ALIGN = 16
+"""Arrays begin at multiples of 64 bytes."""
+
+
+class PlanSizeError(ValueError):
+    """A plan does not fit the fixed shape it was to be packed into."""
+
+
+def rank_bucket(rank: int) -> int:
+    """The smallest bucket that holds `rank` (1..512). Sizes intermediate buffers and loops, never memory traffic."""
+    for bucket in RANK_BUCKETS:
+        if rank <= bucket:
+            return bucket
+    raise ValueError(f"rank {rank}: the largest served rank is {RANK_BUCKETS[-1]}")
+
+
+@dataclass(frozen=True)
+class PlanShape:
+    """Capacities of a packed plan, and where each array lies in the buffer (in int32 elements)."""
+
+    entries: int
+    """(token, adapter) pairs."""
+    tiles: int
+    waves: int
+    block_m: int
+    """Entries of a tile at most: a power of two, 16 or more."""
+
+    def __post_init__(self) -> None:
+        if self.block_m < 16 or self.block_m & (self.block_m - 1):
+            raise ValueError(f"block_m: {self.block_m} is not a power of two of at least 16")
+        if min(self.entries, self.tiles, self.waves) < 1:
+            raise ValueError(f"{self}: every capacity must be at least 1")
+
+    @classmethod
+    def of(cls, plan: LoraPlan, block_m: int) -> PlanShape:
+        """The tightest shape for one plan."""
+        tiles = int((-(-np.diff(plan.seg_start) // block_m)).sum())
+        return cls(entries=len(plan.tokens), tiles=tiles, waves=len(plan.waves), block_m=block_m)
+
+    @classmethod
+    def bounded(cls, entries: int, segments: int, waves: int, block_m: int) -> PlanShape:
+        """A shape that fits every plan of at most so many entries, segments and waves."""
+        return cls(entries=entries, tiles=min(entries, segments + entries // block_m), waves=waves, block_m=block_m)
+
+    @cached_property
+    def slices(self) -> dict[str, slice]:
+        sizes = {
+            "wave_tiles": self.waves + 1,
+            "tokens": self.entries,
+            "weights": self.entries,
+            "tile_row": self.tiles,
+            "tile_start": self.tiles,
+            "tile_len": self.tiles,
+        }
+        found, at = {}, 0
+        for name, size in sizes.items():
+            found[name] = slice(at, at + size)
+            at += -(-size // _ALIGN) * _ALIGN
+        return found
+
+    @cached_property
+    def size(self) -> int:
+        """Length of the buffer in int32 elements."""
+        last = self.slices["tile_len"]
+        return last.start + -(-self.tiles // _ALIGN) * _ALIGN
+
+
+def pack(plan: LoraPlan | None, shape: PlanShape, out: NDArray[np.int32]) -> None:
+    """Writes `plan` into out [shape.size]; places beyond its lengths are left as they are, kernels do not read them.
+
+    None is the empty plan. Raises PlanSizeError."""
+    if out.shape != (shape.size,) or out.dtype != np.int32:
+        raise ValueError(f"out: expected int32 [{shape.size}], found {out.dtype} {list(out.shape)}")
+    part = {name: out[where] for name, where in shape.slices.items()}
+    if plan is None:
+        part["wave_tiles"][:] = 0
+        return
+    starts = plan.seg_start[:-1]
+    lengths = np.diff(plan.seg_start)
+    tiles_of = -(-lengths // shape.block_m)
+    first_tile = np.zeros(len(tiles_of) + 1, dtype=np.int32)
+    np.cumsum(tiles_of, out=first_tile[1:])
+    tiles, entries = int(first_tile[-1]), len(plan.tokens)
+    if entries > shape.entries or tiles > shape.tiles or len(plan.waves) > shape.waves:
+        raise PlanSizeError(f"{entries} entries, {tiles} tiles and {len(plan.waves)} waves do not fit {shape}")
+
+    within = np.arange(tiles, dtype=np.int32) - np.repeat(first_tile[:-1], tiles_of)
+    offset = within * shape.block_m
+    part["tokens"][:entries] = plan.tokens
+    part["weights"].view(np.float32)[:entries] = plan.weights
+    part["tile_row"][:tiles] = np.repeat(plan.seg_row, tiles_of)
+    part["tile_start"][:tiles] = np.repeat(starts, tiles_of) + offset
+    part["tile_len"][:tiles] = np.minimum(np.repeat(lengths, tiles_of) - offset, shape.block_m)
+    # Waves that this plan does not have begin and end at the last tile, so a graph's spare launches find no work.
+    part["wave_tiles"][:] = tiles
+    for w, (first_segment, _) in enumerate(plan.waves):
+        part["wave_tiles"][w] = first_tile[first_segment]
+
+
+class DevicePlan:
+    """Typed views of one packed plan on the device."""
+
+    def __init__(self, shape: PlanShape, buffer: Tensor, max_rank: int) -> None:
+        """buffer: int32 [shape.size], which the caller fills with what `pack` wrote. max_rank: no row of a plan packed
+        here has a larger rank in any target; host-known, as it decides how kernels are compiled."""
+        if buffer.dtype != torch.int32 or buffer.numel() != shape.size:
+            raise ValueError(f"buffer: expected int32 [{shape.size}], found {buffer.dtype} {list(buffer.shape)}")
+        self.shape = shape
+        self.buffer = buffer
+        self.bucket = rank_bucket(max_rank)
+        part = {name: buffer[where] for name, where in shape.slices.items()}
+        self.wave_tiles = part["wave_tiles"]
+        """[waves + 1] first tile of each wave; the last is the number of tiles."""
+        self.tokens = part["tokens"]
+        """[entries] index of each entry's token."""
+        self.weights = part["weights"].view(torch.float32)
+        """[entries]"""
+        self.tile_row = part["tile_row"]
+        """[tiles] arena row."""
+        self.tile_start = part["tile_start"]
+        """[tiles] first entry."""
+        self.tile_len = part["tile_len"]
+        """[tiles] entries, 1..block_m."""
+
+    @classmethod
+    def from_plan(cls, plan: LoraPlan, max_rank: int, device: torch.device | str, block_m: int = 16) -> DevicePlan:
+        """A plan in a buffer of its own, of just its size: one allocation, one copy."""
+        shape = PlanShape.of(plan, block_m)
+        pinned = torch.device(device).type == "cuda"
+        host = torch.empty(shape.size, dtype=torch.int32, pin_memory=pinned)
+        pack(plan, shape, host.numpy())
+        # A fresh pinned buffer per plan: the caching host allocator reuses it only after the copy's event.
+        return cls(shape, host.to(device, non_blocking=True), max_rank)

@@ -1,0 +1,175 @@
+"""The Triton kernels of the LoRA products; triton_lora.py says what they compute, and launches them.
+
+Both walk a list of items with a fixed number of programs. `cell` is a (row, target) of the arena's table.
+"""
+
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["stride_split"], do_not_specialize_on_alignment=["num_tiles", "targets"])
+def shrink_kernel(
+    x,
+    data,
+    ranks,
+    offsets,
+    targets,
+    tokens,
+    tile_row,
+    tile_start,
+    tile_len,
+    num_tiles,
+    partials,
+    stride_x,
+    stride_table,
+    stride_split,
+    NT: tl.constexpr,
+    K: tl.constexpr,
+    BUCKET: tl.constexpr,
+    BM: tl.constexpr,
+    BR: tl.constexpr,
+    BK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    R_BLOCKS: tl.constexpr = (BUCKET + BR - 1) // BR
+    K_SPLIT: tl.constexpr = ((K + BK - 1) // BK + SPLITS - 1) // SPLITS * BK
+    total = tl.load(num_tiles) * (NT * R_BLOCKS * SPLITS)
+    for item in range(tl.program_id(0), total, tl.num_programs(0)):
+        split = item % SPLITS
+        r0 = (item // SPLITS) % R_BLOCKS * BR
+        j = (item // (SPLITS * R_BLOCKS)) % NT
+        tile = item // (SPLITS * R_BLOCKS * NT)
+        cell = tl.load(tile_row + tile).to(tl.int64) * stride_table + tl.load(targets + j)
+        rank = tl.load(ranks + cell)
+        if r0 < rank:
+            start = tl.load(tile_start + tile)
+            rows = tl.arange(0, BM)
+            live = rows < tl.load(tile_len + tile)
+            token = tl.load(tokens + start + rows, mask=live, other=0).to(tl.int64)
+            r = r0 + tl.arange(0, BR)
+            used = r < rank
+            # The division tells the compiler of the alignment that the table promises: 16-byte loads.
+            a = data + tl.load(offsets + 2 * cell) // VEC * VEC
+            acc = tl.zeros([BM, BR], tl.float32)
+            k_begin = split * K_SPLIT
+            for k0 in range(k_begin, tl.minimum(k_begin + K_SPLIT, K), BK):
+                kk = k0 + tl.arange(0, BK)
+                x_mask = live[:, None]
+                a_mask = used[:, None]
+                if K % BK != 0:
+                    x_mask = x_mask & (kk < K)[None, :]
+                    a_mask = a_mask & (kk < K)[None, :]
+                xv = tl.load(x + (token * stride_x)[:, None] + kk[None, :], mask=x_mask, other=0.0)
+                av = tl.load(a + (r * K)[:, None] + kk[None, :], mask=a_mask, other=0.0)
+                acc = tl.dot(xv, tl.trans(av), acc, input_precision="ieee")
+            at = (
+                split.to(tl.int64) * stride_split
+                + ((start + rows) * (NT * BUCKET))[:, None]
+                + (j * BUCKET + r)[None, :]
+            )
+            tl.store(partials + at, acc, mask=live[:, None] & used[None, :])
+
+
+@triton.jit
+def _sum_splits(partials, at, mask, stride_split, SPLITS: tl.constexpr):
+    total = tl.load(partials + at, mask=mask, other=0.0)
+    for split in tl.static_range(1, SPLITS):
+        total += tl.load(partials + split * stride_split + at, mask=mask, other=0.0)
+    return total
+
+
+@triton.jit(do_not_specialize=["stride_split", "wave"], do_not_specialize_on_alignment=["targets"])
+def expand_kernel(
+    y,
+    data,
+    ranks,
+    offsets,
+    scales,
+    targets,
+    tokens,
+    weights,
+    tile_row,
+    tile_start,
+    tile_len,
+    wave_tiles,
+    partials,
+    wave,
+    stride_y,
+    stride_table,
+    stride_split,
+    NT: tl.constexpr,
+    OFFSETS: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BUCKET: tl.constexpr,
+    BM: tl.constexpr,
+    BR: tl.constexpr,
+    BN: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    VEC: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    splits_apart = tl.cast(stride_split, tl.int64)
+    first = tl.load(wave_tiles + wave)
+    total = (tl.load(wave_tiles + wave + 1) - first) * CHUNKS
+    for item in range(tl.program_id(0), total, tl.num_programs(0)):
+        tile = first + item // CHUNKS
+        # Which target's columns is this chunk of the site?
+        left = item % CHUNKS
+        j = 0
+        column = left * CHUNK
+        width = tl.zeros([], tl.int32) + WIDTHS[0]
+        offset = tl.zeros([], tl.int32) + OFFSETS[0]
+        for i in tl.static_range(1, NT):
+            left -= (WIDTHS[i - 1] + CHUNK - 1) // CHUNK
+            j = tl.where(left >= 0, i, j)
+            column = tl.where(left >= 0, left * CHUNK, column)
+            width = tl.where(left >= 0, WIDTHS[i], width)
+            offset = tl.where(left >= 0, OFFSETS[i], offset)
+        if ALIGNED:
+            width = width // VEC * VEC
+            offset = offset // VEC * VEC
+        cell = tl.load(tile_row + tile).to(tl.int64) * stride_table + tl.load(targets + j)
+        rank = tl.load(ranks + cell)
+        if rank > 0:
+            start = tl.load(tile_start + tile)
+            rows = tl.arange(0, BM)
+            live = rows < tl.load(tile_len + tile)
+            token = tl.load(tokens + start + rows, mask=live, other=0).to(tl.int64)
+            factor = tl.load(weights + start + rows, mask=live, other=0.0) * tl.load(scales + cell)
+            b = data + tl.load(offsets + 2 * cell + 1) // VEC * VEC
+            r = tl.arange(0, BR)
+            s_at = ((start + rows) * (NT * BUCKET))[:, None] + (j * BUCKET + r)[None, :]
+            y_at = y + (token * stride_y)[:, None] + offset
+            if BUCKET <= BR:
+                s = _sum_splits(partials, s_at, live[:, None] & (r < rank)[None, :], splits_apart, SPLITS)
+                s = s.to(data.dtype.element_ty)
+                for n0 in range(column, tl.minimum(column + CHUNK, width), BN):
+                    n = n0 + tl.arange(0, BN)
+                    inside = (n < width)[None, :]
+                    bv = tl.load(b + (r * width)[:, None] + n[None, :], mask=(r < rank)[:, None] & inside, other=0.0)
+                    delta = tl.dot(s, bv, input_precision="ieee") * factor[:, None]
+                    mask = live[:, None] & inside
+                    old = tl.load(y_at + n[None, :], mask=mask, other=0.0)
+                    tl.store(y_at + n[None, :], (old + delta).to(y.dtype.element_ty), mask=mask)
+            else:
+                for n0 in range(column, tl.minimum(column + CHUNK, width), BN):
+                    n = n0 + tl.arange(0, BN)
+                    inside = (n < width)[None, :]
+                    delta = tl.zeros([BM, BN], tl.float32)
+                    for r0 in range(0, rank, BR):
+                        used = r0 + r < rank
+                        s = _sum_splits(partials, s_at + r0, live[:, None] & used[None, :], splits_apart, SPLITS)
+                        at = ((r0 + r) * width)[:, None] + n[None, :]
+                        bv = tl.load(b + at, mask=used[:, None] & inside, other=0.0)
+                        delta = tl.dot(s.to(bv.dtype), bv, delta, input_precision="ieee")
+                    mask = live[:, None] & inside
+                    old = tl.load(y_at + n[None, :], mask=mask, other=0.0)
+                    new = (old + delta * factor[:, None]).to(y.dtype.element_ty)
+                    tl.store(y_at + n[None, :], new, mask=mask)

@@ -1,0 +1,172 @@
+"""The LoRA products on the GPU: two Triton kernels per site, for all its targets and all adapters of the step.
+
+    shrink   s[p, j, :] = x[tokens[p]] A_j^T                                  float32, by split of k
+    expand   y[tokens[p], o_j : o_j + d_j] += weights[p] · scale_j · s[p, j, :] B_j
+
+Each factor's address, rank and scale are read from the arena's table on the device, and loads are masked at the true
+rank, so memory traffic is that of the ranks themselves. Both grids have a fixed size: their programs walk a list of
+items whose length is read from the plan, which is what lets a captured CUDA graph serve any batch (grouping of tokens
+by adapter as in Chen et al. 2023, "Punica"; adapters/kernels/reference.py states the mathematics).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from adapters.kernels.device_plan import DevicePlan
+from adapters.kernels.lora_kernels import expand_kernel, shrink_kernel
+from adapters.kernels.tuning import ExpandConfig, ShrinkConfig, expand_config, shrink_config
+from adapters.site import Site
+
+
+class Tables(Protocol):
+    """What kernels read of the arena (adapters/arena.py). Blocks and tensors inside them start at multiples of 16
+    bytes."""
+
+    data: Tensor
+    """[elements] in the compute dtype."""
+    ranks: Tensor
+    """int32 [rows, targets]"""
+    offsets: Tensor
+    """int64 [rows, targets, 2]: of A [r, k] and of B [r, d], in elements of `data`."""
+    scales: Tensor
+    """float32 [rows, targets]"""
+
+
+def allocate_partials(plan: DevicePlan, targets: int, splits: int) -> Tensor:
+    """Shrink's output, float32 [splits, entries, targets * rank bucket]; ranks beyond a row's own stay unwritten."""
+    size = (splits, plan.shape.entries, targets * plan.bucket)
+    return torch.empty(size, dtype=torch.float32, device=plan.buffer.device)
+
+
+def shrink(
+    x: Tensor,
+    targets: Tensor,
+    d: int,
+    plan: DevicePlan,
+    tables: Tables,
+    config: ShrinkConfig | None = None,
+    side: torch.cuda.Stream | None = None,
+) -> Tensor:
+    """x [T, k] -> partials for `expand`. targets: int32 [n], target indices on the device; d: out_features of the site
+    (chooses the configuration only). side: runs there, with memory of the current stream: that one must wait for
+    `side` before it uses or frees them."""
+    _check(x, tables)
+    count, k = targets.numel(), x.shape[1]
+    shape = plan.shape
+    config = config or shrink_config(k, d, shape.entries, plan.bucket, shape.block_m, x.element_size())
+    partials = allocate_partials(plan, count, config.splits)
+    items = shape.tiles * count * -(-plan.bucket // config.block_r) * config.splits
+    grid = (min(items, config.programs * _multiprocessors(x.device)),)
+    with torch.cuda.stream(side):
+        shrink_kernel[grid](
+            x,
+            tables.data,
+            tables.ranks,
+            tables.offsets,
+            targets,
+            plan.tokens,
+            plan.tile_row,
+            plan.tile_start,
+            plan.tile_len,
+            plan.wave_tiles[-1:],
+            partials,
+            x.stride(0),
+            tables.ranks.stride(0),
+            partials.stride(0),
+            NT=count,
+            K=k,
+            BUCKET=plan.bucket,
+            BM=shape.block_m,
+            BR=config.block_r,
+            BK=config.block_k,
+            SPLITS=config.splits,
+            VEC=16 // x.element_size(),
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+    return partials
+
+
+def expand(
+    y: Tensor,
+    partials: Tensor,
+    targets: Tensor,
+    offsets: tuple[int, ...],
+    widths: tuple[int, ...],
+    k: int,
+    plan: DevicePlan,
+    tables: Tables,
+    config: ExpandConfig | None = None,
+) -> None:
+    """Adds to y [T, d] in place, wave after wave. offsets, widths: columns of each target; k: in_features of the site
+    (chooses the configuration only)."""
+    _check(y, tables)
+    shape, vector = plan.shape, 16 // y.element_size()
+    config = config or expand_config(k, y.shape[1], shape.entries, plan.bucket, shape.block_m, y.element_size())
+    chunks = sum(-(-width // config.chunk) for width in widths)
+    grid = (min(shape.tiles * chunks, config.programs * _multiprocessors(y.device)),)
+    for wave in range(shape.waves):
+        expand_kernel[grid](
+            y,
+            tables.data,
+            tables.ranks,
+            tables.offsets,
+            tables.scales,
+            targets,
+            plan.tokens,
+            plan.weights,
+            plan.tile_row,
+            plan.tile_start,
+            plan.tile_len,
+            plan.wave_tiles,
+            partials,
+            wave,
+            y.stride(0),
+            tables.ranks.stride(0),
+            partials.stride(0),
+            NT=len(widths),
+            OFFSETS=offsets,
+            WIDTHS=widths,
+            CHUNKS=chunks,
+            BUCKET=plan.bucket,
+            BM=shape.block_m,
+            BR=config.block_r,
+            BN=config.block_n,
+            CHUNK=config.chunk,
+            SPLITS=partials.shape[0],
+            VEC=vector,
+            ALIGNED=all(n % vector == 0 for n in (*offsets, *widths)),
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+
+
+def apply(y: Tensor, x: Tensor, site: Site, plan: DevicePlan, tables: Tables) -> None:
+    """Adds every entry's delta to y [T, out_features] in place; x [T, in_features], in the arena's dtype; rows of
+    either may be apart, elements of a row may not."""
+    targets = target_tensor(site.targets, y.device)
+    partials = shrink(x, targets, site.out_features, plan, tables)
+    expand(y, partials, targets, site.offsets, site.widths, site.in_features, plan, tables)
+
+
+@lru_cache(maxsize=65536)
+def target_tensor(targets: tuple[int, ...], device: torch.device) -> Tensor:
+    """Target indices on the device, made once per site."""
+    return torch.tensor(targets, dtype=torch.int32, device=device)
+
+
+@lru_cache(maxsize=16)
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def _check(tensor: Tensor, tables: Tables) -> None:
+    if tensor.stride(1) != 1:
+        raise ValueError(f"elements of a row must be adjacent, found strides {tensor.stride()}")
+    if tensor.dtype != tables.data.dtype:
+        raise ValueError(f"expected the arena's {tables.data.dtype}, found {tensor.dtype}")

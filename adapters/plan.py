@@ -1,0 +1,92 @@
+"""The LoRA batch plan: which tokens of one step go through which resident blocks. Torch-free.
+
+A token may stand in several segments (a weighted mix); the delta of a token is the sum over its segments, so a
+composition costs only its own ranks and is exact. Tokens of one adapter are computed together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Rows = tuple[tuple[int, float], ...]
+"""(arena row, weight) of each adapter of a sequence; at most one entry per row."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoraPlan:
+    """Segments of one step.
+
+    Segment s applies the block at arena row `seg_row[s]` to `tokens[seg_start[s]:seg_start[s + 1]]` with the matching
+    `weights`. Inside a wave (a range of segments) no token occurs twice, so a kernel may write a wave's outputs
+    without atomics; different waves must be ordered. There is one wave unless a request mixes adapters.
+    """
+
+    tokens: NDArray[np.int32]
+    """[P] indices into the step's packed tokens."""
+    weights: NDArray[np.float32]
+    """[P]"""
+    seg_row: NDArray[np.int32]
+    """[S]"""
+    seg_start: NDArray[np.int32]
+    """[S + 1] positions in `tokens`."""
+    waves: tuple[tuple[int, int], ...]
+    """(first segment, last segment + 1) of each wave."""
+
+    @property
+    def rows(self) -> set[int]:
+        """Arena rows this plan reads."""
+        return set(self.seg_row.tolist())
+
+
+def order_by_adapter(rows: Sequence[Rows]) -> list[int]:
+    """An order of sequences in which those with the same adapters are neighbours (base-only ones last).
+
+    The order of tokens in a packed batch is free; with this one a segment is one contiguous slice, which lets
+    kernels use views instead of gathers."""
+    return sorted(range(len(rows)), key=lambda i: (not rows[i], rows[i]))
+
+
+def build_plan(spans: Iterable[tuple[int, int, Rows]]) -> LoraPlan | None:
+    """Plan for `spans` of (first token, number of tokens, rows). None when no token has an adapter.
+
+    A weight of 0.0 contributes nothing and is left out."""
+    waves: list[dict[int, list[tuple[int, int, float]]]] = []
+    for first, count, rows in spans:
+        live = [(row, weight) for row, weight in rows if weight != 0.0]
+        if len({row for row, _ in live}) != len(live):
+            raise ValueError(f"rows: {rows!r} names a row twice; weights of one adapter must be added up first")
+        # Sorted, so that the same adapter tends to fall in the same wave for different mixes.
+        for depth, (row, weight) in enumerate(sorted(live)):
+            if depth == len(waves):
+                waves.append({})
+            waves[depth].setdefault(row, []).append((first, count, weight))
+    if not waves:
+        return None
+
+    tokens: list[NDArray[np.int32]] = []
+    weights: list[NDArray[np.float32]] = []
+    seg_row: list[int] = []
+    seg_start = [0]
+    bounds: list[tuple[int, int]] = []
+    for wave in waves:
+        begin = len(seg_row)
+        for row in sorted(wave):
+            total = 0
+            for first, count, weight in wave[row]:
+                tokens.append(np.arange(first, first + count, dtype=np.int32))
+                weights.append(np.full(count, weight, dtype=np.float32))
+                total += count
+            seg_row.append(row)
+            seg_start.append(seg_start[-1] + total)
+        bounds.append((begin, len(seg_row)))
+    return LoraPlan(
+        tokens=np.concatenate(tokens),
+        weights=np.concatenate(weights),
+        seg_row=np.asarray(seg_row, dtype=np.int32),
+        seg_start=np.asarray(seg_start, dtype=np.int32),
+        waves=tuple(bounds),
+    )

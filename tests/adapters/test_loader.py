@@ -1,0 +1,313 @@
+"""The loader's real threads and its real packing process, real block files, CPU tensors."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from adapters.arena import Arena
+from adapters.blobs import BlobStore
+from adapters.block import block_path, pack
+from adapters.errors import AdapterMissing, AdapterUnavailable, BlobDamaged
+from adapters.loader import BlockLoader, Packing
+from adapters.manifest import Manifest
+from adapters.packer import Packer
+from adapters.residency import Lease, Residency
+from tests.adapters.stored_adapters import StoredAdapter, block_bytes, make_manifest, store_adapter
+
+SECONDS = 60
+"""Far more than anything here takes; only a failing test waits so long."""
+
+
+@dataclass
+class Engine:
+    """A loader with its residency, and the wait for wake-ups that an engine's idle loop would do."""
+
+    store: BlobStore
+    manifest: Manifest
+    cache: Path
+    arena: Arena
+    loader: BlockLoader
+    residency: Residency
+    woken: threading.Semaphore
+    now: list[float] = field(default_factory=lambda: [0.0])
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Polls once per wake-up, no oftener: a completion without a wake-up would hang here."""
+        while True:
+            while self.residency.poll():
+                pass
+            self.residency.check_integrity()
+            if condition():
+                return
+            assert self.woken.acquire(timeout=SECONDS), "nothing woke the loop"
+
+    def lease(self, *adapters: StoredAdapter) -> Lease:
+        digests, ticket, got = tuple(adapter.digest for adapter in adapters), object(), []
+
+        def ask() -> bool:
+            lease = self.residency.try_lease(digests, ticket)
+            while lease is None and self.residency.poll():
+                lease = self.residency.try_lease(digests, ticket)
+            if lease is not None:
+                got.append(lease)
+            return bool(got)
+
+        if not ask():
+            self.until(ask)
+        for adapter, row in zip(adapters, got[0].rows, strict=True):
+            adapter.check(self.arena, row)
+        return got[0]
+
+
+class InThread:
+    """Packs without a process of its own: most tests are not about that."""
+
+    def __init__(self, store: BlobStore, manifest: Manifest, cache: Path) -> None:
+        self.arguments = store, manifest, cache
+        self.packed: list[str] = []
+
+    def pack(self, digest: str) -> None:
+        self.packed.append(digest)
+        pack(digest, *self.arguments)
+
+    def close(self) -> None:
+        pass
+
+
+Make = Callable[..., Engine]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Make]:
+    engines: list[Engine] = []
+
+    def build(
+        *,
+        arena_bytes: int = 1 << 20,
+        host_bytes: int = 1 << 20,
+        rows: int = 64,
+        dtype: str = "float32",
+        packer: Callable[[BlobStore, Manifest, Path], Packing] = InThread,
+    ) -> Engine:
+        manifest = make_manifest(dtype)
+        store, cache = BlobStore(tmp_path / "blobs"), tmp_path / "cache"
+        arena = Arena.for_manifest(manifest, device="cpu", nbytes=arena_bytes, rows=rows)
+        woken = threading.Semaphore(0)
+        loader = BlockLoader(
+            store,
+            manifest,
+            cache,
+            arena,
+            host_bytes=host_bytes,
+            notify=woken.release,
+            packer=packer(store, manifest, cache),
+        )
+        now = [0.0]
+        residency = Residency(arena, loader, compact_bytes=4096, clock=lambda: now[0])
+        engines.append(Engine(store, manifest, cache, arena, loader, residency, woken, now))
+        return engines[-1]
+
+    yield build
+    for engine in engines:
+        engine.loader.close()
+        engine.loader.close()
+    left = [thread.name for thread in threading.enumerate() if thread.name.startswith("loraplex-")]
+    assert not left
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_adapter_is_packed_by_the_worker_process_and_lands_in_the_arena(
+    make: Make, tmp_path: Path, dtype: str
+) -> None:
+    engine = make(dtype=dtype, packer=Packer)
+    adapter = store_adapter(engine.store, engine.manifest, tmp_path, seed=0)
+    lease = engine.lease(adapter)
+    assert block_path(engine.cache, adapter.digest, engine.manifest).exists()
+    engine.residency.release(lease)
+    assert engine.residency.stats()["adapter_loads_total"] == 1
+
+
+@pytest.mark.parametrize("host_bytes", [0, 24 << 10, 1 << 20])
+def test_content_stays_right_through_evictions_reloads_and_compactions(
+    make: Make, tmp_path: Path, host_bytes: int
+) -> None:
+    rng = random.Random(host_bytes)
+    engine = make(arena_bytes=40 << 10, host_bytes=host_bytes)
+    adapters = [
+        store_adapter(engine.store, engine.manifest, tmp_path, seed, rng.choice([1, 3, 8])) for seed in range(12)
+    ]
+    assert max(map(block_bytes, adapters)) > 8 << 10
+    held: list[tuple[Lease, list[StoredAdapter]]] = []
+    for _ in range(120):
+        while len(held) > 1:
+            engine.residency.release(held.pop(rng.randrange(len(held)))[0])
+        chosen = rng.sample(adapters, rng.choice([1, 1, 2]))
+        held.append((engine.lease(*chosen), chosen))
+        for lease, owners in held:
+            for adapter, row, generation in zip(owners, lease.rows, lease.generations, strict=True):
+                adapter.check(engine.arena, row)
+                assert engine.arena.generation[row] == generation
+    stats = engine.residency.stats()
+    assert stats["adapter_evictions_device_total"] > 30
+    assert stats["adapter_moved_bytes_total"] > 0
+    assert engine.arena.generation.max() > 3
+
+
+def test_poll_returns_while_a_pack_is_stuck_and_resident_blocks_are_served(make: Make, tmp_path: Path) -> None:
+    entered, may_go_on = threading.Event(), threading.Event()
+
+    class Slow(InThread):
+        def pack(self, digest: str) -> None:
+            if digest == slow.digest:
+                entered.set()
+                assert may_go_on.wait(SECONDS)
+            super().pack(digest)
+
+    engine = make(packer=Slow)
+    quick, slow, other = (store_adapter(engine.store, engine.manifest, tmp_path, seed) for seed in range(3))
+    pack(other.digest, engine.store, engine.manifest, engine.cache)
+    engine.residency.release(engine.lease(quick))
+    assert engine.residency.try_lease((slow.digest,), "slow") is None
+    assert entered.wait(SECONDS)
+    # The pack is inside its call; everything else goes on, loads from existing block files included.
+    engine.residency.poll()
+    assert engine.residency.state(slow.digest) == "loading"
+    engine.residency.release(engine.lease(quick))
+    engine.residency.release(engine.lease(other))
+    assert engine.residency.try_lease((slow.digest,), "slow") is None
+    may_go_on.set()
+    engine.until(lambda: engine.residency.try_lease((slow.digest,), "slow") is not None)
+
+
+def test_an_existing_block_file_is_not_packed_again(make: Make, tmp_path: Path) -> None:
+    engine = make()
+    adapter = store_adapter(engine.store, engine.manifest, tmp_path, seed=0)
+    pack(adapter.digest, engine.store, engine.manifest, engine.cache)
+    engine.residency.release(engine.lease(adapter))
+    assert engine.loader._packer.packed == []
+
+
+@pytest.mark.parametrize("damage", ["cut", "other digest", "header"])
+def test_a_damaged_block_file_is_built_again(make: Make, tmp_path: Path, damage: str) -> None:
+    engine = make()
+    adapter, other = (store_adapter(engine.store, engine.manifest, tmp_path, seed) for seed in (0, 1))
+    path = pack(adapter.digest, engine.store, engine.manifest, engine.cache)
+    if damage == "cut":
+        os.truncate(path, path.stat().st_size - 10)
+    elif damage == "other digest":
+        path.write_bytes(pack(other.digest, engine.store, engine.manifest, engine.cache).read_bytes())
+    else:
+        data = bytearray(path.read_bytes())
+        data[40] ^= 0xFF
+        path.write_bytes(data)
+    engine.residency.release(engine.lease(adapter))
+    assert engine.loader._packer.packed == [adapter.digest]
+
+
+def test_failures_have_their_message_and_can_be_retried_later(make: Make, tmp_path: Path) -> None:
+    engine = make()
+    with pytest.raises(AdapterMissing):
+        engine.until(lambda: engine.residency.try_lease(("0" * 64,), "r") is not None)
+    adapter = store_adapter(engine.store, engine.manifest, tmp_path, seed=0)
+    path = pack(adapter.digest, engine.store, engine.manifest, engine.cache)
+    path.unlink()
+    path.parent.rmdir()
+    path.parent.write_text("a file where a folder should be")
+    with pytest.raises(AdapterUnavailable, match="Error"):
+        engine.until(lambda: engine.residency.try_lease((adapter.digest,), "r") is not None)
+    path.parent.unlink()
+    with pytest.raises(AdapterUnavailable):
+        engine.residency.try_lease((adapter.digest,), "too soon")
+    engine.now[0] = 6.0
+    engine.residency.release(engine.lease(adapter))
+
+
+def test_a_block_file_that_vanishes_after_its_header_was_read_fails_the_load(make: Make, tmp_path: Path) -> None:
+    engine = make(arena_bytes=16 << 10, host_bytes=0)
+    adapter, filler = (store_adapter(engine.store, engine.manifest, tmp_path, seed, 8) for seed in (0, 2))
+    held = engine.lease(filler)
+    assert engine.residency.try_lease((adapter.digest,), "r") is None
+    path = block_path(engine.cache, adapter.digest, engine.manifest)
+    engine.until(lambda: engine.residency.stats()["adapters_loading"] == 0)
+    path.unlink()
+    engine.residency.release(held)
+    with pytest.raises(AdapterUnavailable, match="FileNotFoundError"):
+        engine.until(lambda: engine.residency.try_lease((adapter.digest,), "r") is not None)
+
+
+def test_a_damaged_file_is_said_counted_and_after_its_repair_served(make: Make, tmp_path: Path) -> None:
+    engine = make(packer=Packer)
+    adapter = store_adapter(engine.store, engine.manifest, tmp_path, seed=0)
+    sha = max(engine.store, key=engine.store.size)
+    good = engine.store.path(sha).read_bytes()
+    engine.store.path(sha).write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    with pytest.raises(BlobDamaged, match=sha):
+        engine.until(lambda: engine.residency.try_lease((adapter.digest,), "r") is not None)
+    assert engine.residency.stats()["adapter_damaged_total"] == 1
+    engine.store.path(sha).write_bytes(good)
+    engine.now[0] = 6.0
+    engine.residency.release(engine.lease(adapter))
+    assert engine.residency.stats()["adapter_damaged_total"] == 1
+
+
+def test_forget_deletes_the_block_file(make: Make, tmp_path: Path) -> None:
+    engine = make()
+    adapter = store_adapter(engine.store, engine.manifest, tmp_path, seed=0)
+    lease = engine.lease(adapter)
+    path = block_path(engine.cache, adapter.digest, engine.manifest)
+    assert path.exists()
+    dropped = engine.residency.unload(adapter.digest, forget=True)
+    engine.residency.release(lease)
+    engine.until(lambda: dropped.done)
+    assert not path.exists()
+    assert engine.residency.state(adapter.digest) == "absent"
+
+
+def test_the_packing_process_may_die_once_per_block(make: Make, tmp_path: Path) -> None:
+    engine = make(packer=Packer)
+    first, second = (store_adapter(engine.store, engine.manifest, tmp_path, seed) for seed in range(2))
+    engine.residency.release(engine.lease(first))
+    packer = engine.loader._packer
+    assert isinstance(packer, Packer)
+    (pid,) = packer.worker_pids
+    os.kill(pid, signal.SIGKILL)
+    engine.residency.release(engine.lease(second))
+    assert packer.worker_pids != (pid,)
+
+
+def test_closing_with_a_pack_under_way_ends_the_process(make: Make, tmp_path: Path) -> None:
+    engine = make(packer=Packer)
+    adapter = store_adapter(engine.store, engine.manifest, tmp_path, seed=0)
+    engine.residency.release(engine.lease(adapter))
+    packer = engine.loader._packer
+    assert isinstance(packer, Packer)
+    (pid,) = packer.worker_pids
+    engine.residency.prefetch(["1" * 64])
+    engine.loader.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    with pytest.raises(AdapterUnavailable, match="closed"):
+        packer.pack(adapter.digest)
+
+
+def test_a_wake_up_call_that_fails_does_not_stop_the_loader(make: Make, tmp_path: Path) -> None:
+    engine = make()
+    calls = []
+
+    def notify() -> None:
+        calls.append(1)
+        engine.woken.release()
+        raise RuntimeError("no one is at home")
+
+    engine.loader._notify = notify
+    adapter = store_adapter(engine.store, engine.manifest, tmp_path, seed=0)
+    engine.residency.release(engine.lease(adapter))
+    assert len(calls) >= 3

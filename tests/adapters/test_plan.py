@@ -1,0 +1,74 @@
+"""The batch plan: every (token, adapter, weight) of the batch stands in it exactly once."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adapters.plan import build_plan, order_by_adapter
+
+rows_of_a_sequence = st.dictionaries(st.integers(0, 6), st.sampled_from([-1.0, 0.25, 1.0]), max_size=4).map(
+    lambda mix: tuple(mix.items())
+)
+batches = st.lists(st.tuples(st.integers(1, 5), rows_of_a_sequence), min_size=1, max_size=12)
+
+
+def spans_of(batch):
+    start = 0
+    for count, rows in batch:
+        yield start, count, rows
+        start += count
+
+
+@given(batches)
+def test_the_plan_holds_every_token_of_every_adapter_once(batch):
+    wanted = Counter(
+        (token, row, weight)
+        for start, count, rows in spans_of(batch)
+        for token in range(start, start + count)
+        for row, weight in rows
+    )
+    plan = build_plan(spans_of(batch))
+    if plan is None:
+        assert not wanted
+        return
+    found = Counter()
+    for s, row in enumerate(plan.seg_row.tolist()):
+        piece = slice(plan.seg_start[s], plan.seg_start[s + 1])
+        found.update((int(t), row, float(w)) for t, w in zip(plan.tokens[piece], plan.weights[piece], strict=True))
+    assert found == wanted
+    assert plan.seg_start[-1] == len(plan.tokens) == len(plan.weights)
+    assert plan.rows == {row for _, row, _ in wanted}
+
+
+@given(batches)
+def test_no_token_stands_twice_in_a_wave_and_no_row_in_two_segments_of_it(batch):
+    plan = build_plan(spans_of(batch))
+    if plan is None:
+        return
+    assert [b for b, _ in plan.waves] == [0, *(e for _, e in plan.waves[:-1])]
+    assert plan.waves[-1][1] == len(plan.seg_row)
+    for begin, end in plan.waves:
+        tokens = plan.tokens[plan.seg_start[begin] : plan.seg_start[end]]
+        assert len(np.unique(tokens)) == len(tokens)
+        assert len(set(plan.seg_row[begin:end].tolist())) == end - begin
+
+
+def test_ordered_by_adapter_segments_are_contiguous_slices():
+    batch = [((3, 1.0),), (), ((1, 1.0),), ((3, 1.0),), ((1, 1.0),)]
+    order = order_by_adapter(batch)
+    plan = build_plan((i, 1, batch[j]) for i, j in enumerate(order))
+    assert plan is not None
+    assert plan.tokens.tolist() == [0, 1, 2, 3]
+    assert plan.seg_row.tolist() == [1, 3]
+    assert batch[order[-1]] == ()
+
+
+def test_a_weight_of_zero_costs_nothing_and_a_row_named_twice_is_an_error():
+    assert build_plan([(0, 4, ((2, 0.0),))]) is None
+    with pytest.raises(ValueError, match="names a row twice"):
+        build_plan([(0, 1, ((2, 1.0), (2, 0.5)))])

@@ -1,0 +1,74 @@
+"""Fixtures shared by the whole suite."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+# Before transformers is imported anywhere: its models import Triton if it is there, and what Triton defines without a
+# GPU works in its interpreter only.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+
+from service.default_model import ensure_default_model
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Before torch is imported: two pytest workers and the engines that they start share the machine's cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Nothing in the suite may depend on a hub that answers.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked gpu run only where there is a CUDA device; torch is imported only if such a test was collected."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LORAPLEX_* variables of the developer's shell must not reach the code under test."""
+    for key in [key for key in os.environ if key.startswith("LORAPLEX_") and key != "LORAPLEX_TEST_CACHE"]:
+        monkeypatch.delenv(key)
+
+
+@pytest.fixture(scope="session")
+def model_data_dir() -> Path:
+    """The data folder whose models/ holds the embedded model: the project's own, or LORAPLEX_TEST_CACHE."""
+    return Path(os.environ.get("LORAPLEX_TEST_CACHE") or ROOT / "data").absolute()
+
+
+@pytest.fixture(scope="session")
+def base_model_dir(model_data_dir: Path) -> Path:
+    """The embedded base model (SmolLM2-135M-Instruct) as a Hugging Face folder; shared by all workers (file lock)."""
+    return ensure_default_model(model_data_dir)
+
+
+@pytest.fixture(scope="session")
+def example_adapters() -> Path:
+    """The folder of the example adapters: one PEFT folder each."""
+    return ROOT / "examples" / "adapters"
+
+
+@pytest.fixture
+def free_port() -> Callable[[], int]:
+    """Gives TCP ports of 127.0.0.1 that nothing listens on."""
+
+    def find() -> int:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            return int(probe.getsockname()[1])
+
+    return find

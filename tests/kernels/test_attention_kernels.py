@@ -1,0 +1,144 @@
+"""The Triton attention kernels against attention without pages, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from service.engine.attention import LayerShape, StepLayout
+from service.engine.attention_triton import (
+    StepArrays,
+    TritonPagedAttention,
+    decode,
+    decode_splits,
+    kv_write,
+    paged_attention,
+)
+from tests.kernels.attention_cases import CASES, Case, attend, make_batch
+from tests.kernels.lora_cases import error
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+LIMIT = {torch.float32: 1e-6, torch.float16: 2e-3}
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """torch.empty gives NaN: what a kernel leaves unwritten, or reads unwritten, shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_attention_over_pages(case: Case, dtype: torch.dtype) -> None:
+    batch = make_batch(case, dtype, DEVICE)
+    step = StepArrays.from_layout(batch.layout, DEVICE)
+    kv_write(batch.k, batch.v, batch.k_cache, batch.v_cache, step.slots)
+    out = paged_attention(
+        batch.q, batch.k_cache, batch.v_cache, step, scale=batch.scale, window=case.window, softcap=case.softcap
+    )
+    assert out.is_contiguous()
+    assert error(out, batch.wanted) < LIMIT[dtype]
+
+
+@pytest.mark.parametrize("splits", [1, 2, 16])
+@pytest.mark.parametrize("window", [None, 40])
+def test_decode_in_several_parts_gives_the_same(splits: int, window: int | None) -> None:
+    """Parts that are uneven, and more parts than there are keys."""
+    case = Case("", [(1, n) for n in (1, 64, 200)], query_heads=6, kv_heads=2, head_dim=48, window=window)
+    batch = make_batch(case, torch.float32, DEVICE)
+    step = StepArrays.from_layout(batch.layout, DEVICE)
+    kv_write(batch.k, batch.v, batch.k_cache, batch.v_cache, step.slots)
+    out = torch.full(batch.q.shape, torch.nan, device=DEVICE)
+    decode(
+        batch.q,
+        batch.k_cache,
+        batch.v_cache,
+        step.page_table,
+        step.context_lens,
+        out,
+        scale=batch.scale,
+        max_context=200,
+        window=window,
+        splits=splits,
+    )
+    assert error(out, batch.wanted) < 1e-6
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+def test_a_padding_row_without_context_gives_zeros(splits: int) -> None:
+    """Graphs run at fixed batch sizes; the rows that fill them up have no keys."""
+    q = torch.randn(2, 4, 32, device=DEVICE)
+    cache = torch.full((2, 16, 2, 32), torch.nan, device=DEVICE)
+    out = torch.full_like(q, torch.nan)
+    table = torch.zeros(2, 1, dtype=torch.int32, device=DEVICE)
+    lens = torch.zeros(2, dtype=torch.int32, device=DEVICE)
+    decode(q, cache, cache, table, lens, out, scale=1.0, max_context=64, splits=splits)
+    assert (out == 0).all()
+
+
+@pytest.mark.parametrize(("heads", "head_dim"), [(1, 16), (3, 80), (8, 128)])
+def test_kv_write_touches_its_slots_only(heads: int, head_dim: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    k, v = (torch.randn(heads, 4, head_dim, generator=generator).to(DEVICE).transpose(0, 1) for _ in range(2))
+    k_cache, v_cache = (torch.full((5, 8, heads, head_dim), 7.0, device=DEVICE) for _ in range(2))
+    slots = torch.tensor([39, -1, 0, 17], dtype=torch.int32, device=DEVICE)
+    kv_write(k, v, k_cache, v_cache, slots)
+    for cache, new in ((k_cache, k), (v_cache, v)):
+        wanted = torch.full((40, heads, head_dim), 7.0, device=DEVICE)
+        wanted[[39, 0, 17]] = new[[0, 2, 3]]
+        assert torch.equal(cache.view(40, heads, head_dim), wanted)
+
+
+def test_the_backend_over_two_steps() -> None:
+    """A prompt in two chunks, then a token of it beside a new prompt, through begin_step and attend."""
+    shape = LayerShape(layer=0, query_heads=4, kv_heads=2, head_dim=32, scaling=0.2, window=None)
+    backend = TritonPagedAttention([shape], pages=6, page_size=8, dtype=torch.float32, device=DEVICE)
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(30, h, 32, generator=generator).to(DEVICE) for h in (4, 2, 2))
+    case = Case("", [], head_dim=32)
+    table = np.array([[4, 0, 3]], dtype=np.int32)
+
+    def layout(begin: int, end: int) -> StepLayout:
+        position = np.arange(begin, end)
+        return StepLayout(
+            slots=table[0, position // 8].astype(np.int64) * 8 + position % 8,
+            query_lens=np.array([end - begin], dtype=np.int32),
+            context_lens=np.array([end], dtype=np.int32),
+            page_table=table[:, : -(-end // 8)],
+            num_decode=int(end - begin == 1),
+        )
+
+    wanted = attend(case, q[:21].cpu(), k[:21].cpu(), v[:21].cpu(), 0.2)
+    for begin, end in ((0, 12), (12, 20), (20, 21)):
+        backend.begin_step(layout(begin, end))
+        out = backend.attend(q[begin:end], k[begin:end], v[begin:end], *backend.tensors[0], 0.2, None)
+        assert error(out, wanted[begin:end]) < 1e-6
+
+
+def test_what_the_kernels_do_not_serve_is_refused() -> None:
+    def make(page_size: int = 16, heads: int = 4, head_dim: int = 64) -> TritonPagedAttention:
+        shape = LayerShape(layer=0, query_heads=heads, kv_heads=2, head_dim=head_dim, scaling=1.0, window=None)
+        return TritonPagedAttention([shape], 2, page_size, torch.float32, DEVICE)
+
+    with pytest.raises(ValueError, match="page_size: 12"):
+        make(page_size=12)
+    with pytest.raises(ValueError, match="5 query heads"):
+        make(heads=5)
+    with pytest.raises(ValueError, match="34 query heads"):
+        make(heads=34)
+    with pytest.raises(ValueError, match="head_dim: 320"):
+        make(head_dim=320)
+
+
+def test_decode_splits() -> None:
+    assert decode_splits(8, 600, 132) == 16
+    assert decode_splits(32 * 8, 600, 132) == 1
+    assert decode_splits(8, 20, 132) == 1
+    assert decode_splits(8, 131072, 132) == 64

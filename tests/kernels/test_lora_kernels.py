@@ -1,0 +1,226 @@
+"""The Triton LoRA kernels against the mathematics in float64 (tests/gpu/test_kernels_cuda.py goes further)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+
+from adapters.kernels import ops, triton_lora
+from adapters.kernels.device_plan import DevicePlan, PlanShape, PlanSizeError, pack, rank_bucket
+from adapters.kernels.tuning import ExpandConfig, ShrinkConfig
+from tests.kernels.lora_cases import CASES, Case, error, expected, make_site, make_table, plan_of
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+LIMIT = {torch.float32: 1e-6, torch.float16: 2e-3}
+
+
+def inputs(tokens: int, k: int, d: int, dtype: torch.dtype, seed: int = 1) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x, y = (torch.randn(tokens, n, generator=generator).to(DEVICE, dtype) for n in (k, d))
+    return x, y
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """torch.empty gives NaN: what a kernel leaves unwritten, or reads unwritten, shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_deltas_are_added(case: Case, dtype: torch.dtype) -> None:
+    site = make_site(case.k, case.widths, first_target=1)
+    # Target 0 belongs to another site; its factors must not be touched.
+    table = make_table([[2, *r] for r in case.ranks], [(8, 8), *((case.k, d) for d in case.widths)], dtype, DEVICE)
+    plan = plan_of(case.sequences)
+    assert plan is not None
+    x, y = inputs(sum(n for n, _ in case.sequences), case.k, site.out_features, dtype)
+    wanted = expected(y, x, site, plan, table)
+    before = y.clone()
+    triton_lora.apply(y, x, site, DevicePlan.from_plan(plan, table.max_rank, DEVICE, case.block_m), table)
+    assert error(y, wanted) < LIMIT[dtype]
+    untouched = torch.ones(len(y), dtype=torch.bool)
+    untouched[plan.tokens] = False
+    assert torch.equal(y[untouched], before[untouched])
+
+
+def test_columns_of_a_target_that_an_adapter_leaves_out_stay_bit_for_bit() -> None:
+    site = make_site(64, (32, 48))
+    table = make_table([[8, 0]], [(64, 32), (64, 48)], torch.float32, DEVICE)
+    plan = plan_of([(5, ((0, 1.0),))])
+    assert plan is not None
+    x, y = inputs(5, 64, 80, torch.float32)
+    before = y.clone()
+    triton_lora.apply(y, x, site, DevicePlan.from_plan(plan, 8, DEVICE), table)
+    assert torch.equal(y[:, 32:], before[:, 32:])
+    assert not torch.equal(y[:, :32], before[:, :32])
+
+
+def test_one_buffer_serves_plan_after_plan_and_the_empty_one() -> None:
+    """What a CUDA graph does: launches stay as they are, only the buffer's contents change."""
+    site = make_site(96, (64, 32))
+    table = make_table([[8, 8], [33, 1], [0, 16]], [(96, 64), (96, 32)], torch.float32, DEVICE)
+    shape = PlanShape.bounded(entries=40, segments=12, waves=3, block_m=16)
+    host = np.full(shape.size, -(2**31), dtype=np.int32)
+    buffer = torch.empty(shape.size, dtype=torch.int32, device=DEVICE)
+    device_plan = DevicePlan(shape, buffer, table.max_rank)
+    steps = [
+        [(1, ((i % 3, 1.0),)) for i in range(7)],
+        [(17, ((0, 1.0), (1, 2.0))), (1, ((2, 1.0),))],
+        [(3, ())],
+        [(1, ((0, 1.0), (1, 0.5), (2, -1.0)))],
+    ]
+    for number, sequences in enumerate(steps):
+        plan = plan_of(sequences)
+        pack(plan, shape, host)
+        buffer.copy_(torch.from_numpy(host))
+        x, y = inputs(sum(n for n, _ in sequences), 96, 96, torch.float32, seed=number)
+        wanted = expected(y, x, site, plan, table)
+        triton_lora.apply(y, x, site, device_plan, table)
+        assert error(y, wanted) < 1e-6
+
+
+def test_rows_of_x_and_y_may_be_apart() -> None:
+    site = make_site(64, (32,))
+    table = make_table([[8]], [(64, 32)], torch.float32, DEVICE)
+    plan = plan_of([(4, ((0, 1.0),))])
+    assert plan is not None
+    x, y = inputs(4, 100, 50, torch.float32)
+    wanted = expected(y[:, 10:42], x[:, :64], site, plan, table)
+    before = y.clone()
+    triton_lora.apply(y[:, 10:42], x[:, :64], site, DevicePlan.from_plan(plan, 8, DEVICE), table)
+    assert error(y[:, 10:42], wanted) < 1e-6
+    assert torch.equal(y[:, :10], before[:, :10])
+    assert torch.equal(y[:, 42:], before[:, 42:])
+
+
+@pytest.mark.parametrize("splits", [1, 3, 8])
+@pytest.mark.parametrize("block_r", [16, 64])
+def test_every_configuration_gives_the_same_sum(splits: int, block_r: int) -> None:
+    """Splits of k that are uneven or empty, and ranks in one block or several."""
+    site = make_site(200, (64, 40))
+    table = make_table([[64, 64], [33, 5]], [(200, 64), (200, 40)], torch.float32, DEVICE)
+    plan = plan_of([(18, ((0, 1.0),)), (1, ((1, 1.0),))])
+    assert plan is not None
+    x, y = inputs(19, 200, 104, torch.float32)
+    wanted = expected(y, x, site, plan, table)
+    device_plan = DevicePlan.from_plan(plan, 64, DEVICE)
+    targets = triton_lora.target_tensor(site.targets, DEVICE)
+    partials = triton_lora.shrink(x, targets, 104, device_plan, table, ShrinkConfig(block_r, 32, splits, 4, 2, 1))
+    config = ExpandConfig(block_r, 16, 32, 4, 2, 1)
+    triton_lora.expand(y, partials, targets, site.offsets, site.widths, 200, device_plan, table, config)
+    assert error(y, wanted) < 1e-6
+
+
+def test_wrong_dtype_and_wrong_layout_are_refused() -> None:
+    site = make_site(64, (32,))
+    table = make_table([[8]], [(64, 32)], torch.float32, DEVICE)
+    plan = plan_of([(4, ((0, 1.0),))])
+    assert plan is not None
+    device_plan = DevicePlan.from_plan(plan, 8, DEVICE)
+    x, y = inputs(4, 64, 32, torch.float32)
+    with pytest.raises(ValueError, match=r"arena's torch\.float32"):
+        triton_lora.apply(y, x.half(), site, device_plan, table)
+    with pytest.raises(ValueError, match="adjacent"):
+        triton_lora.apply(y, x.t().contiguous().t(), site, device_plan, table)
+
+
+def test_a_plan_that_does_not_fit_is_refused_before_anything_is_written() -> None:
+    plan = plan_of([(40, ((0, 1.0),)), (1, ((1, 1.0),))])
+    shape = PlanShape.bounded(entries=40, segments=4, waves=1, block_m=16)
+    out = np.full(shape.size, 7, dtype=np.int32)
+    with pytest.raises(PlanSizeError, match="41 entries"):
+        pack(plan, shape, out)
+    assert (out == 7).all()
+    with pytest.raises(PlanSizeError, match="2 waves"):
+        pack(plan_of([(1, ((0, 1.0), (1, 1.0)))]), shape, out)
+
+
+def test_tiles_cover_every_entry_once_and_never_cross_a_segment() -> None:
+    plan = plan_of([(33, ((4, 1.0),)), (16, ((2, 1.0),)), (1, ((9, 1.0), (2, 0.5))), (2, ())])
+    assert plan is not None
+    shape = PlanShape.of(plan, 16)
+    out = np.empty(shape.size, dtype=np.int32)
+    pack(plan, shape, out)
+    part = {name: out[where] for name, where in shape.slices.items()}
+    assert part["wave_tiles"].tolist() == [0, 5, shape.tiles]
+    covered = []
+    for row, start, length in zip(part["tile_row"], part["tile_start"], part["tile_len"], strict=True):
+        segment = int(np.searchsorted(plan.seg_start, start, side="right")) - 1
+        assert plan.seg_row[segment] == row
+        assert start + length <= plan.seg_start[segment + 1]
+        assert 1 <= length <= 16
+        covered += range(start, start + length)
+    assert covered == list(range(len(plan.tokens)))
+
+
+@pytest.mark.parametrize(("rank", "bucket"), [(1, 16), (16, 16), (17, 32), (100, 128), (512, 512)])
+def test_rank_bucket(rank: int, bucket: int) -> None:
+    assert rank_bucket(rank) == bucket
+
+
+def test_ranks_above_the_largest_bucket_are_refused() -> None:
+    with pytest.raises(ValueError, match="513"):
+        rank_bucket(513)
+
+
+@pytest.fixture
+def step() -> Iterator[ops.Step]:
+    yield ops.STEP
+    ops.STEP.plan = ops.STEP.tables = ops.STEP.side = None
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_operators_read_the_plan_when_they_run(step: ops.Step, bias: bool) -> None:
+    """One trace serves every plan, with and without adapters, and each form of the operator."""
+    site = make_site(64, (32, 48))
+    table = make_table([[8, 4], [16, 0]], [(64, 32), (64, 48)], torch.float32, DEVICE)
+    targets = triton_lora.target_tensor(site.targets, DEVICE)
+    weight, offset = torch.randn(80, 64, device=DEVICE), torch.randn(80, device=DEVICE) if bias else None
+
+    def added(x: Tensor) -> Tensor:
+        y = torch.nn.functional.linear(x, weight, offset)
+        ops.lora_add(y, x, targets, site.offsets, site.widths)
+        return y
+
+    def fused(x: Tensor) -> Tensor:
+        return ops.lora_linear(x, weight, offset, targets, site.offsets, site.widths)
+
+    def delta(x: Tensor) -> Tensor:
+        y, more = ops.lora_linear_delta(x, weight, offset, targets, site.offsets, site.widths)
+        return y + more
+
+    step.tables = table
+    for function in (added, fused, delta):
+        traces = CompileCounter()
+        compiled = torch.compile(function, backend=traces, fullgraph=True)
+        for row in (0, 1, None):
+            plan = None if row is None else plan_of([(5, ((row, 1.0),))])
+            step.plan = None if plan is None else DevicePlan.from_plan(plan, table.max_rank, DEVICE)
+            x, _ = inputs(6, 64, 80, torch.float32, seed=row or 7)
+            y = torch.nn.functional.linear(x, weight, offset)
+            assert error(compiled(x), expected(y, x, site, plan, table)) < 1e-6
+        assert traces.frame_count == 1
+
+
+@pytest.mark.parametrize("name", ["lora_add", "lora_linear", "lora_linear_delta"])
+def test_operators_are_registered_truthfully(step: ops.Step, name: str) -> None:
+    """torch's own check: schema, mutation and fake results agree with what the operator does."""
+    site = make_site(64, (32, 48))
+    table = make_table([[8, 4]], [(64, 32), (64, 48)], torch.float32, DEVICE)
+    plan = plan_of([(5, ((0, 1.0),))])
+    assert plan is not None
+    step.tables, step.plan = table, DevicePlan.from_plan(plan, 8, DEVICE)
+    x, y = inputs(5, 64, 80, torch.float32)
+    tail = (triton_lora.target_tensor(site.targets, DEVICE), list(site.offsets), list(site.widths))
+    head = (y, x) if name == "lora_add" else (x, torch.randn(80, 64, device=DEVICE), None)
+    torch.library.opcheck(getattr(ops, name), (*head, *tail), test_utils=("test_schema", "test_faketensor"))
