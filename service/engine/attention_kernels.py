@@ -1,0 +1,335 @@
+"""The Triton kernels of attention over a paged KV cache; attention_triton.py launches them.
+
+Flash decoding (Dao et al. 2023) for sequences with one query, FlashAttention 2 (Dao 2023) over pages for prompt chunks.
+The softmax is float32 in base 2.
+"""
+
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+# Arrays of the step lie anywhere in its buffer: an aligned one must not mean another compilation.
+@triton.jit(do_not_specialize_on_alignment=["slots"])
+def kv_write_kernel(
+    k,
+    v,
+    k_cache,
+    v_cache,
+    slots,
+    stride_kt,
+    stride_kh,
+    stride_vt,
+    stride_vh,
+    stride_page,
+    stride_slot,
+    stride_head,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+    BH: tl.constexpr,
+    BD: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots + token).to(tl.int64)
+    if slot >= 0:
+        h = tl.arange(0, BH)[:, None]
+        d = tl.arange(0, BD)[None, :]
+        mask = (h < HEADS) & (d < D)
+        at = slot // PAGE * stride_page + slot % PAGE * stride_slot + h * stride_head + d
+        tl.store(k_cache + at, tl.load(k + token * stride_kt + h * stride_kh + d, mask=mask), mask=mask)
+        tl.store(v_cache + at, tl.load(v + token * stride_vt + h * stride_vh + d, mask=mask), mask=mask)
+
+
+@triton.jit
+def _attend_block(
+    begin,
+    q,
+    peak,
+    total,
+    acc,
+    k_cache,
+    v_cache,
+    table,
+    context,
+    position,
+    scale,
+    cap,
+    stride_page,
+    stride_slot,
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAPPED: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """One step of the online softmax: keys begin .. begin + BN - 1 for query rows at `position`.
+
+    MASKED: some of these keys are out of some row's sight; otherwise all rows see all of them. `scale` has log2(e) in
+    it, unless CAPPED, where it turns scores into multiples of the cap."""
+    key = begin + tl.arange(0, BN)
+    d = tl.arange(0, BD)
+    if MASKED:
+        page = tl.load(table + key // PAGE, mask=key < context, other=0).to(tl.int64)
+    else:
+        page = tl.load(table + key // PAGE).to(tl.int64)
+    at = (page * stride_page + (key % PAGE) * stride_slot)[:, None] + d[None, :]
+    whole: tl.constexpr = (not MASKED) and D == BD
+    mask = (key < context)[:, None] & (d < D)[None, :]
+    if whole:
+        k = tl.load(k_cache + at)
+    else:
+        k = tl.load(k_cache + at, mask=mask, other=0.0)
+    score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    if CAPPED:
+        # cap · tanh(score): exp2 overflows to infinity and tanh to 1, as it should.
+        score = cap * (1.0 - 2.0 / (tl.exp2(score * (2.0 * 1.4426950408889634)) + 1.0))
+    if MASKED:
+        seen = key[None, :] <= position[:, None]
+        if WINDOW > 0:
+            seen = seen & (key[None, :] > position[:, None] - WINDOW)
+        score = tl.where(seen, score, float("-inf"))
+        # A row that has seen no key yet has a peak of -inf; it must not make -inf - -inf.
+        new_peak = tl.maximum(peak, tl.max(score, 1))
+        pivot = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    else:
+        new_peak = tl.maximum(peak, tl.max(score, 1))
+        pivot = new_peak
+    p = tl.exp2(score - pivot[:, None])
+    shrink = tl.exp2(peak - pivot)
+    total = total * shrink + tl.sum(p, 1)
+    if whole:
+        v = tl.load(v_cache + at)
+    else:
+        v = tl.load(v_cache + at, mask=mask, other=0.0)
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    return new_peak, total, acc
+
+
+@triton.jit(do_not_specialize=["stride_table"], do_not_specialize_on_alignment=["page_table", "context_lens"])
+def decode_kernel(
+    q,
+    k_cache,
+    v_cache,
+    page_table,
+    context_lens,
+    out,
+    partials,
+    logsums,
+    scale,
+    cap,
+    stride_qt,
+    stride_qh,
+    stride_ot,
+    stride_oh,
+    stride_page,
+    stride_slot,
+    stride_head,
+    stride_table,
+    D: tl.constexpr,
+    GROUP: tl.constexpr,
+    PAGE: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+    DIRECT: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAPPED: tl.constexpr,
+):
+    s = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    split = tl.program_id(2)
+    splits = tl.num_programs(2)
+    context = tl.load(context_lens + s)
+    first = 0
+    if WINDOW > 0:
+        first = tl.maximum(context - WINDOW, 0) // BN
+    blocks = tl.cdiv(context, BN) - first
+    share = tl.cdiv(blocks, splits)
+    begin = first + split * share
+    end = tl.minimum(begin + share, first + blocks)
+
+    rows = tl.arange(0, 16)
+    d = tl.arange(0, BD)
+    query_heads = head * GROUP + rows
+    mask = (rows < GROUP)[:, None] & (d < D)[None, :]
+    qv = tl.load(q + s * stride_qt + (query_heads * stride_qh)[:, None] + d[None, :], mask=mask, other=0.0)
+    peak = tl.full([16], float("-inf"), tl.float32)
+    total = tl.zeros([16], tl.float32)
+    acc = tl.zeros([16, BD], tl.float32)
+    position = tl.zeros([16], tl.int32) + (context - 1)
+    for block in range(begin, end):
+        peak, total, acc = _attend_block(
+            block * BN,
+            qv,
+            peak,
+            total,
+            acc,
+            k_cache + head * stride_head,
+            v_cache + head * stride_head,
+            page_table + s * stride_table,
+            context,
+            position,
+            scale,
+            cap,
+            stride_page,
+            stride_slot,
+            D,
+            PAGE,
+            BN,
+            BD,
+            WINDOW,
+            CAPPED,
+            True,
+        )
+    divisor = tl.where(total > 0, total, 1.0)
+    acc = acc / divisor[:, None]
+    if DIRECT:
+        at = s * stride_ot + (query_heads * stride_oh)[:, None] + d[None, :]
+        tl.store(out + at, acc.to(out.dtype.element_ty), mask=mask)
+    else:
+        at = (s * (tl.num_programs(1) * GROUP) + query_heads) * splits + split
+        tl.store(partials + at[:, None] * D + d[None, :], acc, mask=mask)
+        logsum = tl.where(total > 0, peak + tl.log2(divisor), float("-inf"))
+        tl.store(logsums + at, logsum, mask=rows < GROUP)
+
+
+@triton.jit
+def merge_kernel(
+    partials,
+    logsums,
+    out,
+    stride_ot,
+    stride_oh,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    s = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    d = tl.arange(0, BD)
+    at = (s * tl.num_programs(1) + head) * SPLITS + tl.arange(0, SPLITS)
+    logsum = tl.load(logsums + at)
+    peak = tl.max(logsum, 0)
+    weight = tl.exp2(logsum - tl.where(peak == float("-inf"), 0.0, peak))
+    parts = tl.load(partials + at[:, None] * D + d[None, :], mask=(d < D)[None, :], other=0.0)
+    total = tl.sum(weight, 0)
+    merged = tl.sum(parts * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
+    tl.store(out + s * stride_ot + head * stride_oh + d, merged.to(out.dtype.element_ty), mask=d < D)
+
+
+@triton.jit(
+    do_not_specialize=["stride_table"], do_not_specialize_on_alignment=["page_table", "context_lens", "query_starts"]
+)
+def prefill_kernel(
+    q,
+    k_cache,
+    v_cache,
+    page_table,
+    context_lens,
+    query_starts,
+    out,
+    scale,
+    cap,
+    stride_qt,
+    stride_qh,
+    stride_ot,
+    stride_oh,
+    stride_page,
+    stride_slot,
+    stride_head,
+    stride_table,
+    D: tl.constexpr,
+    GROUP: tl.constexpr,
+    PAGE: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAPPED: tl.constexpr,
+):
+    # The last rows of a chunk see the most keys, so they start first.
+    m0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
+    head = tl.program_id(1)
+    s = tl.program_id(2).to(tl.int64)
+    q0 = tl.load(query_starts + s)
+    queries = tl.load(query_starts + s + 1) - q0
+    if m0 >= queries:
+        return
+    context = tl.load(context_lens + s)
+    before = context - queries
+    rows = m0 + tl.arange(0, BM)
+    d = tl.arange(0, BD)
+    mask = (rows < queries)[:, None] & (d < D)[None, :]
+    token = (q0 + rows).to(tl.int64)
+    qv = tl.load(q + (token * stride_qt)[:, None] + head * stride_qh + d[None, :], mask=mask, other=0.0)
+    peak = tl.full([BM], float("-inf"), tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, BD], tl.float32)
+    position = before + rows
+    k_head = k_cache + (head // GROUP) * stride_head
+    v_head = v_cache + (head // GROUP) * stride_head
+    table = page_table + s * stride_table
+
+    end = tl.minimum(context, before + m0 + BM)
+    begin = 0
+    # Every row sees every key before the block that holds the first row's own key, unless a window ends its sight.
+    whole = (before + m0) // BN * BN
+    if WINDOW > 0:
+        begin = tl.maximum(before + m0 - WINDOW + 1, 0) // BN * BN
+        whole = begin
+    for n0 in range(begin, whole, BN):
+        peak, total, acc = _attend_block(
+            n0,
+            qv,
+            peak,
+            total,
+            acc,
+            k_head,
+            v_head,
+            table,
+            context,
+            position,
+            scale,
+            cap,
+            stride_page,
+            stride_slot,
+            D,
+            PAGE,
+            BN,
+            BD,
+            WINDOW,
+            CAPPED,
+            False,
+        )
+    for n0 in range(whole, end, BN):
+        peak, total, acc = _attend_block(
+            n0,
+            qv,
+            peak,
+            total,
+            acc,
+            k_head,
+            v_head,
+            table,
+            context,
+            position,
+            scale,
+            cap,
+            stride_page,
+            stride_slot,
+            D,
+            PAGE,
+            BN,
+            BD,
+            WINDOW,
+            CAPPED,
+            True,
+        )
+    acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+    at = (token * stride_ot)[:, None] + head * stride_oh + d[None, :]
+    tl.store(out + at, acc.to(out.dtype.element_ty), mask=mask)

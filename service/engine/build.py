@@ -1,0 +1,279 @@
+"""Puts the real engine together: model, KV cache, arena, loader, scheduler. Decides how memory is shared out."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+
+from adapters.arena import Arena
+from adapters.blobs import BlobStore
+from adapters.loader import BlockLoader
+from adapters.residency import Residency
+from service.engine import attention, compiled
+from service.engine.attention import Attention, LayerShape, PagedAttention
+from service.engine.config import EngineConfig
+from service.engine.core import Engine
+from service.engine.errors import CannotStart
+from service.engine.kv_cache import PagePool
+from service.engine.messages import FromEngine, Limits
+from service.engine.model import LoadedModel, load_model
+from service.engine.runner import LoraKernels, ReferenceKernels, Runner
+
+log = logging.getLogger(__name__)
+
+MAX_ADAPTERS_PER_REQUEST = 8
+MAX_RANK = 512
+CPU_KV_BYTES = 1 << 30
+CPU_ARENA_BYTES = 512 << 20
+CUDA_HEADROOM = 0.06
+"""Share of the device left alone: fragmentation, library workspaces, other small users."""
+CUDA_ARENA_SHARE = 0.4
+"""Of what the model leaves free. The rest is KV cache."""
+CUDA_HOST_CACHE_BYTES = 8 << 30
+
+
+def build_engine(
+    config: EngineConfig, send: Callable[[bytes, FromEngine], None], wake: Callable[[], None] = lambda: None
+) -> tuple[Engine, dict[str, str]]:
+    """The engine around the real model, and the versions to report. `wake` is called, on a loader thread, when an
+    adapter has got further.
+
+    Raises CannotStart: the device cannot be used, memory does not suffice, or the model cannot be served exactly."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    cuda = config.device == "cuda"
+    if cuda:
+        compiled.use_cache_folder(Path(config.cache_dir) / "compiled")
+    check_machine(config)
+    try:
+        loaded = load_model(config)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise _no_memory(config) from error
+    budget = config.max_tokens_per_step or (512 if config.device == "cpu" else 8192)
+    pages, arena_bytes = share_memory(config, loaded, budget)
+    manifest = loaded.manifest
+
+    arena = Arena.for_manifest(manifest, device=loaded.device, nbytes=arena_bytes, rows=config.max_resident_adapters)
+    loader = BlockLoader(
+        BlobStore(Path(config.blobs_dir)),
+        manifest,
+        Path(config.cache_dir),
+        arena,
+        host_bytes=_host_bytes(config),
+        notify=wake,
+    )
+    backend, kernels = _kernels(config, loaded, pages, arena)
+    limits = Limits(
+        max_positions=min(manifest.max_positions, pages * config.page_size),
+        max_sequences=config.max_sequences,
+        max_queue=config.max_queue,
+        page_size=config.page_size,
+        pages=pages,
+        max_adapters_per_request=MAX_ADAPTERS_PER_REQUEST,
+        max_rank=MAX_RANK,
+        arena_bytes=arena.capacity,
+    )
+    runner = Runner(loaded, backend, kernels, config.page_size)
+    if cuda and not config.eager:
+        _prepare(config, loaded, runner, backend, kernels, arena, budget)
+    engine = Engine(
+        config,
+        manifest,
+        limits,
+        runner,
+        PagePool(pages, config.page_size, prefix_caching=config.prefix_caching),
+        Residency(arena, loader),
+        send,
+        max_tokens_per_step=budget,
+        on_close=loader.close,
+    )
+    log.info(
+        "%s in %s on %s: KV cache %d pages of %d tokens (%.1f GiB), arena %.1f GiB for up to %d adapters",
+        manifest.architecture,
+        manifest.dtype,
+        config.device,
+        pages,
+        config.page_size,
+        pages * page_bytes(loaded.shapes, config.page_size, loaded.dtype) / 2**30,
+        arena.capacity / 2**30,
+        config.max_resident_adapters,
+    )
+    return engine, {"torch": str(torch.__version__), "transformers": transformers.__version__}
+
+
+def check_machine(config: EngineConfig) -> None:
+    """What would otherwise end in a stack trace minutes later. Raises CannotStart."""
+    if config.device == "cuda":
+        if config.deterministic:
+            raise CannotStart(
+                "LORAPLEX_DETERMINISTIC=true: kernels that do not depend on the batch exist on CPU only so far",
+                "leave it out, or choose --device cpu, where float32 is deterministic",
+            )
+        if torch.version.cuda is None:
+            raise CannotStart(
+                "LORAPLEX_DEVICE=cuda, but the installed torch is built for CPU only",
+                "install a CUDA build of torch, or choose --device cpu",
+            )
+        try:
+            torch.cuda.init()
+        except RuntimeError as error:
+            raise CannotStart(
+                f"LORAPLEX_DEVICE=cuda, but the GPU cannot be used: {str(error).splitlines()[0]}",
+                f"torch needs a driver for CUDA {torch.version.cuda}; nvidia-smi shows yours. Or choose --device cpu",
+            ) from error
+        available = torch.cuda.mem_get_info()[0]
+    else:
+        available = host_memory_available()
+    if needed_bytes(config) > available:
+        raise _no_memory(config, available)
+
+
+def needed_bytes(config: EngineConfig) -> int:
+    """Bytes of the weights in the compute dtype, by the sizes of the files and the dtype that the checkpoint names."""
+    folder = Path(config.model_path)
+    stored = json.loads((folder / "config.json").read_text())
+    own = str(stored.get("dtype") or stored.get("torch_dtype") or "bfloat16")
+    wanted = config.dtype if config.dtype != "auto" else "float32" if config.device == "cpu" else own
+    files = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    sizes = {"float32": 4, "float64": 8}
+    return files * sizes.get(wanted, 2) // sizes.get(own, 2)
+
+
+def host_memory_available() -> int:
+    """Host memory that can still be had, in bytes (MemAvailable)."""
+    with open("/proc/meminfo") as file:
+        fields = dict(line.split(":", 1) for line in file)
+    return int(fields["MemAvailable"].split()[0]) * 1024
+
+
+def _no_memory(config: EngineConfig, available: int | None = None) -> CannotStart:
+    has = "" if available is None else f", and {available / 2**30:.1f} GiB are free"
+    return CannotStart(
+        f"not enough memory on {config.device}: the weights of {Path(config.model_path).name} "
+        f"take about {needed_bytes(config) / 2**30:.1f} GiB{has}",
+        "choose a smaller model (--model), a smaller --dtype, or free some memory",
+    )
+
+
+def _kernels(config: EngineConfig, loaded: LoadedModel, pages: int, arena: Arena) -> tuple[Attention, LoraKernels]:
+    """Triton on CUDA; plain torch on CPU."""
+    size = (loaded.shapes, pages, config.page_size, loaded.dtype, loaded.device)
+    if config.device == "cuda":
+        from adapters.kernels.backend import TritonKernels  # Triton comes with torch for CUDA only
+        from service.engine.attention_triton import TritonPagedAttention
+
+        return TritonPagedAttention(*size), TritonKernels(arena)
+    linears = loaded.manifest.linears
+    return PagedAttention(*size), ReferenceKernels(
+        arena, [module.in_features for module in linears], [module.out_features for module in linears]
+    )
+
+
+def _prepare(
+    config: EngineConfig,
+    loaded: LoadedModel,
+    runner: Runner,
+    backend: Attention,
+    kernels: LoraKernels,
+    arena: Arena,
+    budget: int,
+) -> None:
+    """Compiles and captures all that the GPU path uses. A model whose layers do not compile is served uncompiled."""
+    import torch._dynamo.exc
+    import torch._inductor.exc
+
+    from service.engine.graphs import DecodeGraphs
+    from service.engine.warmup import warm_up
+
+    def set_active(active: bool) -> None:
+        runner.hook.active = active
+
+    graphs = DecodeGraphs(
+        runner.logits,
+        backend,  # type: ignore[arg-type]
+        kernels,  # type: ignore[arg-type]
+        set_active,
+        max_sequences=config.max_sequences,
+        max_positions=loaded.manifest.max_positions,
+        page_size=config.page_size,
+        device=loaded.device,
+    )
+    with torch.inference_mode():
+        compiled.compile_layers(loaded.model)
+        try:
+            warm_up(runner, arena, loaded.manifest, graphs, budget)
+        except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError):
+            log.warning("this model's layers do not compile; they run uncompiled", exc_info=True)
+            compiled.undo(loaded.model)
+            warm_up(runner, arena, loaded.manifest, graphs, budget)
+    runner.graphs = graphs
+
+
+def page_bytes(shapes: list[LayerShape], page_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one KV page over all layers: keys and values."""
+    return sum(2 * page_size * shape.kv_heads * shape.head_dim * dtype.itemsize for shape in shapes)
+
+
+def share_memory(config: EngineConfig, loaded: LoadedModel, budget: int) -> tuple[int, int]:
+    """(KV pages, arena bytes): as configured, else shares of what is free once the model is loaded and the
+    activations of the largest step have been measured."""
+    each = page_bytes(loaded.shapes, config.page_size, loaded.dtype)
+    pages, arena_bytes = config.kv_pages, config.arena_bytes
+    if config.device == "cpu":
+        one_sequence = -(-loaded.manifest.max_positions // config.page_size)
+        return pages or max(CPU_KV_BYTES // each, min(one_sequence, 2 * CPU_KV_BYTES // each)), (
+            arena_bytes or CPU_ARENA_BYTES
+        )
+    activations = measure_activations(loaded, budget, config.max_sequences)
+    free, total = torch.cuda.mem_get_info()
+    usable = int(free - activations - CUDA_HEADROOM * total)
+    if not arena_bytes:
+        arena_bytes = int((usable - pages * each) * (1.0 if pages else CUDA_ARENA_SHARE))
+    if not pages:
+        pages = (usable - arena_bytes) // each
+    if pages < 1 or arena_bytes < 1:
+        raise CannotStart(
+            f"memory: after the model {free / 2**30:.1f} GiB are free and a step needs {activations / 2**30:.1f} GiB",
+            "lower LORAPLEX_MAX_TOKENS_PER_STEP, LORAPLEX_ARENA_BYTES or LORAPLEX_KV_PAGES",
+        )
+    return pages, arena_bytes
+
+
+@torch.inference_mode()
+def measure_activations(loaded: LoadedModel, tokens: int, sequences: int) -> int:
+    """Peak bytes that a step of `tokens` tokens with `sequences` sampled rows allocates beside the weights."""
+    device = loaded.device
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    attention.register(attention.Probe())
+    try:
+        logits = loaded.model(
+            input_ids=torch.zeros(1, tokens, dtype=torch.long, device=device),
+            position_ids=torch.arange(tokens, device=device)[None],
+            use_cache=False,
+            logits_to_keep=torch.arange(min(sequences, tokens), device=device),
+        ).logits[0]
+        # What sampling with every option on holds at once: float32 logits, probabilities, their order and sums.
+        order = logits.float().softmax(-1).sort(dim=-1, descending=True)
+        del order
+    finally:
+        attention.register()
+    peak = torch.cuda.max_memory_allocated() - before
+    del logits
+    torch.cuda.empty_cache()
+    return int(peak * 1.25)
+
+
+def _host_bytes(config: EngineConfig) -> int:
+    """On CPU blocks are read straight into the arena: a second copy in host memory would buy nothing."""
+    if config.device == "cpu":
+        return config.host_cache_bytes
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return config.host_cache_bytes or min(CUDA_HOST_CACHE_BYTES, memory // 8)

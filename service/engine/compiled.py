@@ -1,0 +1,55 @@
+"""Compiled layers: every decoder layer through torch.compile, all of them by the same code.
+
+One compiled layer serves all layers, batches and adapters, because nothing that differs between them is seen while
+tracing: KV caches and LoRA targets are buffers, the step's metadata is read inside opaque operators. The caches of
+Inductor and Triton live in the engine's cache folder, so only the first start compiles.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
+
+VARIANTS = 64
+"""Most versions of a layer that are compiled: (one token or many) x (LoRA or not) x kinds of layers, with room."""
+
+
+def use_cache_folder(folder: Path) -> None:
+    """Before anything is compiled: where compiled code is kept."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
+    os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
+
+
+def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> None:
+    """Makes the decoder's layers and its final norm compile at their next call."""
+    import torch._dynamo
+    import torch.fx.experimental._config as shapes
+
+    torch._dynamo.config.recompile_limit = VARIANTS
+    torch._dynamo.config.accumulated_recompile_limit = 4 * VARIANTS
+    # Otherwise a norm's epsilon travels as a tensor on the CPU, and sizes that happen to be equal (tokens and
+    # hidden size) are taken to be the same.
+    torch._dynamo.config.specialize_float = True
+    shapes.use_duck_shape = False
+    decoder = model.get_decoder()
+    layers = decoder.layers
+    if not isinstance(layers, nn.ModuleList):
+        raise TypeError(f"{type(decoder).__name__}.layers is {type(layers).__name__}, expected a ModuleList")
+    for layer in layers:
+        layer.compile(dynamic=True, backend=backend)
+    if isinstance(getattr(decoder, "norm", None), nn.Module):
+        decoder.norm.compile(dynamic=True, backend=backend)
+
+
+def undo(model: PreTrainedModel) -> None:
+    """Back to eager execution."""
+    for module in model.modules():
+        module._compiled_call_impl = None
+    torch._dynamo.reset()

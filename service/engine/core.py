@@ -1,0 +1,452 @@
+"""The engine: requests in, tokens out, one step at a time. Single-threaded; knows no sockets and no torch.
+
+`step` is the whole of it: place adapters, schedule, run, advance, reply. Everything else here is what happens to a
+request before its first step (submit) and after its last.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import random
+import time
+import traceback
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Protocol
+
+from adapters.errors import AdapterTooLarge, LoraplexAdapterError
+from adapters.manifest import Manifest
+from adapters.residency import Residency, Unload
+from service.engine.config import EngineConfig
+from service.engine.errors import EngineBroken, EngineError, IntegrityError
+from service.engine.kv_cache import PagePool, cache_root
+from service.engine.messages import (
+    Abort,
+    AdapterRef,
+    Delta,
+    FromEngine,
+    Limits,
+    LoadAdapter,
+    Outputs,
+    Ping,
+    Prefetch,
+    QueryResidency,
+    Refused,
+    Reply,
+    Submit,
+    ToEngine,
+    UnloadAdapter,
+)
+from service.engine.request import Batch, Sampled, Sequence
+from service.engine.scheduler import Scheduler
+
+log = logging.getLogger(__name__)
+
+MAX_FAILED_STEPS = 3
+"""After so many failed steps in a row the device, or the code, is beyond repair."""
+_SEED_MASK = 2**63 - 1
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""What torch's plain RuntimeErrors say of it."""
+
+Adapters = tuple[AdapterRef, ...]
+Key = tuple[bytes, str]
+"""(client, request id)"""
+
+
+class Runner(Protocol):
+    """Executes a batch. One result per item, None where nothing is sampled. Reads its sequences; changes only
+    `prompt_logprobs`, to which it appends."""
+
+    def execute(self, batch: Batch) -> list[Sampled | None]: ...
+
+
+def merged(adapters: Adapters) -> Adapters:
+    """An adapter named twice counts once, with the sum of its weights; one whose weight is 0 not at all."""
+    weights: dict[str, float] = {}
+    for each in adapters:
+        weights[each.digest] = weights.get(each.digest, 0.0) + each.weight
+    return tuple(AdapterRef(digest, weight) for digest, weight in weights.items() if weight != 0.0)
+
+
+def finish_reason(seq: Sequence, max_positions: int) -> str | None:
+    """Whether the token just appended to `seq` is its last: "stop", "length" or None. min_tokens needs no care here:
+    before it, the sampler draws no stop token."""
+    if seq.num_generated and seq.tokens[-1] in seq.sampling.stop_token_ids:
+        return "stop"
+    if seq.num_generated >= seq.sampling.max_tokens or len(seq.tokens) >= max_positions:
+        return "length"
+    return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of the host or of the device. By name and text, because this module does not import torch."""
+    if isinstance(error, MemoryError) or any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
+
+
+class Engine:
+    """All requests of all API processes. `send(client, message)` must not block."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        manifest: Manifest,
+        limits: Limits,
+        runner: Runner,
+        pool: PagePool,
+        residency: Residency,
+        send: Callable[[bytes, FromEngine], None],
+        *,
+        max_tokens_per_step: int | None = None,
+        on_close: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`on_close` ends what the parts run beside the step loop (the loader's threads and worker)."""
+        self.close = on_close
+        self.config = config
+        self.manifest = manifest
+        self.limits = limits
+        self.runner = runner
+        self.pool = pool
+        self.residency = residency
+        self.scheduler = Scheduler(
+            pool,
+            residency,
+            max_sequences=limits.max_sequences,
+            max_tokens_per_step=max_tokens_per_step
+            or config.max_tokens_per_step
+            or (512 if config.device == "cpu" else 8192),
+        )
+        self.draining = False
+        """Set: new requests are refused with shutting_down."""
+        self.step_started: float | None = None
+        """time.monotonic() of the step in progress; read by the thread that answers Pings."""
+        self._send = send
+        self._requests: dict[Key, dict[int, Sequence]] = {}
+        self._outbox: defaultdict[bytes, list[Delta]] = defaultdict(list)
+        self._loads: list[tuple[bytes, LoadAdapter]] = []
+        self._unloads: list[tuple[bytes, str, Unload]] = []
+        self._forgets: list[tuple[bytes, UnloadAdapter]] = []
+        """Of deleted adapters, while accepted requests still name them."""
+        self._hinted: set[str] = set()
+        self._arrivals = itertools.count()
+        self._random = random.SystemRandom()
+        self._failed_steps = 0
+        self._steps = 0
+        self._step_seconds = 0.0
+        self._generated = 0
+        self._prefilled = 0
+        self._finished = 0
+        self._out_of_memory = 0
+
+    # ------------------------------------------------------------ the step
+
+    def step(self) -> bool:
+        """Run one step; False if nothing could run. Raises EngineBroken and IntegrityError: end the process."""
+        self.residency.poll()
+        self._answer_calls()
+        batch = self.scheduler.schedule()
+        self._refuse_failed()
+        if not batch.items:
+            return False
+        started = self.step_started = time.monotonic()
+        try:
+            sampled = self._run(batch)
+        except Exception as error:
+            self._give_up(batch, error)
+            # What the failed step held, on the device above all, is free before the next one.
+            traceback.clear_frames(error.__traceback__)
+        else:
+            self._failed_steps = 0
+            self._advance(batch, sampled)
+            self._reply()
+        finally:
+            self.step_started = None
+            self._steps += 1
+            self._step_seconds += time.monotonic() - started
+        return True
+
+    def _run(self, batch: Batch) -> list[Sampled | None]:
+        sampled = self.runner.execute(batch)
+        if [result is not None for result in sampled] != [item.samples for item in batch.items]:
+            raise EngineError("the runner's results do not match its batch")
+        return sampled
+
+    def _advance(self, batch: Batch, sampled: list[Sampled | None]) -> None:
+        for item, result in zip(batch.items, sampled, strict=True):
+            seq = item.seq
+            if item.count > 1 or seq.num_computed < seq.num_prompt:
+                self._prefilled += item.count
+            seq.num_computed += item.count
+            self.pool.commit(seq)
+            if result is not None:
+                self._append(seq, result)
+
+    def _append(self, seq: Sequence, result: Sampled) -> None:
+        delta = Delta(seq.request_id, seq.index, [])
+        if seq.num_generated == 0:
+            delta.cached_tokens = seq.cached_tokens
+            delta.prompt_logprobs, seq.prompt_logprobs = seq.prompt_logprobs, None
+        if seq.sampling.max_tokens > 0:  # 0: only the prompt's log-probabilities are wanted
+            seq.tokens.append(result.token_id)
+            delta.token_ids.append(result.token_id)
+            if result.logprob is not None:
+                delta.logprobs = [result.logprob]
+            self._generated += 1
+        delta.finish_reason = seq.finish_reason = finish_reason(seq, self.limits.max_positions)
+        self._outbox[seq.client].append(delta)
+        if seq.finish_reason is not None:
+            self._finished += 1
+            self._remove(seq)
+
+    def _reply(self) -> None:
+        """One message per API process and step."""
+        for client, deltas in self._outbox.items():
+            self._send(client, Outputs(deltas))
+        self._outbox.clear()
+
+    def _give_up(self, batch: Batch, error: Exception) -> None:
+        """The step failed: so do its requests, and nothing else."""
+        self._failed_steps += 1
+        log.error("step of %d tokens failed", batch.num_tokens, exc_info=error)
+        code, message = "engine_error", "the engine failed while it computed this request"
+        if is_out_of_memory(error):
+            self._out_of_memory += 1
+            code, message = "out_of_memory", "the engine ran out of memory while it computed this request"
+        for key in dict.fromkeys((item.seq.client, item.seq.request_id) for item in batch.items):
+            self._refuse(key, code, message)
+        self.check_integrity()
+        if self._failed_steps >= MAX_FAILED_STEPS:
+            raise EngineBroken(f"{self._failed_steps} steps in a row failed") from error
+
+    # ------------------------------------------------------------ requests
+
+    def handle(self, client: bytes, message: ToEngine) -> None:
+        """One message of an API process."""
+        match message:
+            case Submit():
+                self.submit(client, message)
+            case Abort(request_id, index):
+                self.abort(client, request_id, index)
+            case Prefetch(digests):
+                self.residency.prefetch(digests)
+                self._hinted.update(digests)
+                if len(self._hinted) > 1024:
+                    self._forget_hints()
+            case LoadAdapter():
+                self._loads.append((client, message))
+            case UnloadAdapter(call_id, digest, forget):
+                if forget:
+                    self._forgets.append((client, message))
+                else:
+                    self._unloads.append((client, call_id, self.residency.unload(digest)))
+            case QueryResidency(call_id, digests):
+                self._send(client, Reply(call_id, value={each: self.residency.state(each) for each in digests}))
+            case Ping():
+                pass  # the process answers it
+
+    def submit(self, client: bytes, request: Submit) -> None:
+        """Queue every sequence of a request, or refuse it whole."""
+        key = (client, request.request_id)
+        if key in self._requests:  # the sender cannot tell the two apart, so neither can go on
+            self._refuse(key, "engine_error", f"request id {request.request_id!r} was in use")
+            return
+        refused = self._refusal(request)
+        if refused is not None:
+            self._send(client, refused)
+            return
+        adapters = merged(request.adapters)
+        self.residency.prefetch(tuple(ref.digest for ref in adapters))
+        root = cache_root(request.salt, adapters)
+        sequences: dict[int, Sequence] = {}
+        for number, prompt in enumerate(request.prompts):
+            for choice in range(request.n):
+                seq = self._sequence(client, request, number * request.n + choice, prompt, adapters, root)
+                self.scheduler.add(seq, leader=sequences.get(number * request.n))
+                sequences[seq.index] = seq
+        self._requests[key] = sequences
+
+    def _sequence(
+        self, client: bytes, request: Submit, index: int, prompt: list[int], adapters: Adapters, root: bytes
+    ) -> Sequence:
+        sampling = request.sampling
+        seed = self._random.getrandbits(63) if sampling.seed is None else sampling.seed + index % request.n
+        return Sequence(
+            request_id=request.request_id,
+            index=index,
+            client=client,
+            tokens=list(prompt),
+            num_prompt=len(prompt),
+            sampling=sampling,
+            seed=seed & _SEED_MASK,
+            adapters=adapters,
+            cache_root=root,
+            arrival=float(next(self._arrivals)),
+            prompt_logprobs=None if sampling.prompt_logprobs is None else [None],
+        )
+
+    def _refusal(self, request: Submit) -> Refused | None:
+        if self.draining:
+            return Refused(request.request_id, "shutting_down", "the engine is shutting down", 1.0)
+        reason = self._too_large(request)
+        if reason is not None:
+            return Refused(request.request_id, "too_large", reason)
+        new, waiting = len(request.prompts) * request.n, len(self.scheduler.waiting)
+        if waiting + new > self.limits.max_queue:
+            each = self._step_seconds / self._finished if self._finished else 0.0
+            after = min(60.0, max(1.0, each * (waiting + new - self.limits.max_queue)))
+            return Refused(request.request_id, "queue_full", f"{waiting} sequences are waiting already", after)
+        return None
+
+    def _too_large(self, request: Submit) -> str | None:
+        """Why the request can never be served, whatever else runs. An id that the model does not know would fail the
+        whole step, with everybody else's requests in it."""
+        limits, new = self.limits, len(request.prompts) * request.n
+        vocabulary = range(self.manifest.vocab_size)
+        ids = (*request.sampling.stop_token_ids, *request.sampling.logit_bias)
+        if new < 1 or new > limits.max_queue:
+            return f"{new} sequences in one request, between 1 and {limits.max_queue} are served"
+        if len(request.adapters) > limits.max_adapters_per_request:
+            return f"{len(request.adapters)} adapters, at most {limits.max_adapters_per_request} are served"
+        if any(each not in vocabulary for each in ids):
+            return f"stop_token_ids or logit_bias have token ids outside 0..{vocabulary[-1]}"
+        for number, prompt in enumerate(request.prompts):
+            total = len(prompt) + request.sampling.max_tokens
+            if not prompt:
+                return f"prompt {number} has no tokens"
+            if min(prompt) not in vocabulary or max(prompt) not in vocabulary:
+                return f"prompt {number} has token ids outside 0..{vocabulary[-1]}"
+            if total > limits.max_positions:
+                return f"prompt {number} and max_tokens are {total} tokens, at most {limits.max_positions} are served"
+            if self.pool.pages_for(total) > self.pool.num_pages:
+                room = self.pool.num_pages * self.pool.page_size
+                return f"prompt {number} and max_tokens are {total} tokens, the KV cache holds {room}"
+        return None
+
+    def abort(self, client: bytes, request_id: str, index: int | None = None) -> None:
+        """Free a request's sequences, or one; nothing is said to the client."""
+        sequences = self._requests.get((client, request_id), {})
+        for seq in list(sequences.values()):
+            if index is None or seq.index == index:
+                seq.finish_reason = "abort"
+                self._remove(seq)
+
+    def drop_client(self, client: bytes) -> None:
+        """The API process is gone: so is everything it asked."""
+        for owner, request_id in list(self._requests):
+            if owner == client:
+                self.abort(client, request_id)
+        for owner, call in self._loads:
+            if owner == client:
+                self.residency.cancel_wait(call.call_id)
+        self._loads = [load for load in self._loads if load[0] != client]
+        self._unloads = [unload for unload in self._unloads if unload[0] != client]
+        self._forgets = [forget for forget in self._forgets if forget[0] != client]
+
+    def refuse_all(self, code: str, message: str) -> None:
+        """Give up every request."""
+        for key in list(self._requests):
+            self._refuse(key, code, message)
+
+    def _refuse(self, key: Key, code: str, message: str) -> None:
+        client, request_id = key
+        self.abort(client, request_id)
+        self._send(client, Refused(request_id, code, message))
+
+    def _refuse_failed(self) -> None:
+        failed, self.scheduler.failed = self.scheduler.failed, []
+        for seq, error in failed:
+            if seq.finish_reason is None:  # a sibling may have taken the request away already
+                code = "too_large" if isinstance(error, AdapterTooLarge) else "adapter_failed"
+                self._refuse((seq.client, seq.request_id), code, str(error))
+
+    def _remove(self, seq: Sequence) -> None:
+        self.scheduler.finish(seq)
+        key = (seq.client, seq.request_id)
+        del self._requests[key][seq.index]
+        if not self._requests[key]:
+            del self._requests[key]
+
+    # ------------------------------------------------------------ control calls
+
+    def _answer_calls(self) -> None:
+        self._loads = [load for load in self._loads if not self._loaded(*load)]
+        if self._forgets:
+            self._forget_unnamed()
+        for client, call_id, unload in self._unloads:
+            if unload.done:
+                self._send(client, Reply(call_id))
+        self._unloads = [each for each in self._unloads if not each[2].done]
+
+    def _loaded(self, client: bytes, call: LoadAdapter) -> bool:
+        """A lease proves that the adapter is there; it stays, as the most recently used, when the lease is gone."""
+        try:
+            lease = self.residency.try_lease((call.digest,), ticket=call.call_id)
+        except LoraplexAdapterError as error:
+            self._send(client, Reply(call.call_id, error=str(error)))
+            return True
+        if lease is None:
+            return False
+        self.residency.release(lease)
+        self._send(client, Reply(call.call_id))
+        return True
+
+    def _forget_unnamed(self) -> None:
+        """Unloads the deleted adapters that no accepted request names any more. One that waits its turn may not have
+        its lease yet, and needs the adapter's files until it has."""
+        named = {ref.digest for asked in self._requests.values() for ref in next(iter(asked.values())).adapters}
+        held, self._forgets = self._forgets, []
+        for client, call in held:
+            if call.digest in named:
+                self._forgets.append((client, call))
+            else:
+                self._unloads.append((client, call.call_id, self.residency.unload(call.digest, forget=True)))
+
+    def _forget_hints(self) -> None:
+        """Those that are no longer on their way."""
+        self._hinted = {digest for digest in self._hinted if self.residency.state(digest) == "loading"}
+
+    # ------------------------------------------------------------ what is going on
+
+    @property
+    def busy(self) -> bool:
+        """Some request is not finished."""
+        return bool(self._requests)
+
+    @property
+    def expecting(self) -> bool:
+        """Something waits for the loader, so step() must be called again soon though nothing runs."""
+        self._forget_hints()
+        return bool(self._loads or self._unloads or self._hinted or self.scheduler.waiting)
+
+    def stats(self) -> dict[str, float]:
+        """Gauges and, ending in _total, counters since the start; the residency's among them."""
+        scheduler, pool = self.scheduler, self.pool
+        fetching = scheduler.num_fetching
+        stats: dict[str, float] = {
+            "sequences_running": len(scheduler.running),
+            "sequences_waiting": len(scheduler.waiting) - fetching,
+            "sequences_fetching": fetching,
+            "kv_pages_used": pool.num_used,
+            "kv_pages": pool.num_pages,
+            "kv_pages_cached": pool.num_cached,
+            "prefix_hit_tokens_total": pool.hit_tokens,
+            "prefix_query_tokens_total": pool.query_tokens,
+            "preemptions_total": scheduler.preemptions,
+            "steps_total": self._steps,
+            "step_seconds_total": self._step_seconds,
+            "generated_tokens_total": self._generated,
+            "prefill_tokens_total": self._prefilled,
+            "out_of_memory_total": self._out_of_memory,
+        }
+        stats.update(self.residency.stats())
+        return stats
+
+    def check_integrity(self) -> None:
+        """Raises IntegrityError unless queues, pages, leases and adapters agree."""
+        self.scheduler.check_integrity()
+        try:
+            self.residency.check_integrity()
+        except RuntimeError as error:
+            raise IntegrityError(str(error)) from error

@@ -1,0 +1,176 @@
+"""Loads the base model, refuses what cannot be served exactly, and describes it in a manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from adapters.manifest import Manifest, Module
+from service.engine import attention
+from service.engine.attention import LayerShape
+from service.engine.config import EngineConfig
+from service.engine.errors import UnsupportedModel
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ROTARY_BY_LENGTH = {"dynamic": "max_position_embeddings", "longrope": "original_max_position_embeddings"}
+"""Rotary scalings whose frequencies depend on the longest sequence of the batch, and the length up to which they
+do not."""
+
+
+@dataclass(slots=True)
+class LoadedModel:
+    """The frozen base model, still with its own linears (the runner installs the LoRA layers)."""
+
+    model: PreTrainedModel
+    manifest: Manifest
+    shapes: list[LayerShape]
+    attention_modules: list[nn.Module]
+    device: torch.device
+    dtype: torch.dtype
+
+
+def load_model(config: EngineConfig) -> LoadedModel:
+    """Loads config.model_path onto config.device.
+
+    Raises UnsupportedModel with the reason when the model cannot be served exactly."""
+    device = torch.device(config.device)
+    hf_config = AutoConfig.from_pretrained(config.model_path)
+    dtype = _dtype(config, hf_config)
+    if getattr(hf_config, "quantization_config", None):
+        raise UnsupportedModel("quantization_config: quantised checkpoints are not served yet")
+    max_positions = _max_positions(config, hf_config)
+    attention.register()
+    model = AutoModelForCausalLM.from_pretrained(
+        config.model_path, dtype=dtype, attn_implementation=attention.NAME, device_map={"": device}
+    )
+    return describe(model, device, dtype, max_positions, fingerprint(Path(config.model_path)))
+
+
+def describe(
+    model: PreTrainedModel, device: torch.device, dtype: torch.dtype, max_positions: int, identity: str
+) -> LoadedModel:
+    """Freezes and probes a causal language model that is already on its device."""
+    model.eval().requires_grad_(False)
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        raise UnsupportedModel(f"{type(model).__name__}: forward has no logits_to_keep")
+    model.config._attn_implementation = attention.NAME
+    calls = _probe(model, device)
+    manifest = Manifest(
+        fingerprint=identity,
+        architecture=type(model).__name__,
+        model_type=str(model.config.model_type),
+        dtype=str(dtype).removeprefix("torch."),  # type: ignore[arg-type]
+        vocab_size=cast(nn.Embedding, model.get_input_embeddings()).num_embeddings,
+        max_positions=max_positions,
+        modules=tuple(_modules(model)),
+    )
+    return LoadedModel(
+        model=model,
+        manifest=manifest,
+        shapes=[shape for _, shape in calls],
+        attention_modules=[module for module, _ in calls],
+        device=device,
+        dtype=dtype,
+    )
+
+
+def fingerprint(folder: Path) -> str:
+    """Identity of a checkpoint: its config and, of every weight file, name, size, header and 16 samples of 64 KiB.
+
+    A full hash of 16 GB would cost ten seconds at every start; samples catch any retrained checkpoint."""
+    digest = hashlib.sha256()
+    config = json.loads((folder / "config.json").read_text())
+    for volatile in ("transformers_version", "_name_or_path", "torch_dtype", "dtype"):
+        config.pop(volatile, None)
+    digest.update(json.dumps(config, sort_keys=True).encode())
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(8 + int.from_bytes(file.read(8), "little")))
+            for i in range(16):
+                file.seek(size * i // 16)
+                digest.update(file.read(65536))
+    return digest.hexdigest()
+
+
+def _dtype(config: EngineConfig, hf_config: Any) -> torch.dtype:
+    if config.dtype != "auto":
+        return DTYPES[config.dtype]
+    if config.device == "cpu":
+        return torch.float32
+    own = getattr(hf_config, "dtype", None)
+    return own if own in (torch.bfloat16, torch.float16) else torch.bfloat16
+
+
+def _max_positions(config: EngineConfig, hf_config: Any) -> int:
+    text = hf_config.get_text_config()
+    limit = int(text.max_position_embeddings)
+    wanted = config.max_positions or limit
+    if wanted > limit:
+        raise UnsupportedModel(f"max_positions: {wanted} is more than the model's {limit}")
+    rope = getattr(text, "rope_parameters", None) or {}
+    for part in (rope, *(v for v in rope.values() if isinstance(v, dict))):
+        kind = part.get("rope_type")
+        if kind in ROTARY_BY_LENGTH:
+            key = ROTARY_BY_LENGTH[kind]
+            exact = int(part.get(key) or getattr(text, key, None) or limit)
+            if wanted > exact:
+                raise UnsupportedModel(
+                    f"rope_type {kind!r} changes every sequence of a batch once one is longer than {exact}; "
+                    f"set LORAPLEX_MAX_POSITIONS={exact} or less to serve this model exactly"
+                )
+    return wanted
+
+
+def _probe(model: PreTrainedModel, device: torch.device) -> list[tuple[nn.Module, LayerShape]]:
+    """One forward pass over two tokens that notes every attention call."""
+    text = model.config.get_text_config()
+    types = set(getattr(text, "layer_types", None) or ["full_attention"])
+    if types - {"full_attention", "sliding_attention"}:
+        raise UnsupportedModel(f"layer_types: {sorted(types)}, served are full_attention and sliding_attention")
+    probe = attention.Probe()
+    attention.register(probe)
+    try:
+        with torch.inference_mode():
+            ids = torch.zeros(1, 2, dtype=torch.long, device=device)
+            model(
+                input_ids=ids,
+                position_ids=torch.arange(2, device=device)[None],
+                use_cache=False,
+                logits_to_keep=torch.tensor([1], device=device),
+            )
+    finally:
+        attention.register()
+    modules = [id(module) for module, _ in probe.calls]
+    if len(modules) != text.num_hidden_layers or len(set(modules)) != len(modules):
+        raise UnsupportedModel(
+            f"{type(model).__name__}: {len(modules)} attention calls in {text.num_hidden_layers} layers; "
+            "only models whose layers each attend once over their own keys and values are served"
+        )
+    windows = getattr(text, "layer_types", None)
+    if windows is not None:
+        for (_, shape), kind in zip(probe.calls, windows, strict=True):
+            if (kind == "sliding_attention") != (shape.window is not None):
+                raise UnsupportedModel(f"layer {shape.layer}: {kind}, but its attention call has window {shape.window}")
+    return probe.calls
+
+
+def _modules(model: PreTrainedModel) -> list[Module]:
+    output = model.get_output_embeddings()
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            kind = "output" if module is output else "linear"
+            found.append(Module(name, kind, module.in_features, module.out_features))  # type: ignore[arg-type]
+        elif isinstance(module, nn.Embedding):
+            found.append(Module(name, "embedding", module.num_embeddings, module.embedding_dim))
+    return found

@@ -1,0 +1,349 @@
+"""The engine process: `python -m service.engine.process '<EngineConfig as JSON>' [--simulated '<JSON>']`.
+
+Two threads. The main thread runs the steps. The I/O thread owns the ROUTER socket: it answers Pings itself, so that
+heartbeats tell of a step that hangs, and hands everything else over. What passes between them lies in two
+queue.SimpleQueue; each side sleeps on its own wake-up (the queue itself, a socket pair in the poller).
+
+SIGTERM and SIGINT drain: new requests are refused, those accepted get DRAIN_S seconds, then the process exits with 0.
+It does the same when its parent ends. Exit code 1: the engine is broken and should be started again; 2: this model is
+not served, and starting again will not help.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import queue
+import secrets
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from service.engine.config import CANNOT_START, EXIT_CANNOT_START, EngineConfig
+from service.engine.core import Engine
+from service.engine.errors import CannotStart, EngineBroken, IntegrityError
+from service.engine.messages import FromEngine, Heartbeat, Ping, Ready, ToEngine, decode_to_engine, encode
+
+log = logging.getLogger("service.engine")
+
+DRAIN_S = 20.0
+"""What accepted requests get to finish after SIGTERM."""
+CLIENT_TIMEOUT_S = 10.0
+"""An API process not heard of for so long is gone; it pings every second."""
+EXIT_GRACE_S = 5.0
+"""After the drain time the main thread gets so long to end its step; then the process exits without it."""
+LOADER_POLL_S = 0.01
+"""While nothing runs and adapters are on their way; their first token may be late by this."""
+STATS_INTERVAL_S = 0.25
+INTEGRITY_INTERVAL_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Gone:
+    """This client has not been heard of for CLIENT_TIMEOUT_S."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """The loader has finished something: poll it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Stop:
+    """Drain and exit."""
+
+    reason: str
+
+
+Inbox = queue.SimpleQueue[tuple[bytes, ToEngine | _Gone | _Loaded | _Stop]]
+Outbox = queue.SimpleQueue[tuple[bytes, FromEngine]]
+Build = Callable[[EngineConfig, Callable[[bytes, FromEngine], None], Callable[[], None]], tuple[Engine, dict[str, str]]]
+"""(configuration, send, wake) -> the engine and the versions to report. `wake` may be called on any thread."""
+
+
+class Postman(threading.Thread):
+    """The I/O thread: the only one that touches the socket."""
+
+    def __init__(self, address: str, hello: Ready, inbox: Inbox, client_timeout_s: float, drain_s: float) -> None:
+        super().__init__(name="engine-io", daemon=True)
+        self.stats: dict[str, float] = {}
+        """Replaced, never changed, by the main thread."""
+        self.step_started: Callable[[], float | None] = lambda: None
+        self.stop_at: float | None = None
+        """time.monotonic() after which the process must not exist any more."""
+        self._hello = hello
+        self._inbox = inbox
+        self._outbox: Outbox = queue.SimpleQueue()
+        self._client_timeout_s = client_timeout_s
+        self._drain_s = drain_s
+        self._last_heard: dict[bytes, float] = {}
+        self._greeted: set[bytes] = set()
+        self._parent = os.getppid()
+        self._parent_gone = False
+        self._closing = False
+        self._wake_in, self._wake_out = socket.socketpair()
+        self._wake_in.setblocking(False)
+        self._wake_out.setblocking(False)
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        # No high-water mark: beyond it a ROUTER drops messages in silence. A reader that hangs is given up after
+        # client_timeout_s, and its queue with it.
+        self._socket.sndhwm = self._socket.rcvhwm = 0
+        self._socket.bind(address)
+
+    def send(self, client: bytes, message: FromEngine) -> None:
+        """From any thread; goes out with the next flush()."""
+        self._outbox.put((client, message))
+
+    def flush(self) -> None:
+        if self._outbox.empty() and not self._closing:
+            return
+        # A full pair has woken the thread already.
+        with contextlib.suppress(BlockingIOError):
+            self._wake_in.send(b"\0")
+
+    def close(self) -> None:
+        """Send what is left and end the thread."""
+        self._closing = True
+        self.flush()
+        self.join()
+
+    def run(self) -> None:
+        try:
+            self._loop()
+        except Exception:
+            log.exception("the engine's I/O thread failed")
+            os._exit(1)  # deaf and mute, the process is of no use; the main thread may be in a long step
+        finally:
+            self._socket.close(linger=1000)
+            self._context.term()
+            self._wake_in.close()
+            self._wake_out.close()
+
+    def _loop(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._wake_out, zmq.POLLIN)
+        next_check = 0.0
+        while True:
+            events = dict(poller.poll(1000))
+            closing = self._closing  # before emptying the outbox: what was put before close() goes out
+            if self._wake_out.fileno() in events:
+                with contextlib.suppress(BlockingIOError):
+                    while self._wake_out.recv(4096):
+                        pass
+            self._send_all()
+            if closing:
+                return
+            if self._socket in events:
+                self._receive_all()
+            if time.monotonic() >= next_check:
+                self._check()
+                next_check = time.monotonic() + 1.0
+
+    def _send_all(self) -> None:
+        while True:
+            try:
+                client, message = self._outbox.get_nowait()
+            except queue.Empty:
+                return
+            self._socket.send_multipart((client, encode(message)))
+
+    def _receive_all(self) -> None:
+        while True:
+            try:
+                client, data = self._socket.recv_multipart(zmq.DONTWAIT)
+            except zmq.Again:
+                return
+            except ValueError:
+                log.warning("a message that is not of two frames was dropped")
+                continue
+            try:
+                message = decode_to_engine(data)
+            except msgspec.MsgspecError as error:
+                log.warning("an unreadable message was dropped: %s", error)
+                continue
+            self._last_heard[client] = time.monotonic()
+            if not isinstance(message, Ping):
+                self._inbox.put((client, message))
+            elif client in self._greeted:
+                self._socket.send_multipart((client, encode(self._heartbeat())))
+            else:
+                self._greeted.add(client)
+                self._socket.send_multipart((client, encode(self._hello)))
+
+    def _heartbeat(self) -> Heartbeat:
+        started = self.step_started()
+        return Heartbeat(self._hello.engine_id, time.monotonic() - started if started else 0.0, self.stats)
+
+    def _check(self) -> None:
+        """Once a second: who has gone?"""
+        now = time.monotonic()
+        for client, heard in list(self._last_heard.items()):
+            if now - heard > self._client_timeout_s:
+                del self._last_heard[client]
+                self._greeted.discard(client)
+                self._inbox.put((client, _Gone()))
+        if os.getppid() != self._parent and not self._parent_gone:
+            self._parent_gone = True
+            self.stop_at = now + self._drain_s + EXIT_GRACE_S  # even if the main thread never hears of it
+            self._inbox.put((b"", _Stop("the parent process ended")))
+        if self.stop_at is not None and now > self.stop_at:
+            log.error("the step in progress did not end; exiting without it")
+            os._exit(1)
+
+
+class EngineProcess:
+    """The main thread's half."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        build: Build,
+        *,
+        client_timeout_s: float = CLIENT_TIMEOUT_S,
+        drain_s: float = DRAIN_S,
+        integrity_interval_s: float = INTEGRITY_INTERVAL_S,
+    ) -> None:
+        self.inbox: Inbox = queue.SimpleQueue()
+        self._drain_s = drain_s
+        self._drain_until: float | None = None
+        self._integrity_interval_s = integrity_interval_s
+        self._checked = 0.0
+        self._checks = 0
+        self._published = 0.0
+        # The model is loaded before the address exists: a client's first Ping is answered by an engine that can serve.
+        self.engine, versions = build(
+            config,
+            lambda client, message: self._postman.send(client, message),
+            lambda: self.inbox.put((b"", _Loaded())),
+        )
+        hello = Ready(secrets.token_hex(8), self.engine.manifest, self.engine.limits, config.device, versions)
+        self._postman = Postman(config.socket, hello, self.inbox, client_timeout_s, drain_s)
+        self._postman.step_started = lambda: self.engine.step_started
+
+    def run(self) -> int:
+        """Serve until told to stop; the exit code. Signals must only put _Stop into the inbox."""
+        self._postman.start()
+        log.info("engine ready: %s", self.engine.manifest.architecture)
+        try:
+            while not self._drained():
+                self._handle_all()
+                self._postman.flush()  # refusals need not wait for the step
+                worked = self.engine.step()
+                self._postman.flush()
+                if not worked:
+                    self._sleep()
+                elif time.monotonic() - self._published > STATS_INTERVAL_S:
+                    self._publish()
+        except (EngineBroken, IntegrityError) as error:
+            log.critical("the engine must be replaced: %s", error, exc_info=error)
+            self.engine.refuse_all("engine_unavailable", "the engine failed and is being started again")
+            return 1
+        finally:
+            self._postman.close()
+            self.engine.close()
+        log.info("engine stopped")
+        return 0
+
+    def stop(self, reason: str) -> None:
+        """Drain and exit. Callable from a signal handler."""
+        self.inbox.put((b"", _Stop(reason)))
+
+    def _handle_all(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._handle(*self.inbox.get_nowait())
+
+    def _handle(self, client: bytes, message: ToEngine | _Gone | _Loaded | _Stop) -> None:
+        if isinstance(message, _Gone):
+            log.warning("an API process has gone; its requests are aborted")
+            self.engine.drop_client(client)
+        elif isinstance(message, _Loaded):
+            pass  # the next step polls
+        elif isinstance(message, _Stop):
+            if self._drain_until is None:
+                log.info("draining for at most %g s: %s", self._drain_s, message.reason)
+                self._drain_until = time.monotonic() + self._drain_s
+                self._postman.stop_at = self._drain_until + EXIT_GRACE_S
+                self.engine.draining = True
+        else:
+            self.engine.handle(client, message)
+
+    def _drained(self) -> bool:
+        if self._drain_until is None:
+            return False
+        if self.engine.busy and time.monotonic() < self._drain_until:
+            return False
+        self.engine.refuse_all("shutting_down", "the engine is shutting down")
+        return True
+
+    def _sleep(self) -> None:
+        """Until a message comes, or the loader may have brought something."""
+        timeout = LOADER_POLL_S if self.engine.expecting else None
+        now = time.monotonic()
+        if timeout is None and now - self._checked > self._integrity_interval_s:
+            self.engine.check_integrity()
+            self._checked = now
+            self._checks += 1
+        if timeout is None or now - self._published > STATS_INTERVAL_S:
+            self._publish()
+        with contextlib.suppress(queue.Empty):
+            self._handle(*self.inbox.get(timeout=timeout))
+
+    def _publish(self) -> None:
+        # An engine whose check fails ends: the counter tells that all went well so often.
+        self._postman.stats = {**self.engine.stats(), "integrity_checks_total": self._checks}
+        self._published = time.monotonic()
+
+
+def _process(config: EngineConfig, simulated_options: str | None) -> EngineProcess:
+    if simulated_options is None:
+        from service.engine.build import build_engine  # torch: only here
+
+        return EngineProcess(config, build_engine)
+    from service.engine import simulated
+
+    options = msgspec.json.decode(simulated_options, type=simulated.Options)
+    return EngineProcess(
+        config,
+        lambda config, send, _: simulated.build_engine(config, send, options),
+        client_timeout_s=options.client_timeout_s,
+        drain_s=options.drain_s,
+        integrity_interval_s=options.integrity_interval_s,
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m service.engine.process", description="The loraplex engine.")
+    parser.add_argument("config", help="EngineConfig as JSON")
+    parser.add_argument("--simulated", metavar="JSON", help="no model: a simulation with these options (simulated.py)")
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    config = msgspec.json.decode(arguments.config, type=EngineConfig)
+    try:
+        process = _process(config, arguments.simulated)
+    except CannotStart as error:
+        log.critical("cannot start: %s", error)
+        # For the supervisor, which says it as the last line of the start.
+        reason = Path(config.cache_dir) / CANNOT_START
+        reason.parent.mkdir(parents=True, exist_ok=True)
+        reason.write_bytes(msgspec.json.encode((str(error), error.hint)))
+        return EXIT_CANNOT_START
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: process.stop(signal.Signals(number).name))
+    return process.run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""A request and its sequences, as the scheduler sees them. No torch here."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from service.engine.messages import AdapterRef, SamplingParams, TokenLogprob
+
+
+class State(enum.Enum):
+    """WAITING (for pages and a slot) | FETCHING (its adapters are on their way) | RUNNING | FINISHED."""
+
+    WAITING = "waiting"
+    FETCHING = "fetching"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """One stream of tokens. Its KV entries are those of tokens[:num_computed], in `pages`, page_size tokens each."""
+
+    request_id: str
+    index: int
+    client: bytes
+    """ZeroMQ identity of the API process to answer."""
+    tokens: list[int]
+    """Prompt, then generated tokens."""
+    num_prompt: int
+    sampling: SamplingParams
+    seed: int
+    adapters: tuple[AdapterRef, ...] = ()
+    cache_root: bytes = b""
+    """Root of its hash chain in the prefix cache: (salt, sorted adapters and weights)."""
+    arrival: float = 0.0
+    state: State = State.WAITING
+    num_computed: int = 0
+    pages: list[int] = field(default_factory=list)
+    rows: tuple[tuple[int, float], ...] = ()
+    """(arena row, weight) of its leased adapters while RUNNING."""
+    cached_tokens: int = 0
+    preemptions: int = 0
+    finish_reason: str | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def num_uncomputed(self) -> int:
+        return len(self.tokens) - self.num_computed
+
+
+@dataclass(slots=True)
+class Scheduled:
+    """`count` tokens of `seq` from num_computed on go through the model in this step.
+
+    `samples`: the last of them is the sequence's last token, so its logits give the next one."""
+
+    seq: Sequence
+    count: int
+    samples: bool
+
+
+@dataclass(slots=True)
+class Batch:
+    """One step's work, decided by the scheduler and executed by the runner. Token order = order of items."""
+
+    items: list[Scheduled]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(item.count for item in self.items)
+
+
+@dataclass(slots=True)
+class Sampled:
+    """What the runner gives back for an item that samples."""
+
+    token_id: int
+    logprob: TokenLogprob | None = None

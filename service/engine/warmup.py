@@ -1,0 +1,79 @@
+"""Everything that compiles is compiled before the engine says that it is ready: no request pays for it.
+
+Dummy steps run through the layers in every shape class that kernels and compiled layers distinguish. They write no KV
+entry (slot -1), and their adapter is a row bound to whatever lies in the arena.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from adapters.arena import Arena
+from adapters.kernels.device_plan import RANK_BUCKETS
+from adapters.manifest import Manifest
+from adapters.plan import LoraPlan, Rows, build_plan
+from adapters.tiers import RowEntries
+from service.engine.attention import StepLayout
+from service.engine.graphs import DecodeGraphs
+from service.engine.runner import Runner
+
+log = logging.getLogger(__name__)
+
+
+def warm_up(runner: Runner, arena: Arena, manifest: Manifest, graphs: DecodeGraphs | None, budget: int) -> None:
+    """Runs dummy steps of up to `budget` tokens, then captures the graphs."""
+    begin = time.perf_counter()
+    sizes = sorted({size for size in (1, 2, 9, 65, 600, 5000, budget) if size <= budget})
+    for tokens in sizes:
+        _step(runner, tokens, None)
+    for rank in RANK_BUCKETS:
+        with dummy_adapter(arena, manifest, rank) as row:
+            if row is None:
+                log.warning("the arena is too small for adapters of rank %d: their kernels are not warmed up", rank)
+                continue
+            for tokens in sizes:
+                _step(runner, tokens, ((row, 1.0),))
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    log.info("warmed up in %.1f s", time.perf_counter() - begin)
+    if graphs is not None:
+        graphs.capture()
+
+
+@contextmanager
+def dummy_adapter(arena: Arena, manifest: Manifest, rank: int) -> Iterator[int | None]:
+    """Row 0, bound to factors of `rank` for every target, all at the same place; None if they do not fit."""
+    linears = manifest.linears
+    largest = max(rank * max(module.in_features, module.out_features) for module in linears)
+    region = arena.allocate(largest * arena.data.element_size())
+    if region is None:
+        yield None
+        return
+    zeros = np.zeros((len(linears), 2), np.int64)
+    entries = RowEntries(np.full(len(linears), rank, np.int32), zeros, np.ones(len(linears), np.float32))
+    arena.bind(0, region, entries)
+    try:
+        yield 0
+    finally:
+        arena.unbind(0)
+        arena.free(region)
+
+
+def _step(runner: Runner, tokens: int, rows: Rows | None) -> None:
+    """One prompt of `tokens` tokens: nothing is written to the cache, and nothing of it is kept."""
+    plan: LoraPlan | None = build_plan([(0, tokens, rows)]) if rows else None
+    layout = StepLayout(
+        slots=np.full(tokens, -1, dtype=np.int64),
+        query_lens=np.array([tokens], dtype=np.int32),
+        context_lens=np.array([tokens], dtype=np.int32),
+        page_table=np.zeros((1, -(-tokens // runner.page_size)), dtype=np.int32),
+        num_decode=int(tokens == 1),
+    )
+    ids = np.zeros(tokens, dtype=np.int64)
+    runner.forward(ids, np.arange(tokens), layout, plan, np.array([tokens - 1]))

@@ -1,0 +1,149 @@
+"""Sampling against transformers' own logits processors, and its independence of the batch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from transformers import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from service.engine import sampler
+from service.engine.messages import SamplingParams
+from service.engine.request import Sequence
+
+VOCABULARY = 97
+
+
+def sequence(seed: int = 0, prompt: tuple[int, ...] = (5, 6, 7), generated: tuple[int, ...] = (), **params) -> Sequence:
+    tokens = [*prompt, *generated]
+    return Sequence("r", 0, b"", tokens, len(prompt), SamplingParams(**params), seed)
+
+
+def logits(rows: int = 1, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, VOCABULARY, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def draws(row: torch.Tensor, count: int, **params) -> np.ndarray:
+    """Token counts of `count` draws from one row."""
+    seqs = [sequence(seed=i, **params) for i in range(count)]
+    tokens = [s.token_id for s in sampler.sample(row.expand(count, -1), seqs)]
+    return np.bincount(tokens, minlength=VOCABULARY)
+
+
+def test_greedy_takes_the_most_probable_token():
+    rows = logits(4)
+    assert [s.token_id for s in sampler.sample(rows, [sequence(temperature=0.0)] * 4)] == rows.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("params", "warpers"),
+    [
+        ({"temperature": 0.7}, [TemperatureLogitsWarper(0.7)]),
+        ({"top_k": 5}, [TopKLogitsWarper(5)]),
+        ({"top_p": 0.6}, [TopPLogitsWarper(0.6)]),
+        ({"min_p": 0.1}, [MinPLogitsWarper(0.1)]),
+        (
+            {"temperature": 1.5, "top_k": 12, "top_p": 0.8},
+            [TemperatureLogitsWarper(1.5), TopKLogitsWarper(12), TopPLogitsWarper(0.8)],
+        ),
+        ({"repetition_penalty": 1.8}, [RepetitionPenaltyLogitsProcessor(1.8)]),
+    ],
+)
+def test_draws_follow_the_distribution_that_transformers_computes(params, warpers):
+    row = logits(seed=3)
+    expected = row
+    for warper in warpers:
+        expected = warper(torch.tensor([[5, 6, 7]]), expected)
+    probs = expected.double().softmax(-1)[0].numpy()
+    count = 4000
+    seen = draws(row[0], count, **params)
+    assert not seen[probs == 0].any(), "a token that the filters exclude was drawn"
+    frequent = probs * count >= 5
+    observed = [*seen[frequent], seen[~frequent].sum()]
+    wanted = np.array([*probs[frequent], probs[~frequent].sum()]) * count
+    keep = wanted > 0
+    wanted *= count / wanted.sum()
+    assert stats.chisquare(np.array(observed)[keep], wanted[keep]).pvalue > 1e-4
+
+
+def test_a_draw_depends_on_seed_and_position_alone():
+    rows = logits(8, seed=5)
+    mix = [
+        sequence(seed=9, temperature=0.9, top_p=0.9),
+        sequence(temperature=0.0),
+        sequence(seed=3, top_k=4, presence_penalty=1.0, generated=(1, 2)),
+        sequence(seed=4, temperature=2.0),
+        sequence(seed=5, min_p=0.05),
+        sequence(seed=6, logit_bias={3: 2.0}),
+        sequence(seed=7, repetition_penalty=1.3),
+        sequence(seed=8, frequency_penalty=0.5, generated=(4, 4, 9)),
+    ]
+    together = [s.token_id for s in sampler.sample(rows, mix)]
+    alone = [sampler.sample(rows[i : i + 1], [seq])[0].token_id for i, seq in enumerate(mix)]
+    assert together == alone
+
+
+def test_uniform_numbers_are_uniform_and_uncorrelated_over_positions_and_seeds():
+    grid = np.array([[sampler.uniform(seed, position) for position in range(200)] for seed in range(50)])
+    assert stats.kstest(grid.ravel(), "uniform").pvalue > 1e-3
+    assert abs(np.corrcoef(grid[:-1].ravel(), grid[1:].ravel())[0, 1]) < 0.05
+    assert abs(np.corrcoef(grid[:, :-1].ravel(), grid[:, 1:].ravel())[0, 1]) < 0.05
+
+
+def test_presence_and_frequency_penalties_count_generated_tokens_only():
+    row = torch.zeros(1, VOCABULARY)
+    row[0, 5], row[0, 8] = 3.0, 2.0  # 5 stands in the prompt, which these penalties do not look at
+    plain = sequence(temperature=0.0, presence_penalty=2.0)
+    assert sampler.sample(row, [plain])[0].token_id == 5
+    once = sequence(temperature=0.0, presence_penalty=2.0, generated=(5,))
+    assert sampler.sample(row, [once])[0].token_id == 8
+    twice = sequence(temperature=0.0, frequency_penalty=0.6, generated=(5, 5))
+    assert sampler.sample(row, [twice])[0].token_id == 8
+
+
+def test_logit_bias_and_min_tokens():
+    row = logits(seed=1)
+    best, second = row[0].topk(2).indices.tolist()
+    assert sampler.sample(row, [sequence(temperature=0.0, logit_bias={best: -100.0})])[0].token_id == second
+    banned = sequence(temperature=0.0, min_tokens=2, stop_token_ids=(best,), generated=(1,))
+    assert sampler.sample(row, [banned])[0].token_id == second
+    free = sequence(temperature=0.0, min_tokens=2, stop_token_ids=(best,), generated=(1, 1))
+    assert sampler.sample(row, [free])[0].token_id == best
+
+
+def test_logprobs_are_of_the_raw_logits_and_sorted():
+    row = logits(seed=2)
+    expected = row[0].log_softmax(-1)
+    result = sampler.sample(row, [sequence(seed=1, temperature=0.5, logprobs=3, logit_bias={0: 5.0})])[0]
+    assert result.logprob is not None
+    assert result.logprob.logprob == pytest.approx(float(expected[result.token_id]), abs=1e-6)
+    values, ids = expected.topk(3)
+    assert result.logprob.top == [
+        (i, pytest.approx(v, abs=1e-6)) for i, v in zip(ids.tolist(), values.tolist(), strict=True)
+    ]
+    none = sampler.sample(row, [sequence(temperature=0.0, logprobs=0)])[0]
+    assert none.logprob is not None
+    assert none.logprob.top == []
+
+
+def test_the_rows_of_different_requests_keep_their_own_number_of_alternatives():
+    rows = logits(3, seed=6)
+    seqs = [sequence(temperature=0.0, logprobs=n) for n in (1, 5)] + [sequence(temperature=0.0)]
+    results = sampler.sample(rows, seqs)
+    assert [r.logprob and len(r.logprob.top) for r in results] == [1, 5, None]
+
+
+def test_prompt_logprobs_span_more_rows_than_one_piece():
+    rows = logits(sampler.LOGPROB_ROWS + 10, seed=4)
+    following = torch.randint(VOCABULARY, (len(rows),), generator=torch.Generator().manual_seed(1)).tolist()
+    entries = sampler.prompt_logprobs(rows, following, 2)
+    expected = rows.log_softmax(-1)[range(len(rows)), following]
+    assert [e.token_id for e in entries] == following
+    np.testing.assert_allclose([e.logprob for e in entries], expected.numpy(), atol=1e-5)
