@@ -1,0 +1,184 @@
+"""What routes are handed, and what happens around a request: its id, its log line, its end when the client leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+import uuid
+from collections.abc import AsyncGenerator, Coroutine, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Annotated, Any, TypeVar
+
+import structlog
+from fastapi import Depends, Request
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service import log
+from service.api.errors import ClientGone, as_api_error
+from service.engine.client import EngineClient
+from service.metrics import Metrics
+from service.settings import Settings
+from service.store.catalogue import Catalogue
+from service.tokenizer import Tokenizer
+
+T = TypeVar("T")
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
+_access = log.get("service.access")
+
+
+@dataclass(slots=True)
+class Services:
+    """What the inference routes use; made by app.py, found at `request.app.state.services`."""
+
+    settings: Settings
+    base_name: str
+    tokenizer: Tokenizer
+    engine: EngineClient
+    catalogue: Catalogue
+    metrics: Metrics
+    started_at: float = field(default_factory=time.time)
+    """Seconds since the epoch."""
+
+
+def get_services(request: Request) -> Services:
+    services: Services = request.app.state.services
+    return services
+
+
+ServicesDep = Annotated[Services, Depends(get_services)]
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled as soon as the client closes the connection (ClientGone). The body must
+    have been read."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_gone(request.receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone
+        return task.result()
+    finally:
+        await _cancelled(task, gone)
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _cancelled(*tasks: asyncio.Future[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class EventStream(Response):
+    """Server-sent events, written as the generator makes them. When the client leaves, the generator is closed at once.
+
+    Starlette's StreamingResponse notices a client that left only when it next writes.
+    """
+
+    def __init__(self, events: AsyncGenerator[bytes, None], headers: Mapping[str, str]) -> None:
+        # no-transform and X-Accel-Buffering keep proxies from gathering events.
+        super().__init__(
+            None,
+            200,
+            {**headers, "cache-control": "no-cache, no-transform", "x-accel-buffering": "no"},
+            "text/event-stream",
+        )
+        del self.headers["content-length"]
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        writing = asyncio.ensure_future(self._write(send))
+        gone = asyncio.ensure_future(_gone(receive))
+        try:
+            await asyncio.wait({writing, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not writing.done():
+                scope["state"]["disconnected"] = True
+                return
+            writing.result()
+        finally:
+            await _cancelled(writing, gone)
+            await self._events.aclose()
+
+    async def _write(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async with aclosing(self._events) as events:
+            async for event in events:
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class RequestScope:
+    """ASGI middleware: a request id in, the same out; one access line and the HTTP metrics when the answer is complete.
+
+    Routes add what they know to `request.state`: `adapter`, `prompt_tokens`, `completion_tokens`.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        state = scope["state"] = {**scope.get("state", {}), "request_id": request_id}
+        status = 0
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        services: Services | None = getattr(scope["app"].state, "services", None) if "app" in scope else None
+        metrics = services.metrics if services is not None else None
+        structlog.contextvars.clear_contextvars()
+        structlog.contextvars.bind_contextvars(request_id=request_id)
+        started = time.perf_counter()
+        if metrics is not None:
+            metrics.in_progress.inc()
+        try:
+            await self._app(scope, receive, answer)
+        except Exception as exc:
+            # What no handler took. Answered here, not by Starlette's outermost layer, which knows no request id.
+            _access.error("request failed", exc_info=exc)
+            if status == 0:
+                error = as_api_error(exc)
+                state["error_code"] = error.code
+                await error.response()(scope, receive, answer)
+        finally:
+            seconds = time.perf_counter() - started
+            route = _route(scope)
+            if state.get("disconnected"):
+                status = 499
+            if metrics is not None:
+                metrics.in_progress.dec()
+                metrics.requests.labels(route, str(status)).inc()
+                metrics.request_seconds.labels(route).observe(seconds)
+                if status == 499:
+                    metrics.disconnects.inc()
+            known = {key: state[key] for key in _LOGGED if state.get(key) is not None}
+            # Probes; 503 is what /ready says while the engine starts, twice a second to whoever waits for it.
+            quiet = route in ("/health", "/ready", "/metrics") and (status < 400 or status == 503)
+            (_access.debug if quiet else _access.info)(
+                "request", method=scope["method"], route=route, status=status, ms=round(seconds * 1000, 1), **known
+            )
+
+
+_LOGGED = ("model", "adapter", "prompt_tokens", "completion_tokens", "error_code")
+
+
+def _route(scope: Scope) -> str:
+    """The route's template: metrics have as many labels as there are routes, and logs hold nothing of URLs."""
+    return getattr(scope.get("route"), "path", None) or "unknown"

@@ -1,0 +1,291 @@
+"""Inference in OpenAI's shapes: models, completions, chat completions."""
+
+from __future__ import annotations
+
+import math
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+from starlette.responses import Response
+
+from service import log
+from service.api.deps import EventStream, Services, ServicesDep, unless_gone
+from service.api.errors import ApiError, as_api_error, invalid
+from service.api.formats import DONE, ChatFormat, CompletionFormat, Format, error_event
+from service.api.generation import Generation, Job, Piece
+from service.api.prompts import capacity, chat_prompt, check_characters, check_ids, require_engine
+from service.api.schemas import AdapterWeight, ChatRequest, CompletionRequest, Sampled
+from service.engine.messages import AdapterRef, Limits, SamplingParams
+from service.store.errors import NotFound
+from service.store.records import Adapter
+
+router = APIRouter(tags=["inference"])
+
+COMPLETION_MAX_TOKENS = 16
+"""OpenAI's default for completions; a chat answer may be as long as the context allows."""
+_MODELS_AT_ONCE = 500
+
+
+@dataclass(slots=True)
+class Target:
+    """What a request's model string and composition mean now."""
+
+    adapters: tuple[AdapterRef, ...]
+    label: str
+    """For the header x-loraplex-adapter: `name@version`, several separated by commas; empty for the base."""
+
+
+@router.post("/v1/completions", summary="Complete prompts")
+async def completions(body: CompletionRequest, request: Request, services: ServicesDep) -> Response:
+    target = await resolve(services, body)
+    prompts = [prompt for prompt in body.prompt if isinstance(prompt, list)]
+    texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
+    if texts:
+        for i, text in enumerate(texts):
+            check_characters(services, text, f"prompt[{i}]" if len(texts) > 1 else "prompt")
+        prompts = await services.tokenizer.encode(texts)
+    limits = services.engine.limits
+    vocabulary = services.engine.manifest.vocab_size
+    for i, ids in enumerate(prompts):
+        check_ids(ids, vocabulary, f"prompt[{i}]" if len(prompts) > 1 else "prompt")
+    max_tokens = COMPLETION_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    # The engine makes at least one token, also where the prompt is only to be scored.
+    sampling = _sampling(services, body, max(1, max_tokens), logprobs=body.logprobs, echo=body.echo)
+    check_lengths(prompts, sampling, body.n, limits, "prompt")
+    echo = None
+    if body.echo:
+        echo = texts or [
+            services.tokenizer.decode(ids, skip_special_tokens=body.skip_special_tokens) for ids in prompts
+        ]
+    job = _job(body, target, prompts, sampling)
+    job.continues, job.echo, job.score_only = True, echo, max_tokens == 0
+    return await _respond(request, services, body, job, target, CompletionFormat)
+
+
+@router.post("/v1/chat/completions", summary="Answer a conversation")
+async def chat_completions(body: ChatRequest, request: Request, services: ServicesDep) -> Response:
+    target = await resolve(services, body)
+    ids = await chat_prompt(services, body)
+    limits = services.engine.limits
+    check_ids(ids, services.engine.manifest.vocab_size, "messages")
+    max_tokens = body.max_completion_tokens or body.max_tokens or max(1, capacity(limits) - len(ids))
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    sampling = _sampling(services, body, max_tokens, logprobs=logprobs)
+    check_lengths([ids], sampling, body.n, limits, "messages")
+    return await _respond(request, services, body, _job(body, target, [ids], sampling), target, ChatFormat)
+
+
+@router.get("/v1/models", summary="The base model and every adapter")
+async def list_models(
+    services: ServicesDep, limit: Annotated[int | None, Query(ge=1, le=1000)] = None, after: str | None = None
+) -> dict[str, Any]:
+    """All of them, unless `limit` is given: OpenAI's clients do not page here. The base model comes first."""
+    data: list[dict[str, Any]] = []
+    if after is None:
+        data.append(_base_model(services))
+    after = None if after == services.base_name else after
+    ready = services.engine.last_ready
+    fingerprint = ready.manifest.fingerprint if ready is not None else None
+    more = True
+    while more and (limit is None or len(data) < limit):
+        count = _MODELS_AT_ONCE if limit is None else limit - len(data)
+        page = await services.catalogue.list_adapters(count, after, fingerprint=fingerprint)
+        data += [_adapter_model(services, adapter) for adapter in page.items]
+        more = page.has_more
+        after = page.items[-1].name if page.items else after
+    first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
+    return {"object": "list", "data": data, "first_id": first, "last_id": last, "has_more": more}
+
+
+@router.get("/v1/models/{model:path}", summary="One model")
+async def get_model(model: str, services: ServicesDep) -> dict[str, Any]:
+    if model == services.base_name:
+        return _base_model(services)
+    try:
+        found = await services.catalogue.resolve(model)
+    except NotFound as exc:
+        raise _unknown_model(model, "model", exc) from exc
+    if (ready := services.engine.last_ready) is not None:
+        found.require_base(ready.manifest.fingerprint)
+    return _model(services, model, found.created_at, services.base_name)
+
+
+async def resolve(services: Services, body: Sampled) -> Target:
+    """The adapters of a request; the engine starts to fetch them while the prompt is still being tokenised."""
+    require_engine(services)
+    wanted: Sequence[AdapterWeight] = body.adapters or ()
+    composed = body.adapters is not None
+    if body.model != services.base_name:
+        if composed:
+            message = f"'adapters' is only for the base model {services.base_name!r}; 'model' is {body.model!r}."
+            raise invalid("adapters", message)
+        wanted = [AdapterWeight(name=body.model, weight=1.0)]
+    most = services.engine.limits.max_adapters_per_request
+    if len(wanted) > most:
+        raise invalid("adapters", f"'adapters' has {len(wanted)} entries, the limit is {most}.")
+    weights: dict[str, float] = {}
+    names: list[str] = []
+    for i, adapter in enumerate(wanted):
+        try:
+            found = await services.catalogue.resolve(adapter.name)
+        except NotFound as exc:
+            raise _unknown_model(adapter.name, f"adapters[{i}].name" if composed else "model", exc) from exc
+        found.require_base(services.engine.manifest.fingerprint)
+        # The same adapter twice is one with the sum of its weights.
+        weights[found.digest] = weights.get(found.digest, 0.0) + adapter.weight
+        names.append(f"{found.name}@{found.version}")
+    adapters = tuple(AdapterRef(digest, weight) for digest, weight in weights.items() if weight != 0.0)
+    if adapters:
+        services.engine.prefetch(adapter.digest for adapter in adapters)
+    return Target(adapters, ", ".join(names))
+
+
+def _unknown_model(model: str, param: str, exc: NotFound) -> ApiError:
+    return ApiError(404, f"The model {model!r} does not exist: {exc}", code="model_not_found", param=param)
+
+
+def check_lengths(prompts: list[list[int]], sampling: SamplingParams, n: int, limits: Limits, param: str) -> None:
+    """Refuses what could never be served."""
+    most = capacity(limits)
+    for ids in prompts:
+        if len(ids) + sampling.max_tokens > most:
+            message = (
+                f"This model's maximum context length is {most} tokens. However, you requested "
+                f"{len(ids) + sampling.max_tokens} tokens ({len(ids)} in the prompt, {sampling.max_tokens} for the "
+                "completion). Please reduce the length of the prompt or of the completion."
+            )
+            raise invalid(param, message, "context_length_exceeded")
+    if sampling.min_tokens > sampling.max_tokens:
+        message = f"'min_tokens' is {sampling.min_tokens}, more than the {sampling.max_tokens} that may be generated."
+        raise invalid("min_tokens", message)
+    if len(prompts) * n > limits.max_queue:
+        message = f"The request has {len(prompts)} prompts x n {n} sequences; the limit is {limits.max_queue}."
+        raise invalid("n" if n > 1 else "prompt", message, "too_large")
+
+
+def _sampling(
+    services: Services, body: Sampled, max_tokens: int, *, logprobs: int | None, echo: bool = False
+) -> SamplingParams:
+    vocabulary = services.engine.manifest.vocab_size
+    for field, ids in (("logit_bias", body.logit_bias), ("stop_token_ids", body.stop_token_ids)):
+        if wrong := [id for id in ids if not 0 <= id < vocabulary]:
+            raise invalid(field, f"'{field}': token id {wrong[0]} is not below the vocabulary's {vocabulary}.")
+    eos = () if body.ignore_eos else services.tokenizer.eos_token_ids
+    return SamplingParams(
+        temperature=body.temperature,
+        top_p=body.top_p,
+        top_k=max(0, body.top_k),
+        min_p=body.min_p,
+        presence_penalty=body.presence_penalty,
+        frequency_penalty=body.frequency_penalty,
+        repetition_penalty=body.repetition_penalty,
+        logit_bias=body.logit_bias,
+        seed=None if body.seed is None else body.seed % 2**63,
+        max_tokens=max_tokens,
+        min_tokens=body.min_tokens,
+        stop_token_ids=tuple(dict.fromkeys([*body.stop_token_ids, *eos])),
+        logprobs=logprobs,
+        prompt_logprobs=logprobs if echo else None,
+    )
+
+
+def _job(body: Sampled, target: Target, prompts: list[list[int]], sampling: SamplingParams) -> Job:
+    return Job(
+        # Not the x-request-id, which is the client's and may come twice.
+        request_id=uuid.uuid4().hex,
+        prompts=prompts,
+        sampling=sampling,
+        n=body.n,
+        adapters=target.adapters,
+        stop=body.stop,
+        include_stop=body.include_stop_str_in_output,
+        skip_special_tokens=body.skip_special_tokens,
+    )
+
+
+async def _respond(
+    request: Request,
+    services: Services,
+    body: Sampled,
+    job: Job,
+    target: Target,
+    shape: type[CompletionFormat] | type[ChatFormat],
+) -> Response:
+    state = request.scope["state"]
+    state["model"], state["adapter"] = body.model, target.label or None
+    with_usage = body.stream_options is not None and body.stream_options.include_usage
+    answer: Format = shape(
+        job.request_id, body.model, len(job.prompts) * job.n, services.tokenizer, with_usage=with_usage
+    )
+    headers = {"x-loraplex-adapter": target.label} if target.label else {}
+    generation = Generation(job, services.engine, services.tokenizer, services.metrics)
+    if not body.stream:
+        try:
+            await unless_gone(request, _gather(generation, answer))
+        finally:
+            _account(services, state, generation)
+        return Response(answer.whole(generation.usage), 200, headers, "application/json")
+    try:
+        # The status is not sent before the engine has taken the request, so that a full queue is a 429.
+        first = await unless_gone(request, generation.__anext__())
+    except BaseException:
+        _account(services, state, generation)
+        raise
+    return EventStream(_events(services, state, generation, first, answer, with_usage), headers)
+
+
+async def _gather(generation: Generation, answer: Format) -> None:
+    try:
+        async for piece in generation:
+            answer.add(piece)
+    finally:
+        await generation.aclose()
+
+
+async def _events(
+    services: Services, state: dict[str, Any], generation: Generation, first: Piece, answer: Format, with_usage: bool
+) -> AsyncGenerator[bytes, None]:
+    try:
+        yield answer.events(first)
+        async for piece in generation:
+            yield answer.events(piece)
+        yield (answer.usage_event(generation.usage) if with_usage else b"") + DONE
+    except Exception as exc:
+        error = as_api_error(exc)
+        state["error_code"] = error.code
+        log.get(__name__).error("stream failed", error=str(exc), exc_info=exc if error.status == 500 else None)
+        yield error_event(error.body())
+    finally:
+        await generation.aclose()
+        _account(services, state, generation)
+
+
+def _account(services: Services, state: dict[str, Any], generation: Generation) -> None:
+    usage = generation.usage
+    state["prompt_tokens"], state["completion_tokens"] = usage.prompt_tokens, usage.completion_tokens
+    services.metrics.prompt_tokens.inc(usage.prompt_tokens)
+    services.metrics.cached_tokens.inc(usage.cached_tokens)
+    services.metrics.generated_tokens.inc(usage.completion_tokens)
+
+
+def _base_model(services: Services) -> dict[str, Any]:
+    return _model(services, services.base_name, services.started_at, None)
+
+
+def _adapter_model(services: Services, adapter: Adapter) -> dict[str, Any]:
+    return _model(services, adapter.name, adapter.created_at, services.base_name)
+
+
+def _model(services: Services, name: str, created: float, parent: str | None) -> dict[str, Any]:
+    ready = services.engine.last_ready
+    return {
+        "id": name,
+        "object": "model",
+        "created": math.floor(created),
+        "owned_by": "loraplex",
+        "parent": parent,
+        "max_model_len": capacity(ready.limits) if ready is not None else None,
+    }

@@ -1,0 +1,100 @@
+"""The application: wiring only. Which part does what is in the modules named here.
+
+uvicorn --factory service.app:from_environment
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+from fastapi import FastAPI
+
+from adapters.blobs import BlobStore
+from service import __version__, log
+from service.api import adapters, errors, health, openai, prompts, reference
+from service.api.body import BodyLimit
+from service.api.deps import RequestScope, Services
+from service.engine.client import EngineClient
+from service.jobs import Workers
+from service.library import Library
+from service.metrics import Metrics
+from service.settings import Settings
+from service.store.catalogue import Catalogue
+from service.store.database import sqlite_url
+from service.tokenizer import Tokenizer
+from service.uploads import Spool
+
+DESCRIPTION = "One frozen base model, thousands of LoRA adapters beside it, different ones in every batch."
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The application of one API process. `settings.model` is the local folder of the base model."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            await _open(app, settings, stack)
+            yield
+
+    app = FastAPI(
+        title="loraplex",
+        version=__version__,
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        separate_input_output_schemas=False,
+        generate_unique_id_function=reference.operation_id,
+    )
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    app.add_middleware(RequestScope)
+    errors.install(app)
+    for router in (openai.router, adapters.router, prompts.router, health.router):
+        app.include_router(router)
+    reference.install(app, settings.base_name())
+    return app
+
+
+async def _open(app: FastAPI, settings: Settings, stack: AsyncExitStack) -> None:
+    """Opens everything that the routes use; what is opened last is closed first."""
+    logger = log.get("service.app")
+    if not settings.is_loopback:
+        logger.warning("the service is open to whoever can reach this address", host=settings.host)
+    for folder in (settings.data_dir, settings.run_dir, settings.uploads_dir):
+        folder.mkdir(parents=True, exist_ok=True)
+    base_name = settings.base_name()
+    tokenizer = Tokenizer.load(settings.model)
+
+    engine = EngineClient(settings.engine_socket)
+    metrics = Metrics(settings, lambda: engine.stats, lambda: engine.healthy)
+    stack.callback(metrics.close)
+    catalogue = await Catalogue.open(sqlite_url(settings.catalogue_path))
+    stack.push_async_callback(catalogue.close)
+    await engine.connect()
+    stack.push_async_callback(engine.close)
+    workers = Workers()
+    stack.push_async_callback(workers.close)
+    spool = Spool(settings.uploads_dir, settings.max_upload_bytes, settings.max_uploads)
+    stack.callback(spool.close)
+    library = Library(
+        catalogue,
+        BlobStore(settings.blobs_dir),
+        spool,
+        workers,
+        engine,
+        base_name,
+        settings.cache_dir,
+        metrics.damaged_blobs.inc,
+    )
+    stack.push_async_callback(library.close)
+    await library.recover()
+
+    app.state.library = library
+    app.state.services = Services(settings, base_name, tokenizer, engine, catalogue, metrics)
+    logger.info("API process started", model=base_name, data_dir=str(settings.data_dir))
+
+
+def from_environment() -> FastAPI:
+    """The factory for uvicorn: settings from LORAPLEX_*."""
+    settings = Settings.load()
+    log.configure(settings)
+    return create_app(settings)

@@ -1,0 +1,251 @@
+"""What the operator may set: LORAPLEX_* variables and command-line flags, read once at start.
+
+`Settings.load(**flags)` is the only way in. A wrong value is reported as one line that names key and value. The values
+are frozen afterwards; `environment()` hands them on to other processes of the service.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import ipaddress
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from service.engine.config import EngineConfig
+from service.store.names import NAME_RULE, valid_name
+
+PREFIX = "LORAPLEX_"
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", re.IGNORECASE)
+# sun_path holds 108 bytes on Linux, 104 on macOS; ZeroMQ needs a few of its own.
+_SOCKET_PATH_LIMIT = 100
+
+
+class SettingsError(ValueError):
+    """Settings that cannot be used. `problems`: one line for each wrong key, with its value; str() joins them."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+def parse_size(value: Any) -> Any:
+    """Bytes of "512", "8GiB", "1.5G" (case and the B do not matter). Anything else is left for pydantic to refuse."""
+    if isinstance(value, str) and (match := _SIZE.fullmatch(value)):
+        return int(float(match[1]) * _UNITS[match[2].lower()])
+    return value
+
+
+Bytes = Annotated[int, BeforeValidator(parse_size), Field(ge=0)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class Settings(BaseSettings):
+    """Every setting with its default. Sizes are bytes ("8GiB" is understood); 0 means "measure and choose"."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", env_ignore_empty=True)
+
+    model: str = ""
+    """The base model: hub id, local folder or .gguf file; empty: the embedded default model. The API processes are
+    given the local folder that the supervisor resolved it to."""
+    served_name: str = ""
+    """The name that the base model answers to; empty: the name of the model's folder."""
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)
+    data_dir: Path = Path("data")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    api_workers: int = Field(1, ge=1, le=256)
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["json", "console"] = "console"
+    max_positions: Count = 0
+    """Longest sequence, prompt and answer; 0: the model's own limit."""
+    kv_pages: Count = 0
+    max_sequences: int = Field(256, ge=1)
+    max_tokens_per_step: Count = 0
+    max_queue: int = Field(1024, ge=1)
+    """Sequences that may wait; above it requests get 429."""
+    arena_bytes: Bytes = 0
+    host_cache_bytes: Bytes = 0
+    max_resident_adapters: int = Field(4096, ge=1)
+    max_upload_bytes: Annotated[int, BeforeValidator(parse_size), Field(ge=1)] = 16 * 2**30
+    max_body_bytes: Annotated[int, BeforeValidator(parse_size), Field(ge=1024)] = 8 * 2**20
+    """Largest body of any request but an upload."""
+    max_uploads: int = Field(16, ge=1)
+    """Uploads that one API process receives at once; above it they get 429."""
+    max_connections: int = Field(4096, ge=1)
+    """Connections of one API process, also limited by its open files; above it requests get 503."""
+    keep_alive_s: int = Field(30, ge=1)
+    """A connection without a request is closed after so long. Longer than clients keep theirs (5 s is usual), so that
+    none sends a request into a connection that is just being closed."""
+    header_timeout_s: float = Field(20.0, gt=0)
+    """What the head of a request may take to arrive."""
+    body_timeout_s: float = Field(30.0, gt=0)
+    """A body that gains less than 500 bytes a second for so long, and is not complete, gets 408."""
+    write_timeout_s: float = Field(60.0, gt=0)
+    """A client that takes nothing of what is written to it for so long is disconnected."""
+    threads: Count = 0
+    """CPU threads of the engine; 0: all cores."""
+    deterministic: bool = False
+    eager: bool = False
+    prefix_caching: bool = True
+
+    @field_validator("log_level", "log_format", "device", "dtype", mode="before")
+    @classmethod
+    def _lower(cls, value: Any) -> Any:
+        return value.lower() if isinstance(value, str) else value
+
+    @field_validator("served_name")
+    @classmethod
+    def _servable(cls, value: str) -> str:
+        if value and not valid_name(value):
+            raise ValueError(f"should be {NAME_RULE}")
+        return value
+
+    @field_validator("data_dir", mode="after")
+    @classmethod
+    def _absolute(cls, value: Path) -> Path:
+        path = value.expanduser().absolute()
+        if path.exists() and not path.is_dir():
+            raise ValueError("should be a folder")
+        return path
+
+    @classmethod
+    def load(cls, **overrides: Any) -> Settings:
+        """Settings from `overrides` (None: not given), then the environment, then the defaults.
+
+        Raises SettingsError with one line for each wrong key.
+        """
+        given = {key: value for key, value in overrides.items() if value is not None}
+        try:
+            return cls(**given)
+        except ValidationError as exc:
+            raise SettingsError([_problem(error, given) for error in exc.errors()]) from None
+
+    @staticmethod
+    def unknown_variables() -> list[str]:
+        """LORAPLEX_* variables of the environment that mean nothing here: most likely misspelt."""
+        known = {f"{PREFIX}{name}".upper() for name in Settings.model_fields}
+        return sorted(key for key in os.environ if key.upper().startswith(PREFIX) and key.upper() not in known)
+
+    def environment(self) -> dict[str, str]:
+        """The settings that differ from their defaults, as variables for another process of the service."""
+        return {
+            f"{PREFIX}{name}".upper(): str(value)
+            for name, field in type(self).model_fields.items()
+            if (value := getattr(self, name)) != field.default
+        }
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach the service."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+    @property
+    def blobs_dir(self) -> Path:
+        return self.data_dir / "blobs"
+
+    @property
+    def catalogue_path(self) -> Path:
+        return self.data_dir / "catalogue.sqlite3"
+
+    @property
+    def cache_dir(self) -> Path:
+        return self.data_dir / "cache"
+
+    @property
+    def run_dir(self) -> Path:
+        return self.data_dir / "run"
+
+    @property
+    def uploads_dir(self) -> Path:
+        return self.data_dir / "uploads"
+
+    @property
+    def engine_socket(self) -> str:
+        """The ipc:// address of the engine, the same in every process that has this data folder. Whoever binds it
+        creates the folder, readable by its owner alone."""
+        path = self.run_dir / "engine.ipc"
+        if len(os.fsencode(path)) > _SOCKET_PATH_LIMIT:
+            key = hashlib.sha256(os.fsencode(self.data_dir)).hexdigest()[:16]
+            path = Path(tempfile.gettempdir()) / f"loraplex-{os.getuid()}-{key}" / "engine.ipc"
+        return f"ipc://{path}"
+
+    def base_name(self) -> str:
+        """The name that the base model answers to. `model` has to be the resolved local folder by now."""
+        if self.served_name:
+            return self.served_name
+        path = Path(self.model)
+        # The hub's cache calls its folders models--org--name/snapshots/<commit>.
+        name = path.parts[-3].rpartition("--")[2] if path.parts[-2:-1] == ("snapshots",) else path.name
+        name = re.sub(r"[^A-Za-z0-9._-]", "-", name).lstrip("._-")[:96]
+        return name or "base"
+
+    def engine_config(self, model_path: str | Path) -> EngineConfig:
+        """The engine's share of the settings, for a model that lies in the local folder `model_path`."""
+        return EngineConfig(
+            model_path=str(model_path),
+            blobs_dir=str(self.blobs_dir),
+            cache_dir=str(self.cache_dir),
+            socket=self.engine_socket,
+            device=detect_device() if self.device == "auto" else self.device,
+            dtype=self.dtype,
+            threads=self.threads,
+            kv_pages=self.kv_pages,
+            max_positions=self.max_positions,
+            max_sequences=self.max_sequences,
+            max_tokens_per_step=self.max_tokens_per_step,
+            max_queue=self.max_queue,
+            arena_bytes=self.arena_bytes,
+            max_resident_adapters=self.max_resident_adapters,
+            host_cache_bytes=self.host_cache_bytes,
+            prefix_caching=self.prefix_caching,
+            deterministic=self.deterministic,
+            eager=self.eager,
+        )
+
+
+def detect_device() -> Literal["cpu", "cuda"]:
+    """cuda where torch was built for it and the driver reports a device. Asks the driver, because this process must not
+    import torch."""
+    import ctypes
+
+    try:
+        if "+cpu" in importlib.metadata.version("torch"):
+            return "cpu"
+        driver = ctypes.CDLL("libcuda.so.1")
+        count = ctypes.c_int(0)
+        if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0:
+            return "cuda"
+    except (OSError, AttributeError, importlib.metadata.PackageNotFoundError):
+        pass
+    return "cpu"
+
+
+def _problem(error: Any, given: dict[str, Any]) -> str:
+    """`LORAPLEX_PORT=70000: should be ...` (or `port=70000` where it came from a flag), on one line."""
+    key = str(error["loc"][0]) if error["loc"] else "settings"
+    # A variable's loc may be the variable's own name or the field's, depending on where pydantic-settings found it.
+    field = key.lower().removeprefix(PREFIX.lower())
+    label = field if field in given or key in given else f"{PREFIX}{field}".upper()
+    if error["type"] == "extra_forbidden":
+        return f"{label}: there is no such setting"
+    text = str(error["msg"]).removeprefix("Value error, ").removeprefix("Input ")
+    return f"{label}={_shown(error['input'])}: {text}"
+
+
+def _shown(value: Any) -> str:
+    text = value if isinstance(value, str) else repr(value)
+    text = " ".join(text.split())
+    return text if len(text) <= 200 else text[:197] + "..."

@@ -1,0 +1,250 @@
+"""Reads of the catalogue: which adapters there are, and what a model string means.
+
+Nothing is cached: every call sees the newest committed rows, so several API processes agree at once.
+Writes are in service/store/edits.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from service.store.database import Database
+from service.store.edits import Edits
+from service.store.errors import AdapterNotFound, VersionNotFound
+from service.store.names import Selector, parse_selector, split_model, valid_name
+from service.store.records import Adapter, File, Page, Resolved, Version
+from service.store.tables import DEFAULT_TENANT, adapters, aliases, files, labels, versions
+
+_RESOLVED = (
+    adapters.c.name,
+    versions.c.number,
+    versions.c.digest,
+    versions.c.fingerprint,
+    versions.c.max_rank,
+    versions.c.bytes,
+    versions.c.created_at,
+)
+_named = sa.and_(adapters.c.tenant == sa.bindparam("tenant"), adapters.c.name == sa.bindparam("name"))
+_of_adapter = versions.c.adapter_id == adapters.c.id
+
+# On the path of every request: one statement over unique indices, compiled once.
+_RESOLVE_DEFAULT = (
+    sa.select(*_RESOLVED)
+    .join_from(adapters, versions, sa.and_(_of_adapter, versions.c.number == adapters.c.default_version))
+    .where(_named)
+)
+_RESOLVE_NUMBER = (
+    sa.select(*_RESOLVED)
+    .join_from(adapters, versions, sa.and_(_of_adapter, versions.c.number == sa.bindparam("selector")))
+    .where(_named)
+)
+_RESOLVE_ALIAS = (
+    sa.select(*_RESOLVED)
+    .join_from(
+        adapters,
+        aliases,
+        sa.and_(aliases.c.adapter_id == adapters.c.id, aliases.c.alias == sa.bindparam("selector")),
+    )
+    .join(versions, sa.and_(_of_adapter, versions.c.number == aliases.c.version))
+    .where(_named)
+)
+_EXISTS = sa.select(adapters.c.id).where(_named)
+
+_ADAPTER = sa.select(adapters, *(column.label(f"v_{column.name}") for column in versions.c)).join_from(
+    adapters, versions, sa.and_(_of_adapter, versions.c.number == adapters.c.default_version)
+)
+
+
+class Catalogue:
+    """The adapters of every tenant. Open one per process; safe to use from many tasks at once."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    @classmethod
+    async def open(cls, url: str) -> Catalogue:
+        """Connects to `url` (service/store/database.py says which forms it may have) and migrates the schema."""
+        return cls(await Database.open(url))
+
+    async def close(self) -> None:
+        await self._database.close()
+
+    @asynccontextmanager
+    async def write(self) -> AsyncIterator[Edits]:
+        """Changes that are committed together when the block ends; an exception rolls all of them back."""
+        async with self._database.write() as connection:
+            yield Edits(connection)
+
+    async def resolve(self, model: str, tenant: str = DEFAULT_TENANT) -> Resolved:
+        """What `adapter`, `adapter@3` or `adapter@alias` means now. Raises AdapterNotFound, VersionNotFound."""
+        name, text = split_model(model)
+        if not valid_name(name):
+            raise AdapterNotFound(name)
+        try:
+            selector = None if text is None else parse_selector(text)
+        except ValueError:
+            selector = ""  # matches no alias; which of the two errors it is, the database knows
+        return await self.find_version(name, selector, tenant)
+
+    async def find_version(self, name: str, selector: Selector = None, tenant: str = DEFAULT_TENANT) -> Resolved:
+        """The version that a number or an alias means; None: the default one. Raises as `resolve` does."""
+        values: dict[str, Any] = {"tenant": tenant, "name": name}
+        if selector is None:
+            statement = _RESOLVE_DEFAULT
+        else:
+            statement = _RESOLVE_NUMBER if isinstance(selector, int) else _RESOLVE_ALIAS
+            values["selector"] = selector
+        async with self._database.read() as connection:
+            row = (await connection.execute(statement, values)).one_or_none()
+            if row is not None:
+                return Resolved(tenant, *row)
+            if selector is None or (await connection.execute(_EXISTS, values)).one_or_none() is None:
+                raise AdapterNotFound(name)
+            raise VersionNotFound(name, selector)
+
+    async def get_adapter(self, name: str, tenant: str = DEFAULT_TENANT) -> Adapter:
+        """Raises AdapterNotFound."""
+        async with self._database.snapshot() as connection:
+            statement = _ADAPTER.where(adapters.c.tenant == tenant, adapters.c.name == name)
+            found = await _assemble(connection, (await connection.execute(statement)).all())
+        if not found:
+            raise AdapterNotFound(name)
+        return found[0]
+
+    async def list_adapters(
+        self,
+        limit: int = 20,
+        after: str | None = None,
+        *,
+        label: str | None = None,
+        fingerprint: str | None = None,
+        other_base: bool = False,
+        tenant: str = DEFAULT_TENANT,
+    ) -> Page[Adapter]:
+        """Adapters by name, those behind the name `after`.
+
+        `label`: `key` or `key=value`. `fingerprint`: only adapters whose default version was made for that base, or,
+        with `other_base`, for any other.
+        """
+        statement = _ADAPTER.where(adapters.c.tenant == tenant).order_by(adapters.c.name).limit(limit + 1)
+        if after is not None:
+            statement = statement.where(adapters.c.name > after)
+        if label is not None:
+            key, equals, value = label.partition("=")
+            wanted = sa.select(labels.c.adapter_id).where(labels.c.key == key)
+            statement = statement.where(adapters.c.id.in_(wanted.where(labels.c.value == value) if equals else wanted))
+        if fingerprint is not None:
+            same = versions.c.fingerprint == fingerprint
+            statement = statement.where(sa.not_(same) if other_base else same)
+        async with self._database.snapshot() as connection:
+            rows = (await connection.execute(statement)).all()
+            return Page(await _assemble(connection, rows[:limit]), len(rows) > limit)
+
+    async def list_versions(
+        self, name: str, limit: int = 20, after: int = 0, tenant: str = DEFAULT_TENANT
+    ) -> Page[Version]:
+        """Versions with their files, by number, those behind `after`. Raises AdapterNotFound."""
+        async with self._database.snapshot() as connection:
+            adapter_id = await connection.scalar(_EXISTS, {"tenant": tenant, "name": name})
+            if adapter_id is None:
+                raise AdapterNotFound(name)
+            statement = (
+                sa.select(versions)
+                .where(versions.c.adapter_id == adapter_id, versions.c.number > after)
+                .order_by(versions.c.number)
+                .limit(limit + 1)
+            )
+            rows = (await connection.execute(statement)).all()
+            return Page(await _with_files(connection, adapter_id, rows[:limit]), len(rows) > limit)
+
+    async def get_version(self, name: str, selector: Selector, tenant: str = DEFAULT_TENANT) -> Version:
+        """One version with its files. Raises AdapterNotFound, VersionNotFound."""
+        found = await self.find_version(name, selector, tenant)
+        page = await self.list_versions(name, 1, found.version - 1, tenant)
+        if not page.items or page.items[0].number != found.version:
+            raise VersionNotFound(name, found.version)  # deleted between the two reads
+        return page.items[0]
+
+    async def pinned_digests(self, fingerprint: str) -> tuple[str, ...]:
+        """Default versions of the pinned adapters made for this base."""
+        statement = (
+            sa.select(versions.c.digest)
+            .join_from(adapters, versions, sa.and_(_of_adapter, versions.c.number == adapters.c.default_version))
+            .where(adapters.c.pinned, versions.c.fingerprint == fingerprint)
+            .distinct()
+        )
+        async with self._database.read() as connection:
+            return tuple((await connection.scalars(statement)).all())
+
+
+async def _assemble(connection: AsyncConnection, rows: Sequence[sa.Row[Any]]) -> list[Adapter]:
+    ids = [row.id for row in rows]
+    numbers: dict[int, list[int]] = {i: [] for i in ids}
+    pointers: dict[int, dict[str, int]] = {i: {} for i in ids}
+    tags: dict[int, dict[str, str]] = {i: {} for i in ids}
+    if ids:
+        of = versions.c.adapter_id
+        for row in await connection.execute(sa.select(of, versions.c.number).where(of.in_(ids)).order_by(of, "number")):
+            numbers[row.adapter_id].append(row.number)
+        for row in await connection.execute(sa.select(aliases).where(aliases.c.adapter_id.in_(ids)).order_by("alias")):
+            pointers[row.adapter_id][row.alias] = row.version
+        for row in await connection.execute(sa.select(labels).where(labels.c.adapter_id.in_(ids)).order_by("key")):
+            tags[row.adapter_id][row.key] = row.value
+    return [
+        Adapter(
+            id=row.id,
+            tenant=row.tenant,
+            name=row.name,
+            description=row.description,
+            pinned=row.pinned,
+            default_version=row.default_version,
+            revision=row.revision,
+            created_at=row.created_at,
+            updated_at=row.updated_at,
+            versions=tuple(numbers[row.id]),
+            aliases=pointers[row.id],
+            labels=tags[row.id],
+            default=Version(
+                id=row.v_id,
+                number=row.v_number,
+                digest=row.v_digest,
+                fingerprint=row.v_fingerprint,
+                bytes=row.v_bytes,
+                max_rank=row.v_max_rank,
+                spec=row.v_spec,
+                created_at=row.v_created_at,
+                aliases=tuple(a for a, number in pointers[row.id].items() if number == row.v_number),
+            ),
+        )
+        for row in rows
+    ]
+
+
+async def _with_files(connection: AsyncConnection, adapter_id: int, rows: Sequence[sa.Row[Any]]) -> list[Version]:
+    ids = [row.id for row in rows]
+    stored: dict[int, list[File]] = {i: [] for i in ids}
+    if ids:
+        statement = sa.select(files).where(files.c.version_id.in_(ids)).order_by(files.c.filename)
+        for row in await connection.execute(statement):
+            stored[row.version_id].append(File(row.filename, row.sha256, row.bytes))
+    pointers = (await connection.execute(sa.select(aliases).where(aliases.c.adapter_id == adapter_id))).all()
+    return [
+        Version(
+            id=row.id,
+            number=row.number,
+            digest=row.digest,
+            fingerprint=row.fingerprint,
+            bytes=row.bytes,
+            max_rank=row.max_rank,
+            spec=row.spec,
+            created_at=row.created_at,
+            files=tuple(stored[row.id]),
+            aliases=tuple(sorted(p.alias for p in pointers if p.version == row.number)),
+        )
+        for row in rows
+    ]

@@ -1,0 +1,124 @@
+"""Rows of the catalogue as the rest of the service sees them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from service.store.errors import WrongBase
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """The adapter version that a model string means at this moment."""
+
+    tenant: str
+    name: str
+    version: int
+    digest: str
+    """What the engine knows it by."""
+    fingerprint: str
+    """The base model it was made for."""
+    max_rank: int
+    bytes: int
+    created_at: int
+
+    def fits(self, fingerprint: str) -> bool:
+        """Whether it was made for the base with this fingerprint."""
+        return self.fingerprint == fingerprint
+
+    def require_base(self, fingerprint: str) -> None:
+        """Raises WrongBase unless it was made for the base with this fingerprint."""
+        if not self.fits(fingerprint):
+            raise WrongBase(self.name, self.version)
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """One uploaded file, stored as the blob `sha256`."""
+
+    filename: str
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """An immutable version. `spec`: rank, alpha, ... for display. `files` is only filled where it says so."""
+
+    id: int
+    number: int
+    digest: str
+    fingerprint: str
+    bytes: int
+    max_rank: int
+    spec: dict[str, Any]
+    created_at: int
+    files: tuple[File, ...] = ()
+    aliases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """An adapter with its default version."""
+
+    id: int
+    tenant: str
+    name: str
+    description: str
+    pinned: bool
+    default_version: int
+    revision: int
+    created_at: int
+    updated_at: int
+    versions: tuple[int, ...]
+    aliases: dict[str, int]
+    labels: dict[str, str]
+    default: Version
+
+    @property
+    def etag(self) -> str:
+        """Changes with every change of the adapter, and never comes back, not even for a later one of that name."""
+        return etag_of(self.id, self.revision)
+
+
+def etag_of(adapter_id: int, revision: int) -> str:
+    return f'"{adapter_id}.{revision}"'
+
+
+@dataclass(frozen=True, slots=True)
+class Page(Generic[T]):
+    """A part of a list, in order; `has_more` tells that there is something after its last item."""
+
+    items: list[T]
+    has_more: bool
+
+
+@dataclass(frozen=True, slots=True)
+class NewVersion:
+    """What publishing writes: the inspected upload."""
+
+    digest: str
+    fingerprint: str
+    max_rank: int
+    spec: dict[str, Any]
+    files: tuple[File, ...]
+
+    @property
+    def bytes(self) -> int:
+        return sum(file.bytes for file in self.files)
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """What a deletion took away. Blobs stay until somebody deletes those in `unused`."""
+
+    digests: dict[int, str]
+    """Of the versions that went, by number."""
+    unused: frozenset[str]
+    """Blobs (records and files) that no version needs any more."""
+    freed_files: int
+    freed_bytes: int
+    adapter_gone: bool = False

@@ -1,0 +1,366 @@
+"""The process that the operator starts. It resolves the base model, binds the port, starts one engine process and the
+API processes, replaces those that die or hang, and ends them all in the right order. It never loads torch.
+
+    supervisor ── engine process        python -m service.engine.process
+              └── API process(es)       python -m service.api_worker, all on one listening socket
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import fcntl
+import os
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+
+from service import api_worker
+from service.children import Child
+from service.display import Display
+from service.engine.client import EngineClient
+from service.engine.config import CANNOT_START, EXIT_CANNOT_START
+from service.examples import load_examples
+from service.gguf_model import stop_helpers
+from service.model_source import resolve_model
+from service.settings import PREFIX, Settings
+from service.store import backup
+
+API_STOP_S = api_worker.GRACE_S + 5.0
+ENGINE_STOP_S = 10.0
+"""The engine is told to stop after the API processes have ended, so nothing is left for it to finish."""
+SILENT_S = 5.0
+"""An engine is killed when, for so long, it counts as silent (client.HEARTBEAT_TIMEOUT_S without an answer): some ten
+seconds after it began to hang, so that service is back within half a minute. One whose step hangs does answer: it is
+killed after client.STEP_TIMEOUT_S."""
+CHECK_S = 0.2
+BACKOFF_S = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+"""Pauses after ends in a row before a process was of any use."""
+USEFUL_BACKOFF_S = 1.0
+"""The longest pause after the end of one that had been of use."""
+STEADY_S = 60.0
+"""A process that ran this long starts its back-off anew."""
+
+
+class StartError(Exception):
+    """The service cannot start, or cannot go on. str(): one line; `hint`: what to do."""
+
+    def __init__(self, problem: str, hint: str = "") -> None:
+        super().__init__(problem)
+        self.hint = hint
+
+
+class Stopped(Exception):  # noqa: N818 - not an error
+    """A signal asked for the end."""
+
+
+@contextlib.contextmanager
+def data_folder(settings: Settings) -> Iterator[None]:
+    """Creates the data folder and holds it: one service per folder. The lock goes with the process."""
+    folders = [settings.data_dir, settings.blobs_dir, settings.cache_dir, settings.uploads_dir, settings.run_dir]
+    folders.append(Path(settings.engine_socket.removeprefix("ipc://")).parent)
+    try:
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700 if folder == folders[-1] else 0o755)
+        lock = (settings.run_dir / "lock").open("a+")
+    except OSError as exc:
+        raise _unwritable(settings, exc) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise StartError(
+                f"{settings.data_dir} is in use by another loraplex (process {lock.read().strip() or 'unknown'})",
+                "stop that one, or choose another data folder with --data-dir",
+            ) from None
+        try:
+            lock.truncate(0)
+            lock.write(f"{os.getpid()}\n")
+            lock.flush()
+        except OSError as exc:
+            raise _unwritable(settings, exc) from None
+        yield
+
+
+def _unwritable(settings: Settings, exc: OSError) -> StartError:
+    where = f" ({exc.filename})" if exc.filename else ""
+    hint = "choose a folder that can be written, with --data-dir"
+    if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+        hint = "free some space on its disk, or choose another folder with --data-dir"
+    return StartError(f"{PREFIX}DATA_DIR={settings.data_dir}: {exc.strerror}{where}", hint)
+
+
+def check_catalogue(settings: Settings) -> None:
+    """Raises StartError unless the catalogue can be read; copies it to its backup (docs/operations.md)."""
+    try:
+        backup.check_and_copy(settings.catalogue_path, settings.blobs_dir)
+    except backup.Damaged as exc:
+        raise StartError(str(exc), "docs/operations.md says how to restore it: A damaged catalogue") from None
+    except backup.Missing as exc:
+        raise StartError(str(exc), "docs/operations.md says how to restore it: A catalogue that is gone") from None
+    except OSError as exc:
+        raise _unwritable(settings, exc) from None
+
+
+def bind(settings: Settings) -> socket.socket:
+    """The service's TCP socket, not listening yet: while the base model is being fetched, connections are refused."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except socket.gaierror as exc:
+        raise StartError(f"{PREFIX}HOST={settings.host}: {exc.strerror}", "give an address of this machine") from None
+    bound = socket.socket(family, kind, protocol)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind(address)
+    except OSError as exc:
+        bound.close()
+        raise _unusable(settings, exc) from None
+    return bound
+
+
+def _unusable(settings: Settings, exc: OSError) -> StartError:
+    return StartError(
+        f"{settings.host}:{settings.port} cannot be used: {exc.strerror}",
+        "is another loraplex running? choose a port with --port, 0 for any free one",
+    )
+
+
+class Supervisor:
+    """One run of the service, from start to stop.
+
+    `simulated`: JSON options of the simulated engine, or None for the real one. `examples`: upload the example
+    adapters on the first start.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        display: Display,
+        *,
+        examples: bool = False,
+        simulated: str | None = None,
+        silent_s: float = SILENT_S,
+    ) -> None:
+        self._settings = settings
+        self._display = display
+        self._examples = examples
+        self._simulated = simulated
+        self._silent_s = silent_s
+        self._env: dict[str, str] = {}
+        self._engine_arguments: list[str] = []
+        self._children: set[Child] = set()
+        self._announced = False
+        self._stop = asyncio.Event()
+        self._started = time.monotonic()
+
+    async def run(self) -> None:
+        """Serves until SIGINT or SIGTERM. Raises StartError, ModelError."""
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, self._on_signal)
+        loop.add_signal_handler(signal.SIGINT, self._on_signal)
+        with data_folder(self._settings), bind(self._settings) as listener:
+            check_catalogue(self._settings)
+            with self._display.steps():
+                model = await self._resolved()
+            self._prepare(model)
+            try:
+                listener.listen(2048)
+            except OSError as exc:  # two sockets may bind one port as long as neither listens
+                raise _unusable(self._settings, exc) from None
+            client = EngineClient(self._settings.engine_socket)
+            await client.connect()
+            try:
+                await self._serve(client, listener)
+            finally:
+                await self._end(client, listener)
+
+    def _on_signal(self) -> None:
+        if self._stop.is_set():  # the second time it is meant
+            for child in self._children:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child.pid, signal.SIGKILL)
+        else:
+            self._stop.set()
+            self._display.line("\nStopping: running requests are finished first, press Ctrl-C again to break them off.")
+
+    async def _resolved(self) -> Path:
+        source = self._settings.model, self._settings.data_dir, self._display
+        work = asyncio.create_task(asyncio.to_thread(resolve_model, *source))
+        try:
+            await self._or_stop(work)
+        except Stopped:
+            stop_helpers()  # the thread itself cannot be broken off
+            raise
+        return work.result()
+
+    def _prepare(self, model: Path) -> None:
+        settings = self._settings
+        hub_name = settings.model.partition("@")[0].rpartition("/")[2] if not Path(settings.model).exists() else ""
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith(PREFIX)}
+        self._env = {**inherited, **settings.environment(), f"{PREFIX}MODEL": str(model)}
+        self._env.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # they would write across the supervisor's own
+        if "OMP_WAIT_POLICY" not in self._env:
+            # Threads that wait for each other spin. OpenMP's own default makes answers several times slower where other
+            # processes want the cores too; figures in ARCHITECTURE.md.
+            self._env.setdefault("GOMP_SPINCOUNT", "2000")
+        if hub_name and not settings.served_name:
+            self._env[f"{PREFIX}SERVED_NAME"] = hub_name  # the folder's name is a commit
+        self._engine_arguments = [msgspec.json.encode(settings.engine_config(model)).decode()]
+        if self._simulated is not None:
+            self._engine_arguments += ["--simulated", self._simulated]
+
+    # ------------------------------------------------------------ running
+
+    async def _serve(self, client: EngineClient, listener: socket.socket) -> None:
+        engine = asyncio.create_task(self._keep_engine(client))
+        workers = [asyncio.create_task(self._keep_api(n, listener)) for n in range(self._settings.api_workers)]
+        tasks = [engine, *workers]
+        try:
+            with self._display.steps():
+                self._display("loading the base model")
+                await self._or_stop(asyncio.create_task(client.wait_ready()), *tasks)
+                self._display("starting the API")
+                await self._or_stop(asyncio.create_task(self._announce(client, listener)), *tasks)
+            await self._or_stop(asyncio.create_task(asyncio.Event().wait()), *tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _or_stop(self, work: asyncio.Task[Any], *watched: asyncio.Task[Any]) -> None:
+        """Until `work` is done. Raises Stopped on a signal, and what a watched task raises."""
+        stop = asyncio.create_task(self._stop.wait())
+        try:
+            await asyncio.wait([work, stop, *watched], return_when=asyncio.FIRST_COMPLETED)
+            if stop.done():
+                raise Stopped
+            for task in (*watched, work):
+                if task.done():
+                    task.result()
+        finally:
+            stop.cancel()
+            if not work.done():
+                work.cancel()
+
+    async def _keep_engine(self, client: EngineClient) -> None:
+        """One engine process at any time. Raises StartError if the first one never becomes ready."""
+        failures, ever_ready = 0, False
+        while True:
+            started = time.monotonic()
+            async with self._child("engine", "service.engine.process", *self._engine_arguments) as child:
+                was_ready = await self._watch_engine(child, client)
+            ever_ready |= was_ready
+            if not ever_ready:
+                if child.process.returncode == EXIT_CANNOT_START:
+                    reason = self._settings.cache_dir / CANNOT_START
+                    raise StartError(*msgspec.json.decode(reason.read_bytes(), type=tuple[str, str]))
+                raise StartError(
+                    f"the engine {child.outcome} before it was ready", "its own messages above say what is wrong"
+                )
+            failures = 0 if time.monotonic() - started > STEADY_S else failures + 1
+            await self._back_off("the engine", child, failures, USEFUL_BACKOFF_S if was_ready else BACKOFF_S[-1])
+
+    async def _watch_engine(self, child: Child, client: EngineClient) -> bool:
+        """Until the process has ended; kills it when it hangs. Returns whether it was ever ready."""
+        ended = asyncio.create_task(child.wait())
+        before, was_ready, checked_at = client.last_ready, False, time.monotonic()
+        answered_at = checked_at
+        try:
+            while not ended.done():
+                await asyncio.wait([ended], timeout=CHECK_S)
+                late, checked_at = time.monotonic() - checked_at - CHECK_S, time.monotonic()
+                if client.last_ready is not before:  # the hello of this process, not of the one before it
+                    was_ready = True
+                if late > 1.0:
+                    answered_at += late  # this process was held up itself: what the engine said has not been read yet
+                if client.answers:
+                    answered_at = checked_at
+                if was_ready and checked_at - answered_at > self._silent_s:
+                    self._display.line(f"the engine has not answered for {self._silent_s:g} s: killing it", "yellow")
+                    await child.kill()
+                elif was_ready and client.stuck:
+                    self._display.line(
+                        f"the engine is stuck in a step of {client.step_age_s:.0f} s: killing it", "yellow"
+                    )
+                    await child.kill()
+        finally:
+            ended.cancel()
+        return was_ready
+
+    async def _keep_api(self, number: int, listener: socket.socket) -> None:
+        """One API process at any time. Raises StartError if it ends by itself several times in a row, or in any way
+        before the service was ready."""
+        failures = ended = 0
+        fd = listener.fileno()
+        while True:
+            started = time.monotonic()
+            async with self._child(f"API process {number}", "service.api_worker", str(fd), fd=fd) as child:
+                await child.wait()
+            killed = self._announced and child.killed
+            if time.monotonic() - started > STEADY_S:
+                failures = ended = 0
+            failures, ended = failures + 1, 0 if killed else ended + 1
+            if ended > 3:
+                raise StartError(
+                    f"API process {number} {child.outcome}, {ended} times in a row",
+                    "its own messages above say what is wrong",
+                )
+            await self._back_off(child.name, child, failures, USEFUL_BACKOFF_S if killed else BACKOFF_S[-1])
+
+    @contextlib.asynccontextmanager
+    async def _child(self, name: str, module: str, *arguments: str, fd: int | None = None) -> AsyncIterator[Child]:
+        child = await Child.start(name, module, *arguments, env=self._env, pass_fds=[] if fd is None else [fd])
+        self._children.add(child)
+        yield child
+        # Not in a finally: a cancelled watcher leaves its child to _end.
+        self._children.discard(child)
+
+    async def _back_off(self, what: str, child: Child, failures: int, longest: float) -> None:
+        pause = min(longest, BACKOFF_S[min(failures, len(BACKOFF_S)) - 1]) if failures else 0.0
+        self._display.line(f"{what} {child.outcome}; starting another one in {pause:g} s", "yellow")
+        await asyncio.sleep(pause)
+
+    async def _announce(self, client: EngineClient, listener: socket.socket) -> None:
+        """Waits for /ready, uploads the examples, says where the service is."""
+        host, port = listener.getsockname()[:2]
+        local = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        url = f"http://[{local}]:{port}" if ":" in local else f"http://{local}:{port}"
+        async with httpx.AsyncClient(base_url=url, timeout=60.0, trust_env=False) as http:
+            while True:
+                with contextlib.suppress(httpx.HTTPError):
+                    if (await http.get("/ready")).status_code == 200:
+                        break
+                await asyncio.sleep(0.1)
+            problems: list[str] = []
+            if self._examples and not self._settings.model:  # they are made for the embedded model
+                problems = await load_examples(http, self._settings.data_dir, self._display)
+            models = [model["id"] for model in (await http.get("/v1/models")).json()["data"]]
+        for problem in problems:
+            self._display.line(problem, "yellow")
+        ready = client.last_ready
+        device = f"{ready.device}, {ready.manifest.dtype}" if ready else "unknown"
+        seconds = time.monotonic() - self._started
+        self._announced = True
+        self._display.ready(url, models[0], device, models[1:], seconds)
+
+    # ------------------------------------------------------------ stopping
+
+    async def _end(self, client: EngineClient, listener: socket.socket) -> None:
+        """API processes first (they stop accepting and drain), then the engine, which has nothing left to do."""
+        listener.close()
+        engines = [child for child in self._children if child.name == "engine"]
+        others = [child for child in self._children if child.name != "engine"]
+        await asyncio.gather(*(child.stop(API_STOP_S) for child in others))
+        await client.close()
+        await asyncio.gather(*(child.stop(ENGINE_STOP_S) for child in engines))
+        self._children.clear()
