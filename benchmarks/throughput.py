@@ -1,0 +1,120 @@
+"""Throughput over HTTP: starts the server, uploads adapters, runs an outside load generator row by row.
+
+    python -m benchmarks.throughput MODEL --adapters DIR --loadgen PATH --rows none:1,none:64,identical:64,distinct:64
+
+MODEL and DIR as benchmarks/random_base.py makes them. PATH is a closed-loop load generator that speaks the OpenAI API
+(options --base-url --base-model --adapters --adapter-prefix --dist --concurrency --warmup --input-len --output-len
+--json); it is no part of this project, so that the same one can be run against other servers. A row is
+`distribution:concurrency`. Results go to RESULTS.md beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import httpx
+
+from benchmarks import report
+
+
+def start(model: Path, port: int, data: Path, options: list[str]) -> tuple[subprocess.Popen[bytes], float]:
+    """The server process and the seconds it took until /ready."""
+    begin = time.perf_counter()
+    command = [sys.executable, "-m", "service", "serve", "--model", str(model), "--served-name", "base"]
+    command += ["--port", str(port), "--data-dir", str(data), "--log-level", "warning", *options]
+    server = subprocess.Popen(command)
+    while True:
+        if server.poll() is not None:
+            raise RuntimeError(f"the server ended with {server.returncode}")
+        try:
+            if httpx.get(f"http://127.0.0.1:{port}/ready", timeout=2).status_code == 200:
+                return server, time.perf_counter() - begin
+        except httpx.HTTPError:
+            pass
+        time.sleep(0.2)
+
+
+def upload(url: str, folders: list[Path]) -> list[float]:
+    """Seconds of each upload."""
+    seconds = []
+    with httpx.Client(base_url=url, timeout=120) as client:
+        for folder in folders:
+            begin = time.perf_counter()
+            with (folder / "adapter_model.safetensors").open("rb") as weights:
+                files = {"config": (folder / "adapter_config.json").read_bytes(), "weights": weights}
+                client.post("/v1/adapters", data={"name": folder.name}, files=files).raise_for_status()
+            seconds.append(time.perf_counter() - begin)
+        for folder in folders:
+            client.post(f"/v1/adapters/{folder.name}/load", params={"wait": "true"}).raise_for_status()
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--adapters", type=Path, required=True)
+    parser.add_argument("--prefix", default="all-")
+    parser.add_argument("--loadgen", type=Path, required=True)
+    parser.add_argument("--rows", default="none:1,none:64,identical:64,distinct:64")
+    parser.add_argument("--input-len", type=int, default=512)
+    parser.add_argument("--output-len", type=int, default=128)
+    parser.add_argument("--port", type=int, default=8300)
+    parser.add_argument("--data", type=Path, help="data folder to keep (compile caches); default: a temporary one")
+    parser.add_argument("--serve", default="--device cuda", help="further options of the server")
+    parser.add_argument("--note", default="", help="what to say of the machine in RESULTS.md")
+    args = parser.parse_args()
+    folders = sorted(args.adapters.glob(f"{args.prefix}*"), key=lambda path: int(path.name.removeprefix(args.prefix)))
+    url = f"http://127.0.0.1:{args.port}"
+    with tempfile.TemporaryDirectory() as temporary:
+        server, ready = start(args.model, args.port, args.data or Path(temporary) / "data", args.serve.split())
+        print(f"ready after {ready:.1f} s", flush=True)
+        rows = []
+        try:
+            seconds = upload(url, folders)
+            print(f"{len(folders)} adapters uploaded, {sum(seconds) / max(1, len(seconds)):.2f} s each", flush=True)
+            for row in args.rows.split(","):
+                distribution, concurrency = row.split(":")
+                out = Path(temporary) / "row.json"
+                command = [sys.executable, str(args.loadgen), "--base-url", url, "--base-model", "base"]
+                command += ["--adapters", str(len(folders)), "--adapter-prefix", args.prefix, "--dist", distribution]
+                command += ["--concurrency", concurrency, "--warmup", concurrency, "--json", str(out)]
+                command += ["--input-len", str(args.input_len), "--output-len", str(args.output_len)]
+                subprocess.run(command, check=False)
+                rows.append((row, json.loads(out.read_text())))
+        finally:
+            server.send_signal(signal.SIGTERM)
+            server.wait(60)
+    write(rows, ready, len(folders), args)
+
+
+def ms(row: dict, name: str, quantile: str) -> str:
+    value = row[name][quantile]
+    return "-" if value is None else f"{value:.2f}"
+
+
+def write(rows: list[tuple[str, dict]], ready: float, count: int, args: argparse.Namespace) -> None:
+    lines = [
+        f"`python -m benchmarks.throughput ... --rows {args.rows}`; {count} adapters; ready after {ready:.1f} s. "
+        f"torch {version('torch')}, transformers {version('transformers')}. {args.note}",
+        "",
+        "| row | output tokens/s | TTFT p50 / p99 ms | TPOT p50 / p99 ms | ITL p99 ms | errors |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row, r in rows:
+        lines.append(
+            f"| {row} | {r['output_tok_s']:.0f} | {ms(r, 'ttft', 'p50')} / {ms(r, 'ttft', 'p99')} "
+            f"| {ms(r, 'tpot', 'p50')} / {ms(r, 'tpot', 'p99')} | {ms(r, 'itl', 'p99')} | {r['errors']} |"
+        )
+    report.append("Throughput over HTTP", lines)
+
+
+if __name__ == "__main__":
+    main()
