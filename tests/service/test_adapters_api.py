@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import random
@@ -452,7 +453,9 @@ def test_a_killed_worker_is_replaced(server: Server, api: httpx.Client, variant:
     wait_until(lambda: all(worker.nice() == niceness for worker in started))  # one may only just have started
     for worker in started:
         assert not any("libtorch" in region.path for region in worker.memory_maps())
-        worker.kill()
+    for worker in started:
+        with contextlib.suppress(psutil.NoSuchProcess):  # when one dies, its pool ends the others
+            worker.kill()
     assert api.put("/v1/adapters/work", files=variant(2)).status_code == 201
     assert workers()
 
