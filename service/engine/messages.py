@@ -63,6 +63,12 @@ class Submit(msgspec.Struct, tag="submit", kw_only=True):
     adapters: tuple[AdapterRef, ...] = ()
     sampling: SamplingParams
     salt: str = ""
+    tenant: str = ""
+    """Who is charged for it (service/engine/fairness.py): any string that is one tenant's alone and stays the same."""
+    tenant_weight: float = 1.0
+    """The tenant's share against others' while they compete, > 0. The newest request's weight counts for the tenant."""
+    priority: int = 0
+    """Higher goes first, among the tenant's own requests alone; no priority takes anything from another tenant."""
 
 
 class Abort(msgspec.Struct, tag="abort"):
