@@ -1,4 +1,4 @@
-# make serve | test | lint | format | bench | fuzz | soak | adapters. Needs Python 3.11 or newer and make; everything else goes into .venv.
+# make serve | test | lint | format | docs | bench | fuzz | soak | adapters. Needs Python 3.11 or newer and make; everything else goes into .venv.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check
 # One worker per core up to two, because every worker may load the model; the engine's own threads are held down to match.
 WORKERS ?= 2
 
-.PHONY: serve test lint format bench fuzz soak adapters help
+.PHONY: serve test lint format docs bench fuzz soak adapters help
 help:
 	@head -1 Makefile | cut -c3-
 
@@ -52,6 +52,10 @@ lint: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The documentation as a site, in site/.
+docs: $(VENV)/.installed-dev
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks $(ARGS)
