@@ -20,7 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 
 from service.store.errors import CatalogueBusy, CatalogueDamaged, CatalogueFull, CatalogueUnusable
 
-REVISION = "0001"
+REVISION = "0002"
 """The newest one in migrations/versions."""
 WRITERS_LOCK = 0x10_7A_91  # key of the advisory lock; any constant of this project's own
 BUSY_TIMEOUT_MS = 30_000

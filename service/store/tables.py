@@ -90,3 +90,52 @@ counters = sa.Table(
     sa.Column("name", sa.String(96), primary_key=True),
     sa.Column("last", sa.Integer, nullable=False),
 )
+
+# Jobs that make an adapter or a checkpoint out of adapters, in the order of `number` (service/store/merges.py).
+merges = sa.Table(
+    "merges",
+    metadata,
+    sa.Column("number", sa.Integer, primary_key=True, autoincrement=True),
+    # What clients know it by.
+    sa.Column("id", sa.String(40), nullable=False, unique=True),
+    sa.Column("tenant", sa.String(96), nullable=False),
+    sa.Column("name", sa.String(96), nullable=False),
+    # adapter | checkpoint
+    sa.Column("target", sa.String(16), nullable=False),
+    sa.Column("description", sa.Text, nullable=False),
+    # method, density, ...: the fields of adapters.merge_request.MergeOptions that were given.
+    sa.Column("options", sa.JSON, nullable=False),
+    sa.Column("idempotency_key", sa.String(255), nullable=True),
+    # sha256 of the request's body, so that a key that comes again with another one is noticed.
+    sa.Column("request_digest", sa.String(64), nullable=False),
+    sa.Column("state", sa.String(16), nullable=False, index=True),
+    sa.Column("phase", sa.String(16), nullable=False),
+    sa.Column("progress", sa.Float, nullable=False),
+    # How often a merger has taken it up.
+    sa.Column("attempts", sa.Integer, nullable=False),
+    # The merger that has it: an id of the data folder, under which a checkpoint's files lie.
+    sa.Column("runner", sa.String(64), nullable=True),
+    # When that merger last said so.
+    sa.Column("seen_at", sa.BigInteger, nullable=True),
+    sa.Column("error", sa.Text, nullable=True),
+    sa.Column("result_version", sa.Integer, nullable=True),
+    # Of a checkpoint: [{"name", "bytes", "sha256"}].
+    sa.Column("files", sa.JSON, nullable=False),
+    sa.Column("created_at", sa.BigInteger, nullable=False),
+    sa.Column("started_at", sa.BigInteger, nullable=True),
+    sa.Column("finished_at", sa.BigInteger, nullable=True),
+    sa.UniqueConstraint("tenant", "idempotency_key"),
+    sqlite_autoincrement=True,
+)
+
+# By name and number, not by foreign key: a finished merge tells its sources after they have gone.
+merge_sources = sa.Table(
+    "merge_sources",
+    metadata,
+    sa.Column("merge_number", sa.Integer, sa.ForeignKey("merges.number"), primary_key=True),
+    sa.Column("position", sa.Integer, primary_key=True),
+    sa.Column("adapter", sa.String(96), nullable=False, index=True),
+    sa.Column("version", sa.Integer, nullable=False),
+    sa.Column("digest", sa.String(64), nullable=False),
+    sa.Column("weight", sa.Float, nullable=False),
+)
