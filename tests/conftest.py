@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +14,7 @@ if not Path("/dev/nvidiactl").exists():
 import pytest
 
 from service.default_model import ensure_default_model
+from tests.ports import unused_port
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -65,10 +65,4 @@ def example_adapters() -> Path:
 @pytest.fixture
 def free_port() -> Callable[[], int]:
     """Gives TCP ports of 127.0.0.1 that nothing listens on."""
-
-    def find() -> int:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            return int(probe.getsockname()[1])
-
-    return find
+    return unused_port

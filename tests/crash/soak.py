@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 import tempfile
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from tests.crash.storm import Storm
 from tests.crash.world import World
+from tests.ports import unused_port
 
 STORM_S = 300.0
 """So long each storm takes; then a new data folder, another number of API processes."""
@@ -20,11 +20,8 @@ STORM_S = 300.0
 
 def storm(seed: int, seconds: float) -> bool:
     """Whether all was well."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory(prefix="lp-soak-", ignore_cleanup_errors=True) as folder:
-        world = World(Path(folder), port, api_workers=1 + seed % 2)
+        world = World(Path(folder), unused_port(), api_workers=1 + seed % 2)
         storm = Storm(world, seed, clients=2 + seed % 3)
         try:
             storm.run(seconds=seconds)

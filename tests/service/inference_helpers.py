@@ -23,6 +23,7 @@ from service.engine.messages import AdapterRef, SamplingParams
 from service.engine.simulated import expected
 from service.settings import Settings
 from service.tokenizer import Tokenizer
+from tests.ports import unused_port
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCABULARY = 49152  # SmolLM2's
@@ -35,9 +36,7 @@ class InferenceServer:
     def __init__(self, model: Path, *, engine_options: dict[str, Any] | None = None, **settings: Any) -> None:
         # A socket's path must be short; pytest's folders are not.
         self._folder = tempfile.TemporaryDirectory(prefix="lp-")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = unused_port()
         defaults = {"max_positions": 512, "device": "cpu", "log_format": "json", "served_name": BASE}
         self.settings = Settings.load(**(defaults | settings), data_dir=self._folder.name, model=str(model), port=port)
         self.settings.run_dir.mkdir()

@@ -22,6 +22,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from adapters.manifest import Manifest, Module
+from tests.ports import unused_port
 
 from .adapter_helpers import BASE, Engine, Server, files_of, make_peft_adapter, vary
 
@@ -42,10 +43,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def server(engine: Path) -> Iterator[Server]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    started = Server(engine, port).start()
+    started = Server(engine, unused_port()).start()
     yield started
     started.close()
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.ports import unused_port
 from tests.service.launch import ROOT, Launched
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -27,14 +28,9 @@ pytestmark = [pytest.mark.xdist_group("readme"), pytest.mark.timeout(900)]
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory, base_model_dir: Path) -> Iterator[Launched]:
     """`make serve`, but for the port, the data folder and the number of threads."""
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
     data_dir = tmp_path_factory.mktemp("data")
     (data_dir / "models").symlink_to(base_model_dir.parent)
-    with Launched(data_dir, port, "--examples", "--threads", "1") as launched:
+    with Launched(data_dir, unused_port(), "--examples", "--threads", "1") as launched:
         launched.wait_announced()
         yield launched
 

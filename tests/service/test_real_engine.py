@@ -4,7 +4,6 @@ cannot show (log-probabilities with alternatives, sampling, what adapters do) an
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 from openai import AsyncOpenAI, BadRequestError, OpenAI
 
 from tests.engine.oracle import Recipe, make_adapter
+from tests.ports import unused_port
 from tests.service.launch import Launched, wait_for
 
 BASE = "SmolLM2-135M-Instruct"
@@ -24,12 +24,9 @@ pytestmark = [pytest.mark.xdist_group("real-engine"), pytest.mark.timeout(600)]
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory, base_model_dir: Path) -> Iterator[Launched]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
     folder = tmp_path_factory.mktemp("real")
     (folder / "models").symlink_to(base_model_dir.parent)
-    with Launched(folder, port, "--threads", "1", "--max-positions", "1024") as launched:
+    with Launched(folder, unused_port(), "--threads", "1", "--max-positions", "1024") as launched:
         launched.wait_announced()
         for seed, name in enumerate(("one", "two")):
             made = make_adapter(base_model_dir, folder / name, Recipe(8), seed=seed, strength=0.4)
