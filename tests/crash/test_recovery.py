@@ -150,7 +150,7 @@ def test_a_restarted_api_process_leaves_alone_what_requests_still_need(world: Wo
     service dies meanwhile but the request's own; then they go."""
     content = Content.make(1, rank=4)
     assert httpx.put(f"{world.url}/v1/adapters/a", files=content.form, timeout=60).status_code == 201
-    stream = Asked(world, 900, model="a").began()
+    stream = Asked(world, 1600, model="a").began()
     victim = next(api for api in world.running.children(API) if api != api_of(world, stream.port))
     assert httpx.delete(f"{world.url}/v1/adapters/a", timeout=60).status_code == 200
     victim.kill()
@@ -160,7 +160,7 @@ def test_a_restarted_api_process_leaves_alone_what_requests_still_need(world: Wo
     assert world.blobs() == content.blobs
     stream.ended()
     assert stream.done
-    assert stream.text.strip() == world.answer([1, 2, 3], 900, content.digest)
+    assert stream.text.strip() == world.answer([1, 2, 3], 1600, content.digest)
     wait_for(lambda: world.blobs() == set(), 30)
 
 
