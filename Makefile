@@ -1,4 +1,4 @@
-# make serve | test | lint | format | docs | bench | fuzz | soak | adapters. Needs Python 3.11 or newer and make; everything else goes into .venv.
+# make serve | test | lint | format | docs | lock | audit | bench | fuzz | soak | adapters. Needs Python 3.11 or newer and make; everything else goes into .venv.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check
 # One worker per core up to two, because every worker may load the model; the engine's own threads are held down to match.
 WORKERS ?= 2
 
-.PHONY: serve test lint format docs bench fuzz soak adapters help
+.PHONY: serve test lint format docs lock audit bench fuzz soak adapters help
 help:
 	@head -1 Makefile | cut -c3-
 
@@ -74,3 +74,20 @@ soak: $(VENV)/.installed-dev
 # Trains the example adapters again (minutes on a CPU).
 adapters: $(VENV)/.installed-dev
 	$(BIN)/python examples/train_adapters.py $(ARGS)
+
+# The images' dependencies with their hashes, requirements/*.txt: for Python 3.11 on x86-64, the Debian 12 that the images stand
+# on. What is locked stays as it is unless pyproject.toml forbids it; newer versions: make lock ARGS=--upgrade. PyPI's torch is the
+# one for CUDA; the CPU build comes from PyTorch's own index, or from a folder: make lock TORCH_CPU='--find-links FOLDER'.
+TORCH_CPU ?= --torch-backend cpu
+COMPILE = $(BIN)/uv pip compile --no-config --quiet --generate-hashes --python-version 3.11 \
+    --python-platform x86_64-manylinux_2_28 --custom-compile-command 'make lock' $(ARGS)
+lock: $(VENV)/.installed-dev
+	$(COMPILE) requirements/build.in -o requirements/build.txt
+	$(COMPILE) pyproject.toml --extra server requirements/image.in -o requirements/cuda.txt
+	sed -n 's/^torch==\([0-9.]*\).*/torch==\1+cpu/p' requirements/cuda.txt | $(COMPILE) $(TORCH_CPU) \
+	    pyproject.toml --extra server requirements/image.in - -c requirements/cuda.txt -o requirements/cpu.txt
+
+# Known vulnerabilities of what is locked. Needs PyPI's vulnerability service, which a mirror of the index may lack: then it says
+# that nothing was audited. AUDIT=strict makes that a failure.
+audit: $(VENV)/.installed-dev
+	@AUDIT=$(AUDIT) $(BIN)/python requirements/audit.py requirements/cuda.txt
