@@ -1,0 +1,138 @@
+"""What was used: one row per hour, tenant, key and adapter, to which every process of the service adds.
+
+Only sums are kept, so the table grows with what is in use, not with traffic. Hours are whole hours UTC, as seconds since
+1970.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from service.store.tables import metadata
+
+HOUR_S = 3600
+DAY_S = 24 * HOUR_S
+
+GROUPS = ("hour", "day", "tenant", "key", "adapter")
+"""What sums may be grouped by."""
+
+usage = sa.Table(
+    "usage",
+    metadata,
+    sa.Column("hour", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("tenant", sa.String(96), primary_key=True),
+    # Empty: no key (a server without tenants, or what no request asked for: loads).
+    sa.Column("key", sa.String(64), primary_key=True),
+    # `name`, `owner/name` of somebody else's, several of a mix joined with "+"; empty: the base model.
+    sa.Column("adapter", sa.String(1024), primary_key=True),
+    sa.Column("requests", sa.BigInteger, nullable=False),
+    sa.Column("prompt_tokens", sa.BigInteger, nullable=False),
+    sa.Column("cached_tokens", sa.BigInteger, nullable=False),
+    sa.Column("completion_tokens", sa.BigInteger, nullable=False),
+    sa.Column("first_tokens", sa.BigInteger, nullable=False),
+    sa.Column("first_token_ms", sa.Float, nullable=False),
+    sa.Column("loads", sa.BigInteger, nullable=False),
+    sa.Column("byte_hours", sa.Float, nullable=False),
+    sa.Index(None, "tenant", "hour"),
+)
+
+
+@dataclass(slots=True)
+class Counts:
+    """Sums. `first_token_ms`: of the times to the `first_tokens` first tokens that were sent. `loads`: to the device;
+    `byte_hours`: bytes on the device times hours there."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    first_tokens: int = 0
+    first_token_ms: float = 0.0
+    loads: int = 0
+    byte_hours: float = 0.0
+
+    def add(self, other: Counts) -> None:
+        for name in COUNTS:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    def __bool__(self) -> bool:
+        return any(getattr(self, name) for name in COUNTS)
+
+
+COUNTS = tuple(field.name for field in fields(Counts))
+
+Key = tuple[int, str, str, str]
+"""(hour, tenant, key, adapter)"""
+
+
+async def add(connection: AsyncConnection, counts: Mapping[Key, Counts]) -> None:
+    """Adds to the rows, inside the caller's write transaction."""
+    if not counts:
+        return
+    # The same words in both dialects, but each has its own construct for them.
+    insert = (sqlite if connection.dialect.name == "sqlite" else postgresql).insert(usage)
+    statement = insert.on_conflict_do_update(
+        index_elements=list(usage.primary_key.columns),
+        set_={name: usage.c[name] + insert.excluded[name] for name in COUNTS},
+    )
+    rows = [
+        {"hour": hour, "tenant": tenant, "key": key, "adapter": adapter}
+        | {name: getattr(each, name) for name in COUNTS}
+        for (hour, tenant, key, adapter), each in sorted(counts.items())
+    ]
+    await connection.execute(statement, rows)
+
+
+async def read(
+    connection: AsyncConnection,
+    *,
+    start: int,
+    end: int,
+    tenant: str | None,
+    group_by: Sequence[str],
+    limit: int,
+    offset: int = 0,
+) -> list[dict[str, Any]]:
+    """Sums over the hours in [start, end), grouped, in the groups' order. `tenant` None: of all tenants."""
+    columns = {
+        "hour": usage.c.hour.label("hour"),
+        "day": (usage.c.hour - usage.c.hour % DAY_S).label("day"),
+        "tenant": usage.c.tenant,
+        "key": usage.c.key,
+        "adapter": usage.c.adapter,
+    }
+    groups = [columns[name] for name in group_by]
+    sums = [sa.func.coalesce(sa.func.sum(usage.c[name]), 0).label(name) for name in COUNTS]
+    statement = sa.select(*groups, *sums).where(usage.c.hour >= start, usage.c.hour < end)
+    if tenant is not None:
+        statement = statement.where(usage.c.tenant == tenant)
+    if groups:
+        names = [sa.literal_column(name) for name in group_by] if "day" in group_by else groups
+        statement = statement.group_by(*names).order_by(*names).limit(limit).offset(offset)
+    return [_plain(row._mapping) for row in (await connection.execute(statement)).all()]
+
+
+def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
+    """PostgreSQL sums BIGINT as NUMERIC, which Python reads as Decimal."""
+    exact = {name: float(row[name]) for name in ("first_token_ms", "byte_hours")}
+    whole = {name: int(row[name]) for name in COUNTS if name not in exact}
+    return {**row, **whole, **exact}
+
+
+async def forget(connection: AsyncConnection, before: int) -> int:
+    """Deletes the rows of the hours before that time; returns how many."""
+    return (await connection.execute(sa.delete(usage).where(usage.c.hour < before))).rowcount
+
+
+def total(rows: Iterable[Mapping[str, Any]]) -> Counts:
+    """The sum of rows that `read` gave."""
+    result = Counts()
+    for row in rows:
+        result.add(Counts(**{name: row[name] for name in COUNTS}))
+    return result

@@ -1,0 +1,145 @@
+"""service/usage.py: every token is written once, whatever fails in between."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import pytest
+
+from service import usage
+from service.store.usage import COUNTS, HOUR_S, Counts, Key
+from service.usage import UsageRecorder
+
+
+@dataclass
+class Tokens:
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class Rows:
+    """Where sums go; fails as long as `away`."""
+
+    def __init__(self) -> None:
+        self.rows: dict[Key, Counts] = {}
+        self.away = False
+        self.writes = 0
+
+    async def write(self, sums: Mapping[Key, Counts]) -> None:
+        self.writes += 1
+        await asyncio.sleep(0)
+        if self.away:
+            raise OSError("no route to the database")
+        for key, counts in sums.items():
+            self.rows.setdefault(key, Counts()).add(counts)
+
+    def total(self) -> Counts:
+        total = Counts()
+        for counts in self.rows.values():
+            total.add(counts)
+        return total
+
+
+async def test_a_stream_is_written_as_it_goes() -> None:
+    rows = Rows()
+    recorder = UsageRecorder(rows.write, clock=lambda: 7250.0)
+    tokens = Tokens(prompt_tokens=100)
+    meter = recorder.open("acme", "k1", "pirate")
+    meter.tokens = tokens
+    await recorder.flush()
+    assert rows.total() == Counts(requests=1), "a prompt counts when its first token has come"
+    meter.first_token(0.25)
+    tokens.cached_tokens, tokens.completion_tokens = 64, 1
+    await recorder.flush()
+    tokens.completion_tokens = 9
+    await recorder.flush()
+    await recorder.flush()
+    recorder.close_meter(meter)
+    await recorder.flush()
+    assert rows.rows == {
+        (7200, "acme", "k1", "pirate"): Counts(1, 100, 64, 9, first_tokens=1, first_token_ms=250.0),
+    }
+    assert rows.writes == 3, "nothing new is not written"
+
+
+async def test_hours_and_names_are_rows_of_their_own() -> None:
+    rows, now = Rows(), [HOUR_S - 1.0]
+    recorder = UsageRecorder(rows.write, clock=lambda: now[0])
+    for moment in (HOUR_S - 1.0, HOUR_S + 1.0):
+        now[0] = moment
+        for tenant, key, adapter in (("a", "k", ""), ("a", "k", "x"), ("b", "k", "x")):
+            recorder.close_meter(recorder.open(tenant, key, adapter))
+    recorder.add("a", "", "x", Counts(loads=2, byte_hours=0.5))
+    await recorder.flush()
+    assert len(rows.rows) == 7
+    assert rows.rows[HOUR_S, "a", "", "x"] == Counts(loads=2, byte_hours=0.5)
+    assert rows.rows[0, "a", "k", "x"] == Counts(requests=1)
+
+
+async def test_nothing_is_lost_or_counted_twice_while_the_database_comes_and_goes() -> None:
+    draw = random.Random(5)
+    rows = Rows()
+    recorder = UsageRecorder(rows.write)
+    expected = Counts()
+    meters: list[usage.Meter] = []
+    for _ in range(500):
+        rows.away = draw.random() < 0.4
+        if draw.random() < 0.4:
+            meter = recorder.open("t", "k", draw.choice("abc"))
+            meter.tokens = Tokens(prompt_tokens=draw.randrange(1, 50))
+            meters.append(meter)
+            expected.requests += 1
+        for meter in meters:
+            tokens = meter.tokens
+            assert isinstance(tokens, Tokens)
+            if draw.random() < 0.5:
+                expected.prompt_tokens += tokens.prompt_tokens if not tokens.completion_tokens else 0
+                tokens.completion_tokens += 3
+                expected.completion_tokens += 3
+        if meters and draw.random() < 0.3:
+            recorder.close_meter(meters.pop(draw.randrange(len(meters))))
+        if draw.random() < 0.5:
+            await recorder.flush()
+    for meter in meters:
+        recorder.close_meter(meter)
+    rows.away = False
+    await recorder.close()
+    assert rows.total() == expected
+
+
+async def test_it_writes_by_itself_and_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(usage, "INTERVAL_S", 0.01)
+    rows = Rows()
+    recorder = UsageRecorder(rows.write)
+    recorder.start()
+    recorder.close_meter(recorder.open("t", "", ""))
+    async with asyncio.timeout(30):
+        while not rows.rows:
+            await asyncio.sleep(0.01)
+    recorder.close_meter(recorder.open("t", "", ""))
+    await recorder.close()
+    assert rows.total().requests == 2
+
+
+async def test_the_log_says_once_that_the_database_is_away(caplog: pytest.LogCaptureFixture) -> None:
+    rows = Rows()
+    recorder = UsageRecorder(rows.write)
+    rows.away = True
+    recorder.close_meter(recorder.open("t", "", ""))
+    for _ in range(3):
+        await recorder.flush()
+    assert len(caplog.records) == 1
+    assert "no route to the database" in caplog.text
+    rows.away = False
+    await recorder.flush()
+    assert rows.total() == Counts(requests=1)
+
+
+def test_counts_know_whether_there_is_something() -> None:
+    assert not Counts()
+    for name in COUNTS:
+        assert Counts(**{name: 1})
