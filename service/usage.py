@@ -1,8 +1,8 @@
 """Counts what requests use, as they use it, and writes the sums to the database twice a second.
 
 A request that still streams is counted too: each write takes what has come since the last. So a process that is killed
-loses at most what one interval and the write that was under way hold, well under a second unless the database is away; then the
-sums wait here and are added later.
+loses at most what one interval and the write that was under way hold, well under a second unless the database is away;
+then the sums wait here and are added later.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What was used: one row per hour, tenant, key and adapter, to which every process of the service adds.
 
-Only sums are kept, so the table grows with what is in use, not with traffic. Hours are whole hours UTC, as seconds since
-1970.
+Only sums are kept, so the table grows with what is in use, not with traffic. Hours are whole hours UTC, as seconds
+since 1970.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ class Rows:
         self.rows: dict[Key, Counts] = {}
         self.away = False
         self.writes = 0
+        self.written = asyncio.Event()
 
     async def write(self, sums: Mapping[Key, Counts]) -> None:
         self.writes += 1
@@ -36,6 +37,7 @@ class Rows:
             raise OSError("no route to the database")
         for key, counts in sums.items():
             self.rows.setdefault(key, Counts()).add(counts)
+        self.written.set()
 
     def total(self) -> Counts:
         total = Counts()
@@ -117,9 +119,7 @@ async def test_it_writes_by_itself_and_at_its_end(monkeypatch: pytest.MonkeyPatc
     recorder = UsageRecorder(rows.write)
     recorder.start()
     recorder.close_meter(recorder.open("t", "", ""))
-    async with asyncio.timeout(30):
-        while not rows.rows:
-            await asyncio.sleep(0.01)
+    await asyncio.wait_for(rows.written.wait(), 30)
     recorder.close_meter(recorder.open("t", "", ""))
     await recorder.close()
     assert rows.total().requests == 2
