@@ -1,13 +1,37 @@
-"""Adapters into the base: a full checkpoint."""
+"""Adapters into the base: W0 + Σ w·scale·B A as a full checkpoint, in a Hugging Face folder of its own.
+
+The sum is computed in float32 and rounded once, to the dtype in which the checkpoint stores the weight. All other
+tensors are copied byte for byte, so tied weights, which a checkpoint stores once, stay tied.
+
+Memory: a weight is read, changed and written in bands of rows (SUM_VALUES), so neither a large weight nor a shard is
+ever in memory as a whole: besides torch itself the peak is A and B of one module of every source, and three bands. It
+depends neither on the size of the base nor on that of its shards.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
+from adapters.checkpoint_layout import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, Layout, read_layout
+from adapters.errors import AdapterRefused
+from adapters.folders import emptied, write_synced
 from adapters.manifest import Manifest
-from adapters.merge_request import MergeOptions, MergeSource
+from adapters.merge_request import DEFAULT_SHARD_BYTES, MergeOptions, MergeSource, OpenedSource, open_sources
+from adapters.safetensors_header import TensorRef
+from adapters.safetensors_writer import SafetensorsWriter, TensorPlan, WrittenFile, aligned_order
+from adapters.tensor_reader import TORCH_DTYPES, TensorReader, bytes_of
+
+SUM_VALUES = 1 << 24
+"""Values of a weight that are summed at once: 64 MB in float32."""
+COPY_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -27,9 +51,119 @@ def merge_checkpoint(
     options: MergeOptions,
     progress: Callable[[float], None] = lambda _: None,
 ) -> list[MergedFile]:
-    """W0 + Σ w·scale·B·A as a Hugging Face folder in `out`, which is emptied first; `model` is the base's folder and is only read.
+    """Writes the checkpoint into `out`, which is emptied first; `model`, the base's folder, is only read.
 
-    Weights are written first, then the shards' index, and config.json last of all: a folder without config.json is not
-    complete. Gives all files with their hashes, sorted by name (all are plain files directly in `out`).
-    AdapterRefused with every reason; `progress` as in `merge_adapters`, by bytes."""
-    raise NotImplementedError
+    Weights are written first, then the shards' index, the files beside them, and config.json last of all: a folder
+    without config.json is not complete, and nothing loads it. Gives all files with their hashes, sorted by name; all
+    lie in `out` itself.
+    AdapterRefused with every reason that `check_merge` gives, or when a sum is beyond its dtype; ValueError when `out`
+    contains the base or lies in it; `progress` as in `merge_adapters`, by bytes."""
+    if _overlap(out.resolve(), model.resolve()):
+        raise ValueError(f"out = {out} and the base's folder {model} must be apart")
+    opened = open_sources(sources, manifest, options, "checkpoint", model)
+    needed = {module for one in opened for module in one.targets}
+    layout = read_layout(model, manifest, [module for module in manifest.linears if module.name in needed])
+    changes = {
+        layout.names[name]: [(i, name) for i, one in enumerate(opened) if name in one.targets] for name in needed
+    }
+    progress(0.0)
+    emptied(out)
+    done = 0
+    written: list[WrittenFile] = []
+    shards = _shards(layout, options.max_shard_bytes or DEFAULT_SHARD_BYTES)
+    with ExitStack() as stack:
+        base = stack.enter_context(TensorReader({ref.file: model / ref.file for ref in layout.tensors.values()}))
+        summands = _Summands(opened, stack)
+        for file, tensors in shards.items():
+            with SafetensorsWriter(out / file, tensors) as writer:
+                for tensor in tensors:
+                    ref = layout.tensors[tensor.name]
+                    change = changes.get(tensor.name)
+                    parts = _copied(base, ref) if change is None else _summed(base, ref, tensor, summands.of(change))
+                    for part in parts:
+                        writer.write(part)
+                        done += len(part)
+                        progress(done / layout.tensor_bytes)
+            written.append(writer.result())
+    if len(shards) > 1:
+        written.append(_write(out / INDEX_FILE, _index(shards, layout)))
+    written += [_write(out / path.name, path.read_bytes()) for path in layout.companions()]
+    written.append(_write(out / CONFIG_FILE, (model / CONFIG_FILE).read_bytes()))
+    progress(1.0)
+    return [MergedFile(*file) for file in sorted(written)]
+
+
+def _overlap(one: Path, other: Path) -> bool:
+    return one == other or one in other.parents or other in one.parents
+
+
+@dataclass(frozen=True)
+class _Summand:
+    """factor · b [d, r] a [r, k], float32."""
+
+    a: Tensor
+    b: Tensor
+    factor: float
+
+
+class _Summands:
+    """Reads the factors of one module of every source that adapts it."""
+
+    def __init__(self, opened: Sequence[OpenedSource], stack: ExitStack) -> None:
+        self._opened = opened
+        self._readers = [stack.enter_context(TensorReader(one.source.weights)) for one in opened]
+
+    def of(self, change: Sequence[tuple[int, str]]) -> list[_Summand]:
+        summands = []
+        for i, module in change:
+            target, reader = self._opened[i].targets[module], self._readers[i]
+            factor = self._opened[i].source.weight * target.scale
+            summands.append(_Summand(reader.tensor(target.a), reader.tensor(target.b), factor))
+        return summands
+
+
+def _summed(base: TensorReader, ref: TensorRef, tensor: TensorPlan, summands: list[_Summand]) -> Iterator[memoryview]:
+    rows, columns = ref.shape
+    step = max(1, SUM_VALUES // max(1, columns))
+    for first in range(0, rows, step):
+        count = min(step, rows - first)
+        total = base.rows(ref, first, count)
+        for one in summands:
+            total.addmm_(one.b[first : first + count], one.a, alpha=one.factor)
+        result = total.to(TORCH_DTYPES[ref.dtype])
+        if not torch.isfinite(result).all():
+            raise AdapterRefused([f"{tensor.name}: the sum is not finite in {ref.dtype}, the checkpoint's dtype"])
+        yield bytes_of(result)
+
+
+def _copied(base: TensorReader, ref: TensorRef) -> Iterator[memoryview]:
+    size = ref.end - ref.begin
+    for offset in range(0, size, COPY_BYTES):
+        yield memoryview(base.read(ref, offset, min(COPY_BYTES, size - offset)))
+
+
+def _shards(layout: Layout, limit: int) -> dict[str, list[TensorPlan]]:
+    """File name -> its tensors: as many as fit, in the base's own order. A tensor beyond the limit has a file alone."""
+    groups: list[list[TensorPlan]] = []
+    size = 0
+    for name, ref in layout.tensors.items():
+        plan = TensorPlan(name, ref.dtype, ref.shape)
+        if not groups or size + plan.nbytes > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(plan)
+        size += plan.nbytes
+    if len(groups) == 1:
+        return {SINGLE_FILE: aligned_order(groups[0])}
+    return {f"model-{i:05}-of-{len(groups):05}.safetensors": aligned_order(g) for i, g in enumerate(groups, 1)}
+
+
+def _index(shards: dict[str, list[TensorPlan]], layout: Layout) -> bytes:
+    weight_map = {tensor.name: file for file, tensors in shards.items() for tensor in tensors}
+    content = {"metadata": {"total_size": layout.tensor_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+    return json.dumps(content, indent=2).encode()
+
+
+def _write(path: Path, data: bytes) -> WrittenFile:
+    write_synced(path, data)
+    return WrittenFile(path.name, len(data), hashlib.sha256(data).hexdigest())
