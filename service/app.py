@@ -57,7 +57,7 @@ def create_app(settings: Settings) -> FastAPI:
 async def _open(app: FastAPI, settings: Settings, stack: AsyncExitStack) -> None:
     """Opens everything that the routes use; what is opened last is closed first."""
     logger = log.get("service.app")
-    if not settings.is_loopback:
+    if not settings.is_loopback and not settings.multi_tenant:
         logger.warning("the service is open to whoever can reach this address", host=settings.host)
     for folder in (settings.data_dir, settings.run_dir, settings.uploads_dir):
         folder.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from typing import Any, get_type_hints
 
 import typer
 
-from service.settings import PREFIX, Settings, SettingsError
+from service.settings import PREFIX, SECRETS, Settings, SettingsError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -28,6 +28,8 @@ HELP = {
     "served_name": "Name that the base model answers to. Default: the name of its folder.",
     "host": "Address to listen on.",
     "port": "Port to listen on; 0: any free one.",
+    "allow_public": "Without an admin key: listen on an address that others can reach all the same.",
+    "cors_origins": "Origins, separated by commas, whose pages may call the API from a browser; *: all.",
     "data_dir": "Folder of all state: adapters, catalogue, caches, the embedded model.",
     "device": "auto, cpu or cuda.",
     "dtype": "auto, float32, bfloat16 or float16.",
@@ -65,8 +67,10 @@ def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
     hints: dict[str, Any] = get_type_hints(command)
     del hints["settings"], hints["return"]
     for name, field in Settings.model_fields.items():
+        if name in SECRETS:
+            continue  # command lines can be read by others: a variable only
         flag = "--" + name.replace("_", "-")
-        default = "" if field.default in ("", 0) else f" [default: {field.default}]"
+        default = "" if field.default in ("", 0, False) else f" [default: {field.default}]"
         text = f"{HELP.get(name, '')}{default} ({PREFIX}{name.upper()})".strip()
         kind: Any = bool | None if field.annotation is bool else str | None
         if field.annotation is bool:

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError, field_validator
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.engine.config import EngineConfig
@@ -27,6 +27,9 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", re.IGNORECASE)
 # sun_path holds 108 bytes on Linux, 104 on macOS; ZeroMQ needs a few of its own.
 _SOCKET_PATH_LIMIT = 100
+MIN_ADMIN_KEY = 16
+SECRETS = frozenset({"admin_key"})
+"""Settings that have no flag and that no message shows."""
 
 
 class SettingsError(ValueError):
@@ -60,6 +63,13 @@ class Settings(BaseSettings):
     """The name that the base model answers to; empty: the name of the model's folder."""
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
+    admin_key: SecretStr = SecretStr("")
+    """Given: many tenants, every request needs a key, and this one may do everything. Empty: one user, no keys. It has
+    no flag, since every user of the machine can read the command lines of its processes."""
+    allow_public: bool = False
+    """Without an admin key: listen on an address that others can reach all the same."""
+    cors_origins: str = ""
+    """Origins, separated by commas, whose pages may call the API from a browser ("*": all); empty: none."""
     data_dir: Path = Path("data")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -103,6 +113,14 @@ class Settings(BaseSettings):
     def _lower(cls, value: Any) -> Any:
         return value.lower() if isinstance(value, str) else value
 
+    @field_validator("admin_key")
+    @classmethod
+    def _unguessable(cls, value: SecretStr) -> SecretStr:
+        key = value.get_secret_value()
+        if key and (len(key) < MIN_ADMIN_KEY or not all("!" <= char <= "~" for char in key)):
+            raise ValueError(f"should be at least {MIN_ADMIN_KEY} printable ASCII characters without spaces")
+        return value
+
     @field_validator("served_name")
     @classmethod
     def _servable(cls, value: str) -> str:
@@ -139,10 +157,19 @@ class Settings(BaseSettings):
     def environment(self) -> dict[str, str]:
         """The settings that differ from their defaults, as variables for another process of the service."""
         return {
-            f"{PREFIX}{name}".upper(): str(value)
+            f"{PREFIX}{name}".upper(): value.get_secret_value() if isinstance(value, SecretStr) else str(value)
             for name, field in type(self).model_fields.items()
             if (value := getattr(self, name)) != field.default
         }
+
+    @property
+    def multi_tenant(self) -> bool:
+        """Whether there are tenants with keys, rather than one user without."""
+        return bool(self.admin_key.get_secret_value())
+
+    @property
+    def origins(self) -> list[str]:
+        return [origin.strip().rstrip("/") for origin in self.cors_origins.split(",") if origin.strip()]
 
     @property
     def is_loopback(self) -> bool:
@@ -242,7 +269,7 @@ def _problem(error: Any, given: dict[str, Any]) -> str:
     if error["type"] == "extra_forbidden":
         return f"{label}: there is no such setting"
     text = str(error["msg"]).removeprefix("Value error, ").removeprefix("Input ")
-    return f"{label}={_shown(error['input'])}: {text}"
+    return f"{label}={'(secret)' if field in SECRETS else _shown(error['input'])}: {text}"
 
 
 def _shown(value: Any) -> str:

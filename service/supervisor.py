@@ -98,6 +98,16 @@ def _unwritable(settings: Settings, exc: OSError) -> StartError:
     return StartError(f"{PREFIX}DATA_DIR={settings.data_dir}: {exc.strerror}{where}", hint)
 
 
+def check_address(settings: Settings) -> None:
+    """Raises StartError where anybody could do anything: an address that others can reach, and no keys."""
+    if not settings.is_loopback and not settings.multi_tenant and not settings.allow_public:
+        raise StartError(
+            f"{PREFIX}HOST={settings.host}: whoever reaches this address could use and delete everything",
+            f"set {PREFIX}ADMIN_KEY, so that every request needs a key, or {PREFIX}ALLOW_PUBLIC=true if something else "
+            "keeps strangers out",
+        )
+
+
 def check_catalogue(settings: Settings) -> None:
     """Raises StartError unless the catalogue can be read; copies it to its backup (docs/operations.md)."""
     try:
@@ -168,6 +178,7 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self._on_signal)
         loop.add_signal_handler(signal.SIGINT, self._on_signal)
+        check_address(self._settings)
         with data_folder(self._settings), bind(self._settings) as listener:
             check_catalogue(self._settings)
             with self._display.steps():
@@ -335,7 +346,9 @@ class Supervisor:
         host, port = listener.getsockname()[:2]
         local = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         url = f"http://[{local}]:{port}" if ":" in local else f"http://{local}:{port}"
-        async with httpx.AsyncClient(base_url=url, timeout=60.0, trust_env=False) as http:
+        key = self._settings.admin_key.get_secret_value()
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        async with httpx.AsyncClient(base_url=url, headers=headers, timeout=60.0, trust_env=False) as http:
             while True:
                 with contextlib.suppress(httpx.HTTPError):
                     if (await http.get("/ready")).status_code == 200:

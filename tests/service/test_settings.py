@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from service.settings import Settings, SettingsError, detect_device, parse_size
+from service.supervisor import StartError, check_address
+
+from .launch import run
 
 
 @pytest.fixture(autouse=True)
@@ -120,3 +123,36 @@ def test_the_base_answers_to_its_folder_or_to_the_served_name() -> None:
     assert Settings.load(model="/hub/models--org--tiny/snapshots/0123abc").base_name() == "tiny"
     assert Settings.load(model="/models/.odd name").base_name() == "odd-name"
     assert Settings.load(model="/models/x", served_name="assistant").base_name() == "assistant"
+
+
+def test_the_admin_key_is_passed_on_but_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    key = "an-admin-key-of-some-length"
+    settings = Settings.load(admin_key=key)
+    assert settings.multi_tenant
+    assert not Settings.load().multi_tenant
+    assert settings.environment()["LORAPLEX_ADMIN_KEY"] == key
+    assert key not in repr(settings) + str(settings)
+    monkeypatch.setenv("LORAPLEX_ADMIN_KEY", "too-short-a-key")
+    with pytest.raises(SettingsError) as caught:
+        Settings.load()
+    assert str(caught.value).startswith("LORAPLEX_ADMIN_KEY=(secret): should be at least 16 ")
+
+
+def test_a_public_address_needs_a_key_or_an_explicit_word() -> None:
+    with pytest.raises(StartError, match=r"LORAPLEX_HOST=0\.0\.0\.0") as caught:
+        check_address(Settings.load(host="0.0.0.0"))
+    assert "LORAPLEX_ADMIN_KEY" in caught.value.hint
+    assert "LORAPLEX_ALLOW_PUBLIC" in caught.value.hint
+    check_address(Settings.load(host="0.0.0.0", allow_public=True))
+    check_address(Settings.load(host="0.0.0.0", admin_key="an-admin-key-of-some-length"))
+    check_address(Settings.load(host="::1"))
+
+
+def test_a_public_address_is_refused_in_two_lines(tmp_path: Path) -> None:
+    done = run("--host", "0.0.0.0", "--data-dir", str(tmp_path / "data"))
+    assert done.returncode == 1
+    lines = done.stdout.strip().splitlines()
+    assert "LORAPLEX_HOST=0.0.0.0" in lines[0]
+    assert "LORAPLEX_ADMIN_KEY" in done.stdout
+    assert len(lines) == 2, done.stdout
+    assert not (tmp_path / "data").exists()
