@@ -41,6 +41,7 @@ class Launched:
     """One running service; `with` stops it. Output goes to `log`. `prefix`: a command that runs the service's."""
 
     def __init__(self, data_dir: Path, port: int, *flags: str, prefix: Sequence[str] = (), **env: str) -> None:
+        self.data_dir = data_dir
         self.url = f"http://127.0.0.1:{port}"
         self.log = data_dir / "output.log"
         self.http = httpx.Client(base_url=self.url, timeout=120.0, trust_env=False)

@@ -1,0 +1,62 @@
+"""One service with the real engine and the real model, and a folder that looks like a clone beside it: what a reader of
+the documentation has in front of them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.ports import unused_port
+from tests.service.launch import ROOT, Launched
+
+ADDRESS = "127.0.0.1:8000"
+# An HTTP error has to fail the block; curl -s alone would print it and succeed.
+STRICT = 'set -euo pipefail\ncurl() { command curl --fail-with-body --max-time 240 "$@"; }\n'
+
+
+@pytest.fixture(scope="session")
+def service(tmp_path_factory: pytest.TempPathFactory, base_model_dir: Path) -> Iterator[Launched]:
+    """`make serve`, but for the port, the data folder and the number of threads."""
+    data_dir = tmp_path_factory.mktemp("data")
+    (data_dir / "models").symlink_to(base_model_dir.parent)
+    with Launched(data_dir, unused_port(), "--examples", "--threads", "1") as launched:
+        launched.wait_announced()
+        yield launched
+
+
+@pytest.fixture(scope="session")
+def clone(service: Launched, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project's folder, with the service's data in ./data; what a block writes into it stays out of the project."""
+    folder = tmp_path_factory.mktemp("clone")
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in sorted({line.partition("/")[0] for line in tracked.splitlines()}):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / ".venv").symlink_to(sys.prefix)
+    (folder / "data").symlink_to(service.data_dir)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def execute(service: Launched, clone: Path) -> Callable[[str, str], str]:
+    """Runs a block of a language (bash, python) in that folder; its output. Fails if the block does."""
+    address = service.url.removeprefix("http://")
+    environment = {
+        **os.environ,
+        "LORAPLEX_URL": service.url,
+        "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}",
+        "NO_COLOR": "1",
+    }
+
+    def run(language: str, block: str) -> str:
+        text = block.replace(ADDRESS, address)
+        command = ["bash", "-c", STRICT + text] if language == "bash" else [sys.executable, "-c", text]
+        done = subprocess.run(command, cwd=clone, capture_output=True, text=True, check=False, env=environment)
+        assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    return run
