@@ -1,7 +1,7 @@
 """Known vulnerabilities of what a lock file pins, by pip-audit: `python requirements/audit.py LOCK_FILE`.
 
-Exit code 1: something vulnerable is locked. 0: nothing known, or nobody could be asked: the vulnerability service of PyPI
-is not part of the package index proper, so that mirrors lack it, and a build must not depend on its answering. With
+Exit code 1: something vulnerable is locked. 0: nothing known, or nobody could be asked: PyPI's vulnerability service is
+not part of the package index proper, so that mirrors lack it, and a build must not depend on its answering. With
 AUDIT=strict in the environment an audit that did not cover every dependency fails as well.
 """
 
@@ -37,7 +37,9 @@ def verdict(dependencies: list[dict[str, Any]], problem: str, strict: bool) -> t
     audited = len(dependencies) - len(skipped)
     lines.append(f"{audited} of {len(dependencies)} locked packages audited, {len(lines)} known vulnerabilities")
     if not audited:
-        lines.append(f"NOTHING WAS AUDITED: {problem or 'the vulnerability service of PyPI is not reachable from here'}")
+        lines.append(
+            f"NOTHING WAS AUDITED: {problem or 'the vulnerability service of PyPI is not reachable from here'}"
+        )
     elif skipped:
         lines.append("not audited: " + ", ".join(skipped))
     return lines, int(vulnerable or (strict and (not audited or bool(skipped))))
