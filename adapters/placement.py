@@ -40,6 +40,8 @@ class Block:
     row: int | None = None
     """With `region`, reserved from the start of the copy; bound when it has ended."""
     on_device: bool = False
+    fresh: bool = False
+    """On the device, and not leased yet since it was copied there."""
     leases: int = 0
     fences: list[Fence] = field(default_factory=list)
     failure: LoraplexAdapterError | None = None
@@ -199,7 +201,7 @@ class Placement:
             self.on_host[block.digest] = block
         elif block.region is not None and block.row is not None and block.info is not None:
             self.arena.bind(block.row, block.region, block.info.entries)
-            block.on_device = True
+            block.on_device = block.fresh = True
             self.on_device[block.digest] = block
             self.counters["loads"] += 1
         return block

@@ -146,6 +146,15 @@ class Residency:
             self._drop_if_unloaded(block)
         self._dirty = True
 
+    def size_of(self, digest: str) -> int:
+        """Bytes of a block on the device; 0 while it is not known."""
+        return self._placement.size_of(digest)
+
+    def freed_by(self, lease: Lease) -> int:
+        """Bytes on the device that nobody would use any more if this lease, which is held, were given back."""
+        blocks = (self._placement.block(digest) for digest in dict.fromkeys(lease.digests))
+        return sum(block.nbytes for block in blocks if block.leases == 1)
+
     def unload(self, digest: str, forget: bool = False) -> Unload:
         """Drops a block from both tiers as soon as no lease holds it, and with `forget` deletes its block file.
 
@@ -278,8 +287,10 @@ class Residency:
     def _grant(self, waiter: Waiter, blocks: list[Block]) -> Lease:
         rows = tuple(block.row for block in blocks if block.row is not None)
         generations = tuple(int(self._arena.generation[row]) for row in rows)
-        lease = Lease(waiter.digests, rows, generations, waiter.order)
+        loaded = sum(block.nbytes for block in dict.fromkeys(blocks) if block.fresh)
+        lease = Lease(waiter.digests, rows, generations, waiter.order, loaded)
         for block in dict.fromkeys(blocks):
+            block.fresh = False
             block.leases += 1
             self._placement.touch(block)
         self._leases[lease.order] = lease

@@ -46,6 +46,8 @@ class Lease:
     generations: tuple[int, ...]
     """Of the rows, at the time of the lease; a row whose generation differs serves another block."""
     order: int
+    loaded_bytes: int = 0
+    """Of those blocks that nobody has leased since they were copied to the device."""
 
 
 class WaitQueue:

@@ -292,7 +292,7 @@ class Engine:
         reason = self._too_large(request)
         if reason is not None:
             return Refused(request.request_id, "too_large", reason)
-        new, waiting = len(request.prompts) * request.n, len(self.scheduler.waiting)
+        new, waiting = len(request.prompts) * request.n, self.scheduler.num_waiting
         if waiting + new > self.limits.max_queue:
             each = self._step_seconds / self._finished if self._finished else 0.0
             after = min(60.0, max(1.0, each * (waiting + new - self.limits.max_queue)))
@@ -355,7 +355,8 @@ class Engine:
         self._send(client, Refused(request_id, code, message))
 
     def _refuse_failed(self) -> None:
-        failed, self.scheduler.failed = self.scheduler.failed, []
+        failed = list(self.scheduler.failed)
+        self.scheduler.failed.clear()
         for seq, error in failed:
             if seq.finish_reason is None:  # a sibling may have taken the request away already
                 code = "too_large" if isinstance(error, AdapterTooLarge) else "adapter_failed"
@@ -418,7 +419,7 @@ class Engine:
     def expecting(self) -> bool:
         """Something waits for the loader, so step() must be called again soon though nothing runs."""
         self._forget_hints()
-        return bool(self._loads or self._unloads or self._hinted or self.scheduler.waiting)
+        return bool(self._loads or self._unloads or self._hinted or self.scheduler.num_waiting)
 
     def stats(self) -> dict[str, float]:
         """Gauges and, ending in _total, counters since the start; the residency's among them."""
@@ -426,7 +427,7 @@ class Engine:
         fetching = scheduler.num_fetching
         stats: dict[str, float] = {
             "sequences_running": len(scheduler.running),
-            "sequences_waiting": len(scheduler.waiting) - fetching,
+            "sequences_waiting": scheduler.num_waiting - fetching,
             "sequences_fetching": fetching,
             "kv_pages_used": pool.num_used,
             "kv_pages": pool.num_pages,

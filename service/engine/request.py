@@ -41,6 +41,14 @@ class Sequence:
     """(arena row, weight) of its leased adapters while RUNNING."""
     cached_tokens: int = 0
     preemptions: int = 0
+    tenant: str = ""
+    priority: int = 0
+    adapter_bytes: int = 0
+    """Of its leased adapters together, on the device; known once it has had a lease."""
+    paid: int = 0
+    """Tokens that its tenant has been charged for: what a preemption makes us compute again is paid for once."""
+    passed: int = 0
+    """Sequences of other tenants that came in while it waited for pages."""
     finish_reason: str | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
 
@@ -62,6 +70,9 @@ class Scheduled:
     seq: Sequence
     count: int
     samples: bool
+    cost: float = 0.0
+    """Virtual tokens that its tenant is charged, for `charged` of its tokens; the others were paid for before."""
+    charged: int = 0
 
 
 @dataclass(slots=True)

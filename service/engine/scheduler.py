@@ -1,27 +1,35 @@
 """Decides what runs in the next step. No torch, no sockets, no clock.
 
 A step has a budget of tokens. First every running sequence that decodes gets its one token, so that no stream waits
-for another's prompt; what is left goes to the chunks of prompts, those begun before those new. Sequences come and go
-in order of arrival: the oldest is admitted first and preempted last, so the oldest always gets to its end and,
-after it, the next. Only two may be passed: one whose adapters are still on their way (FETCHING), and one that waits
-for a sibling to fill the prefix cache for it. Nobody passes one that waits for pages, however many it needs.
+for another's prompt; what is left goes to the chunks of prompts. While somebody decodes, those chunks have a bound of
+their own (`max_prefill_tokens_per_step`): it, and not the budget, says how long the streams' next token takes.
+
+Between tenants, the one charged least goes first (fairness.py); within one, a higher priority, then prompts that are
+begun, then order of arrival. Only two are passed by others of their tenant: one whose adapters are on their way
+(FETCHING), and one that waits for a sibling to fill the prefix cache for it. How sequences come in and who has to make
+room is in admission.py.
+
+Every sequence gets to its end. The oldest of all that run is never preempted, so it ends, and after it the next. Of
+those that wait, take the oldest: only finitely many of its tenant are before it, so what they cost is finite, while
+other tenants' counters rise with all they get, until its tenant is first; from then on at most MAX_PASSED come in
+before it, those that run end, and it comes in. (Priorities are a tenant's own affair: a stream of urgent requests
+can keep its other requests waiting.) With a single tenant all this is first come, first served, newest preempted.
 """
 
 from __future__ import annotations
 
+import heapq
 from bisect import insort
 from collections.abc import Iterator
 from itertools import pairwise
 
 from adapters.errors import LoraplexAdapterError
-from adapters.residency import Lease, Residency
+from adapters.residency import Residency
+from service.engine.admission import Admission
 from service.engine.errors import IntegrityError
+from service.engine.fairness import Prices, Tenant, Tenants, rank
 from service.engine.kv_cache import PagePool
-from service.engine.messages import AdapterRef
 from service.engine.request import Batch, Scheduled, Sequence, State
-
-MAX_FETCHING = 64
-"""Mixes asked for at once. Asking costs 4 us a mix and step: 900 of them would cost as much as the step itself."""
 
 
 def _arrival(seq: Sequence) -> float:
@@ -31,180 +39,199 @@ def _arrival(seq: Sequence) -> float:
 class Scheduler:
     """The queues of the engine. Raises ValueError for limits under which nothing could run."""
 
-    def __init__(self, pool: PagePool, residency: Residency, *, max_sequences: int, max_tokens_per_step: int) -> None:
+    def __init__(
+        self,
+        pool: PagePool,
+        residency: Residency,
+        *,
+        max_sequences: int,
+        max_tokens_per_step: int,
+        max_prefill_tokens_per_step: int = 0,
+        prices: Prices | None = None,
+    ) -> None:
+        """`max_prefill_tokens_per_step`: of prompts, in a step in which sequences decode; 0: no such bound."""
         if max_sequences < 1 or max_tokens_per_step < 1:
             raise ValueError("max_sequences and max_tokens_per_step must be at least 1")
         self.pool = pool
-        self.residency = residency
         self.max_tokens_per_step = max_tokens_per_step
+        self.max_prefill_tokens_per_step = max_prefill_tokens_per_step or max_tokens_per_step
         # Every running sequence decodes in every step, so there are never more of them than the budget has tokens.
         self.max_sequences = min(max_sequences, max_tokens_per_step)
-        self.waiting: list[Sequence] = []
-        """WAITING and FETCHING, by arrival; preempted sequences arrived before whoever waits, so they come first."""
+        self.tenants = Tenants(prices or Prices())
         self.running: list[Sequence] = []
         """By arrival; among them those whose prompt is not yet computed."""
-        self.failed: list[tuple[Sequence, LoraplexAdapterError]] = []
-        """Sequences whose adapters cannot be had, for the owner to take away and finish()."""
         self.preemptions = 0
-        self._leader: dict[Sequence, Sequence] = {}
-        self._lease: dict[Sequence, Lease] = {}
+        self._admission = Admission(self, residency)
+        self._step: dict[Sequence, Scheduled] = {}
+        """What is decided of this step."""
+        self._gone: set[Sequence] = set()
+        """Preempted in this step."""
+
+    @property
+    def failed(self) -> list[tuple[Sequence, LoraplexAdapterError]]:
+        """Sequences whose adapters cannot be had, for the owner to take away and finish()."""
+        return self._admission.failed
+
+    @property
+    def waiting(self) -> list[Sequence]:
+        """WAITING and FETCHING, tenant by tenant."""
+        return [seq for tenant in self.tenants.queued.values() for seq in tenant.waiting]
+
+    @property
+    def num_waiting(self) -> int:
+        return self.tenants.num_waiting
 
     @property
     def num_fetching(self) -> int:
-        return sum(seq.state is State.FETCHING for seq in self.waiting)
+        return len(self._admission.fetching)
 
-    def add(self, seq: Sequence, leader: Sequence | None = None) -> None:
+    def add(self, seq: Sequence, leader: Sequence | None = None, weight: float = 1.0) -> None:
         """Queue `seq`. `leader` has the same prompt and adapters: `seq` waits until the leader's prompt is computed
-        and then finds it in the prefix cache."""
+        and then finds it in the prefix cache. `weight`: its tenant's from now on."""
+        self.tenants.open(seq.tenant, weight)
         if leader is not None and self.pool.prefix_caching and seq.num_prompt > self.pool.page_size:
-            self._leader[seq] = leader
-        insort(self.waiting, seq, key=_arrival)
+            self._admission.leader[seq] = leader
+        self.tenants.enqueue(seq, lift=True)
 
     def finish(self, seq: Sequence) -> None:
         """Take `seq` out, wherever it is, with all it holds. The owner says why in finish_reason."""
-        (self.running if seq.state is State.RUNNING else self.waiting).remove(seq)
+        if seq.state is State.RUNNING:
+            self._leave(seq)
+        else:
+            self.tenants.dequeue(seq)
         seq.state = State.FINISHED
-        self._leader.pop(seq, None)
-        self.residency.cancel_wait(seq)
-        self._give_back(seq)
+        self._admission.forget(seq)
 
     # ------------------------------------------------------------ one step
 
     def schedule(self) -> Batch:
         """The next step's work; empty if nothing can run now. The sequences' pages reach as far as the batch does."""
-        before = self.preemptions
-        items = list(self._decode())
-        budget = self.max_tokens_per_step - len(items)
-        for seq in self.running:
-            if budget > 0 and seq.num_uncomputed > 1:
-                items.append(self._chunk(seq, budget))
-                budget -= items[-1].count
-        # Pages were just short: whoever came in now would be the next to go.
-        if self.preemptions == before:
-            items += self._admit(budget)
-        return Batch(items)
+        self._step.clear()
+        self._gone.clear()
+        self._decode()
+        budget = self.max_tokens_per_step - len(self._step)
+        if self._step:
+            budget = min(budget, self.max_prefill_tokens_per_step)
+        # Where pages were just short, whoever came in now would be the next to go.
+        self._prefill(budget, admit=not self._gone)
+        return Batch(list(self._step.values()))
 
-    def _decode(self) -> Iterator[Scheduled]:
+    def _decode(self) -> None:
         """One token of every running sequence whose earlier tokens are all computed."""
-        i = 0
-        while i < len(self.running):
-            seq = self.running[i]
-            if seq.num_uncomputed == 1:
-                if not self._make_room(seq):
-                    return  # it was the newest, and has gone itself
-                yield Scheduled(seq, 1, samples=True)
-            i += 1
+        for seq in list(self.running):
+            if seq.state is State.RUNNING and seq.num_uncomputed == 1 and self._grow(seq):
+                self._put(seq, 1)
 
-    def _chunk(self, seq: Sequence, budget: int) -> Scheduled:
-        count = min(seq.num_uncomputed, budget)
-        return Scheduled(seq, count, samples=count == seq.num_uncomputed)
+    def _prefill(self, budget: int, admit: bool) -> None:
+        """Chunks of prompts, the next always of the tenant that has been charged least."""
+        begun: dict[str, list[Sequence]] = {}
+        for seq in self.running:
+            if seq.num_uncomputed > 1:
+                begun.setdefault(seq.tenant, []).append(seq)
+        admit = self._admission.begin() and admit
+        heap = []
+        for place, name in enumerate({**begun, **self.tenants.queued} if admit else begun):
+            tenant = self.tenants[name]
+            heap.append((tenant.standing(), place, tenant, self._candidates(tenant, begun.get(name, []), admit)))
+        heapq.heapify(heap)
+        while heap and budget > 0:
+            _, place, tenant, candidates = heap[0]
+            seq = next(candidates, None)
+            if seq is None:
+                heapq.heappop(heap)
+                continue
+            count = min(seq.num_uncomputed, budget)
+            self._put(seq, count)
+            budget -= count
+            heapq.heapreplace(heap, (tenant.standing(), place, tenant, candidates))
 
-    def _make_room(self, seq: Sequence) -> bool:
-        """Pages for all tokens of `seq`, taken from the newest sequences if need be; False if `seq` is the newest."""
+    def _candidates(self, tenant: Tenant, begun: list[Sequence], admit: bool) -> Iterator[Sequence]:
+        """The sequences of a tenant that have prompt tokens to compute, one after the other: whoever asks for the next
+        computes it. New ones come in as they are asked for."""
+        begun.sort(key=rank)
+        b = 0
+        for seq in list(tenant.waiting) if admit else ():
+            while b < len(begun) and begun[b].priority >= seq.priority:
+                if begun[b].state is State.RUNNING:
+                    yield begun[b]
+                b += 1
+            if seq in self._gone:
+                continue
+            if not self._admission.slot(tenant):
+                break
+            if self._admission.ready(tenant, seq):
+                if not self._admission.enter(tenant, seq):
+                    break
+                self.tenants.begin(seq)
+                insort(self.running, seq, key=_arrival)
+                seq.state = State.RUNNING
+                yield seq
+        for seq in begun[b:]:
+            if seq.state is State.RUNNING:
+                yield seq
+
+    def _put(self, seq: Sequence, count: int) -> None:
+        """Into the step, at its tenant's cost."""
+        begin = seq.num_computed
+        end = begin + count
+        item = self._step[seq] = Scheduled(seq, count, samples=end == len(seq.tokens))
+        if end > seq.paid:
+            item.charged = end - max(seq.paid, begin)
+            decode = min(item.charged, max(0, end - seq.num_prompt))
+            item.cost = self.tenants.prices.step(item.charged - decode, decode, seq.adapter_bytes)
+            seq.paid = end
+            self.tenants.charge(self.tenants[seq.tenant], item.cost)
+
+    # ------------------------------------------------------------ room
+
+    def _grow(self, seq: Sequence) -> bool:
+        """Pages for all tokens of `seq`, taken from others if need be; False if it had to go itself."""
+        if len(seq.pages) * self.pool.page_size >= len(seq.tokens):
+            return True
         while not self.pool.can_allocate(seq, len(seq.tokens)):
-            newest = self.running[-1]
-            if newest is seq and len(self.running) == 1:
+            if len(self.running) == 1:
                 raise IntegrityError(f"{seq.request_id}/{seq.index} is alone and does not fit: it should be refused")
-            self._preempt(newest)
-            if newest is seq:
+            victim = self._admission.most_over_share_of_pages()
+            self.preempt(victim)
+            if victim is seq:
                 return False
         self.pool.allocate(seq, len(seq.tokens))
         return True
 
-    def _preempt(self, seq: Sequence) -> None:
+    def preempt(self, seq: Sequence) -> None:
         """Back to the queue with nothing in hand; its tokens are computed again as if they were its prompt. Random
         numbers depend on (seed, position), so its stream goes on as if nothing had happened."""
-        self.running.remove(seq)
-        self._give_back(seq)
+        item = self._step.pop(seq, None)
+        if item is not None:
+            seq.paid -= item.charged
+            self.tenants.charge(self.tenants[seq.tenant], -item.cost)
+        self._leave(seq)
+        self._admission.give_back(seq)
         seq.state = State.WAITING
         seq.preemptions += 1
         self.preemptions += 1
-        insort(self.waiting, seq, key=_arrival)
+        self._gone.add(seq)
+        self.tenants.enqueue(seq, lift=False)
 
-    # ------------------------------------------------------------ admission
-
-    def _admit(self, budget: int) -> Iterator[Scheduled]:
-        """First chunks of those who may come in."""
-        if budget <= 0 or len(self.running) >= self.max_sequences:
-            return
-        missing: set[tuple[AdapterRef, ...]] = set()
-        for seq in list(self.waiting):
-            if self._follows(seq) or not self._leased(seq, missing):
-                continue
-            # Pages for the whole prompt at once, and one more for each running sequence, each of which needs its
-            # next page soon: without them the newcomer would be preempted at once.
-            if not self.pool.can_allocate(seq, len(seq.tokens), reserve=len(self.running)):
-                return
-            self.pool.allocate(seq, len(seq.tokens))
-            self.waiting.remove(seq)
-            insort(self.running, seq, key=_arrival)
-            seq.state = State.RUNNING
-            scheduled = self._chunk(seq, budget)
-            yield scheduled
-            budget -= scheduled.count
-            if budget <= 0 or len(self.running) >= self.max_sequences:
-                return
-
-    def _follows(self, seq: Sequence) -> bool:
-        leader = self._leader.get(seq)
-        if leader is None:
-            return False
-        if leader.state is not State.FINISHED and leader.num_computed < leader.num_prompt:
-            return True
-        del self._leader[seq]
-        return False
-
-    def _leased(self, seq: Sequence, missing: set[tuple[AdapterRef, ...]]) -> bool:
-        """Whether the adapters of `seq` are on the device and kept there for it. Once they are, they stay while it
-        waits for pages: pages come from sequences that wait for nothing, so this cannot lock up.
-
-        `missing`: mixes that were asked for in vain in this step. Residency answers by mix, so the same one is not
-        asked for twice; and who is not FETCHING yet waits its turn while many mixes are, unless its own is there."""
-        if not seq.adapters or seq in self._lease:
-            return True
-        if seq.adapters in missing:
-            return False
-        digests = tuple(ref.digest for ref in seq.adapters)
-        full = seq.state is not State.FETCHING and len(missing) >= MAX_FETCHING
-        if full and any(self.residency.state(digest) != "device" for digest in digests):
-            return False
-        try:
-            lease = self.residency.try_lease(digests, ticket=seq)
-        except LoraplexAdapterError as error:
-            self.failed.append((seq, error))
-            return False
-        if lease is None:
-            seq.state = State.FETCHING
-            missing.add(seq.adapters)
-            return False
-        seq.state = State.WAITING
-        self._lease[seq] = lease
-        seq.rows = tuple((row, ref.weight) for row, ref in zip(lease.rows, seq.adapters, strict=True))
-        return True
-
-    def _give_back(self, seq: Sequence) -> None:
-        self.pool.free(seq)
-        seq.rows = ()
-        lease = self._lease.pop(seq, None)
-        if lease is not None:
-            self.residency.release(lease)
+    def _leave(self, seq: Sequence) -> None:
+        self.running.remove(seq)
+        self.tenants.end(seq)
 
     # ------------------------------------------------------------ the truth
 
     def check_integrity(self) -> None:
         """Raises IntegrityError unless queues, pages and leases agree."""
         self.pool.check_integrity(self.running)
-        for queue in (self.waiting, self.running):
-            if any(a.arrival > b.arrival for a, b in pairwise(queue)):
-                raise IntegrityError("a queue is not in order of arrival")
+        self.tenants.check_integrity(self.running)
+        if any(a.arrival > b.arrival for a, b in pairwise(self.running)):
+            raise IntegrityError("those that run are not in order of arrival")
         if len(self.running) > self.max_sequences:
             raise IntegrityError("more sequences run than may")
         for seq in self.running:
-            if seq.state is not State.RUNNING or bool(seq.adapters) != (seq in self._lease):
+            if seq.state is not State.RUNNING or bool(seq.adapters) != self._admission.leased(seq):
                 raise IntegrityError(f"{seq.request_id}/{seq.index} runs in state {seq.state}, or without its adapters")
-        for seq in self.waiting:
+        waiting = self.waiting
+        for seq in waiting:
             if seq.state not in (State.WAITING, State.FETCHING) or seq.pages or seq.num_computed:
                 raise IntegrityError(f"{seq.request_id}/{seq.index} waits in state {seq.state} with pages {seq.pages}")
-        known = {*self.waiting, *self.running}
-        if not set(self._lease) <= known or not set(self._leader) <= known:
-            raise IntegrityError("a sequence that is gone has left a lease or a leader behind")
+        self._admission.check_integrity({*waiting, *self.running})

@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from adapters.residency import Residency
-from service.engine import scheduler as scheduling
+from service.engine import admission
 from service.engine.kv_cache import PagePool
 from service.engine.messages import AdapterRef, SamplingParams
 from service.engine.request import Batch, Sequence, State
@@ -165,7 +165,7 @@ def test_a_request_whose_adapter_is_on_its_way_holds_up_nobody() -> None:
 
 
 def test_many_absent_adapters_hold_up_neither_the_base_nor_a_resident_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scheduling, "MAX_FETCHING", 3)
+    monkeypatch.setattr(admission, "MAX_FETCHING", 3)
     stage = Stage(load_s=5.0, max_sequences=100, budget=100)
     warm = stage.add(1, "warm")
     for _ in range(3):
