@@ -19,15 +19,23 @@ metadata = sa.MetaData(
     }
 )
 
+
+def _name(length: int) -> sa.types.TypeEngine[str]:
+    """Text that is ordered by its bytes, whatever language the database speaks: pages go by name."""
+    return sa.String(length).with_variant(sa.String(length, collation="C"), "postgresql")
+
+
 adapters = sa.Table(
     "adapters",
     metadata,
     sa.Column("id", sa.Integer, primary_key=True, autoincrement=True),
     sa.Column("tenant", sa.String(96), nullable=False),
-    sa.Column("name", sa.String(96), nullable=False),
+    sa.Column("name", _name(96), nullable=False),
     sa.Column("description", sa.Text, nullable=False),
     sa.Column("pinned", sa.Boolean, nullable=False),
     sa.Column("default_version", sa.Integer, nullable=False),
+    # private, shared (with the tenants of adapter_grants) or public.
+    sa.Column("visibility", sa.String(16), nullable=False, server_default="private"),
     # Counts changes of the adapter; with the id (never reused) it is the ETag.
     sa.Column("revision", sa.Integer, nullable=False),
     sa.Column("created_at", sa.BigInteger, nullable=False),
@@ -59,7 +67,7 @@ files = sa.Table(
     "version_files",
     metadata,
     sa.Column("version_id", sa.Integer, sa.ForeignKey("adapter_versions.id"), primary_key=True),
-    sa.Column("filename", sa.String(255), primary_key=True),
+    sa.Column("filename", _name(255), primary_key=True),
     sa.Column("sha256", sa.String(64), nullable=False, index=True),
     sa.Column("bytes", sa.BigInteger, nullable=False),
 )
@@ -68,7 +76,7 @@ aliases = sa.Table(
     "adapter_aliases",
     metadata,
     sa.Column("adapter_id", sa.Integer, sa.ForeignKey("adapters.id"), primary_key=True),
-    sa.Column("alias", sa.String(96), primary_key=True),
+    sa.Column("alias", _name(96), primary_key=True),
     sa.Column("version", sa.Integer, nullable=False),
     sa.ForeignKeyConstraint(["adapter_id", "version"], ["adapter_versions.adapter_id", "adapter_versions.number"]),
 )
@@ -77,7 +85,7 @@ labels = sa.Table(
     "adapter_labels",
     metadata,
     sa.Column("adapter_id", sa.Integer, sa.ForeignKey("adapters.id"), primary_key=True),
-    sa.Column("key", sa.String(63), primary_key=True),
+    sa.Column("key", _name(63), primary_key=True),
     sa.Column("value", sa.String(255), nullable=False),
     sa.Index(None, "key", "value"),
 )
@@ -138,4 +146,106 @@ merge_sources = sa.Table(
     sa.Column("version", sa.Integer, nullable=False),
     sa.Column("digest", sa.String(64), nullable=False),
     sa.Column("weight", sa.Float, nullable=False),
+)
+
+# What follows is the book of blobs (service/store/blob_book.py).
+
+# Services that share this database: one per data folder. Time is the database's own.
+instances = sa.Table(
+    "instances",
+    metadata,
+    sa.Column("id", sa.String(64), primary_key=True),
+    sa.Column("seen_at", sa.BigInteger, nullable=False),
+)
+
+# Blobs that an upload is storing: entered before the first byte, gone with the commit of its version.
+blob_claims = sa.Table(
+    "blob_claims",
+    metadata,
+    sa.Column("upload", sa.String(64), primary_key=True),
+    sa.Column("sha256", sa.String(64), primary_key=True, index=True),
+    # Whether it is the record of a version: engines know adapters by those.
+    sa.Column("is_record", sa.Boolean, nullable=False),
+    sa.Column("instance", sa.String(64), nullable=False),
+    # The process of that instance, by its folder in the spool.
+    sa.Column("process", sa.String(64), nullable=False),
+)
+
+# Blobs that no version needs any more.
+blob_garbage = sa.Table(
+    "blob_garbage",
+    metadata,
+    sa.Column("sha256", sa.String(64), primary_key=True),
+    sa.Column("is_record", sa.Boolean, nullable=False),
+)
+
+# Instances none of whose running requests needs that garbage.
+blob_releases = sa.Table(
+    "blob_releases",
+    metadata,
+    sa.Column("sha256", sa.String(64), primary_key=True),
+    sa.Column("instance", sa.String(64), primary_key=True),
+)
+
+catalogue_facts = sa.Table(
+    "catalogue_facts",
+    metadata,
+    sa.Column("key", sa.String(64), primary_key=True),
+    sa.Column("value", sa.String(255), nullable=False),
+)
+
+# What follows is about tenants (service/store/tenants.py).
+
+tenants = sa.Table(
+    "tenants",
+    metadata,
+    # Never reused: caches and limits go by it, so that a later tenant of the same name finds nothing of this one's.
+    sa.Column("number", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("id", _name(96), nullable=False),
+    sa.Column("weight", sa.Float, nullable=False),
+    sa.Column("limits", sa.JSON, nullable=False),
+    sa.Column("disabled", sa.Boolean, nullable=False),
+    sa.Column("created_at", sa.BigInteger, nullable=False),
+    sa.UniqueConstraint("id"),
+    sqlite_autoincrement=True,
+)
+
+tenant_keys = sa.Table(
+    "tenant_keys",
+    metadata,
+    # The part of the key that is no secret.
+    sa.Column("id", _name(32), primary_key=True),
+    sa.Column("tenant_number", sa.Integer, sa.ForeignKey("tenants.number"), nullable=False, index=True),
+    sa.Column("salt", sa.String(32), nullable=False),
+    sa.Column("hash", sa.String(64), nullable=False),
+    # Separated by blanks.
+    sa.Column("scopes", sa.String(255), nullable=False),
+    sa.Column("description", sa.Text, nullable=False),
+    sa.Column("created_at", sa.BigInteger, nullable=False),
+    sa.Column("expires_at", sa.BigInteger, nullable=True),
+    sa.Column("last_used_at", sa.BigInteger, nullable=True),
+)
+
+# By name: a grant says nothing about whether there is such a tenant.
+adapter_grants = sa.Table(
+    "adapter_grants",
+    metadata,
+    sa.Column("adapter_id", sa.Integer, sa.ForeignKey("adapters.id"), primary_key=True),
+    sa.Column("tenant", _name(96), primary_key=True, index=True),
+)
+
+audit = sa.Table(
+    "audit",
+    metadata,
+    sa.Column("number", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("at", sa.BigInteger, nullable=False),
+    # Id of the key; "admin" for the admin key.
+    sa.Column("actor", sa.String(32), nullable=False),
+    sa.Column("tenant", sa.String(96), nullable=False),
+    sa.Column("action", sa.String(64), nullable=False),
+    sa.Column("target", sa.Text, nullable=False),
+    sa.Column("status", sa.Integer, nullable=False),
+    sa.Column("request_id", sa.String(128), nullable=False),
+    sa.Index(None, "tenant", "number"),
+    sqlite_autoincrement=True,
 )
