@@ -94,9 +94,12 @@ def _adapter(reply: Reply) -> Adapter:
     return dataclasses.replace(Adapter.read(reply.json()), etag=reply.headers.get("etag"))
 
 
-def every(*, label: str | None = None, state: str | None = None, owner: str | None = None) -> PageOf[Adapter]:
-    """All adapters by name. `label`: `key` or `key=value`; `state`: "ready" or "incompatible"."""
-    return pages(_ROOT, Adapter.read, limit=PAGE, label=label, state=state, owner=owner)
+def every(
+    *, label: str | None = None, state: str | None = None, owner: str | None = None, after: str | None = None
+) -> PageOf[Adapter]:
+    """All adapters by name. `label`: `key` or `key=value`; `state`: "ready" or "incompatible"; `after`: only those
+    whose names come later."""
+    return pages(_ROOT, Adapter.read, limit=PAGE, label=label, state=state, owner=owner, first=after)
 
 
 def get(name: str) -> Flow[Adapter]:

@@ -130,11 +130,11 @@ PageOf = Callable[[str | None], Flow[Page[T]]]
 """The page behind a cursor."""
 
 
-def pages(path: str, read: Callable[[Any], T], **params: Any) -> PageOf[T]:
-    """The pages of the list at `path`."""
+def pages(path: str, read: Callable[[Any], T], *, first: str | None = None, **params: Any) -> PageOf[T]:
+    """The pages of the list at `path`; only what is behind the cursor `first`."""
 
     def page(after: str | None) -> Flow[Page[T]]:
-        body = yield from json_of("GET", path, params={**params, "after": after})
+        body = yield from json_of("GET", path, params={**params, "after": after or first})
         try:
             items, more, last = body["data"], body["has_more"], body["last_id"]
         except (TypeError, KeyError):

@@ -1,0 +1,38 @@
+"""What the flags of `serve` do: one line for every setting (service/settings.py). Imports nothing."""
+
+from __future__ import annotations
+
+HELP = {
+    "model": "Base model: Hugging Face folder, .gguf file or hub id (org/name[@revision]); unset: the embedded one.",
+    "served_name": "Name that the base model answers to. Default: the name of its folder.",
+    "host": "Address to listen on.",
+    "port": "Port to listen on; 0: any free one.",
+    "allow_public": "Without an admin key: listen on an address that others can reach all the same.",
+    "cors_origins": "Origins, separated by commas, whose pages may call the API from a browser; *: all.",
+    "data_dir": "Folder of all state: adapters, catalogue, caches, the embedded model.",
+    "device": "auto, cpu or cuda.",
+    "dtype": "auto, float32, bfloat16 or float16.",
+    "api_workers": "API processes.",
+    "log_level": "debug, info, warning or error.",
+    "log_format": "console or json.",
+    "max_positions": "Longest sequence in tokens; 0: the model's own limit.",
+    "kv_pages": "Pages of the KV cache; 0: as many as fit.",
+    "max_sequences": "Sequences that run at once.",
+    "max_tokens_per_step": "Token budget of an engine step; 0: chosen by device.",
+    "max_queue": "Sequences that may wait; beyond it requests get 429.",
+    "arena_bytes": "Device memory for adapters, like 8GiB; 0: chosen by device.",
+    "host_cache_bytes": "Host memory for adapters; 0: chosen by machine.",
+    "max_resident_adapters": "Adapters on the device at once.",
+    "max_upload_bytes": "Largest upload.",
+    "max_body_bytes": "Largest body of any other request.",
+    "max_uploads": "Uploads at once per API process; beyond it they get 429.",
+    "max_connections": "Connections per API process; beyond it requests get 503.",
+    "keep_alive_s": "Seconds until a connection without a request is closed.",
+    "header_timeout_s": "Seconds that the head of a request may take.",
+    "body_timeout_s": "Seconds until a body that does not come on gets 408.",
+    "write_timeout_s": "Seconds until a client that does not read is disconnected.",
+    "threads": "CPU threads of the engine; 0: all cores.",
+    "deterministic": "Tokens do not depend on what else is in the batch (CPU only so far).",
+    "eager": "CUDA: no compiled layers and no graphs; starts sooner, decodes several times slower.",
+    "prefix_caching": "Keep the KV pages of prompts for the next request that starts the same.",
+}
