@@ -27,12 +27,13 @@ WORKDIR /src
 
 # The dependencies are a layer of their own, which a change of loraplex does not touch.
 FROM build AS cpu-packages
-# PyPI's torch is the build for CUDA; the one for CPUs alone is on PyTorch's index.
+# PyPI's torch is the build for CUDA; the one for CPUs alone is on PyTorch's index (empty: it lies in deploy/docker/wheels).
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN --mount=type=bind,source=requirements,target=/src/requirements \
     --mount=type=bind,source=deploy/docker/wheels,target=/wheels \
     --mount=type=cache,target=/root/.cache/pip \
-    /opt/loraplex/bin/pip install --require-hashes --extra-index-url "${TORCH_INDEX}" -r requirements/cpu.txt
+    /opt/loraplex/bin/pip install --require-hashes ${TORCH_INDEX:+--extra-index-url "${TORCH_INDEX}"} \
+        -r requirements/cpu.txt
 
 FROM build AS cuda-packages
 RUN --mount=type=bind,source=requirements,target=/src/requirements \
