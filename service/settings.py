@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from adapters.blobs import Blobs, open_blobs
 from service.engine.config import EngineConfig
 from service.store.names import NAME_RULE, valid_name
 
@@ -28,7 +29,7 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", re.IGNORECASE)
 # sun_path holds 108 bytes on Linux, 104 on macOS; ZeroMQ needs a few of its own.
 _SOCKET_PATH_LIMIT = 100
 MIN_ADMIN_KEY = 16
-SECRETS = frozenset({"admin_key"})
+SECRETS = frozenset({"admin_key", "database_url", "blobs_url"})
 """Settings that have no flag and that no message shows."""
 
 
@@ -71,6 +72,13 @@ class Settings(BaseSettings):
     cors_origins: str = ""
     """Origins, separated by commas, whose pages may call the API from a browser ("*": all); empty: none."""
     data_dir: Path = Path("data")
+    database_url: SecretStr = SecretStr("")
+    """Catalogue and tenants: postgresql://user:password@host/database; empty: SQLite in the data folder. No flag either,
+    because of the password."""
+    blobs_url: SecretStr = SecretStr("")
+    """Files of adapters: s3://bucket/prefix (adapters/s3.py; credentials by AWS_* variables); empty: the data folder."""
+    blob_cache_bytes: Annotated[int, BeforeValidator(parse_size), Field(ge=0)] = 16 * 2**30
+    """What local copies of files in S3 may take in the data folder's cache."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     api_workers: int = Field(1, ge=1, le=256)
@@ -81,6 +89,8 @@ class Settings(BaseSettings):
     kv_pages: Count = 0
     max_sequences: int = Field(256, ge=1)
     max_tokens_per_step: Count = 0
+    max_prefill_tokens_per_step: Count = 0
+    """Of those, tokens of prompts while other sequences decode: bounds the time between two tokens of a stream."""
     max_queue: int = Field(1024, ge=1)
     """Sequences that may wait; above it requests get 429."""
     arena_bytes: Bytes = 0
@@ -119,6 +129,31 @@ class Settings(BaseSettings):
         key = value.get_secret_value()
         if key and (len(key) < MIN_ADMIN_KEY or not all("!" <= char <= "~" for char in key)):
             raise ValueError(f"should be at least {MIN_ADMIN_KEY} printable ASCII characters without spaces")
+        return value
+
+    @field_validator("database_url")
+    @classmethod
+    def _database(cls, value: SecretStr) -> SecretStr:
+        url = value.get_secret_value()
+        if url:
+            from sqlalchemy.engine import make_url
+            from sqlalchemy.exc import ArgumentError
+
+            if not url.startswith(("postgresql://", "postgresql+asyncpg://", "postgres://")):
+                raise ValueError("should be postgresql://user:password@host:port/database")
+            try:
+                make_url(url)
+            except (ArgumentError, ValueError):
+                raise ValueError("is no URL; are special characters of the password written as %XX?") from None
+        return value
+
+    @field_validator("blobs_url")
+    @classmethod
+    def _blobs(cls, value: SecretStr) -> SecretStr:
+        if url := value.get_secret_value():
+            from adapters.s3 import parse_url
+
+            parse_url(url)
         return value
 
     @field_validator("served_name")
@@ -179,6 +214,19 @@ class Settings(BaseSettings):
         except ValueError:
             return self.host == "localhost"
 
+    def database_address(self) -> str:
+        """URL for Catalogue.open, password included."""
+        return self.database_url.get_secret_value() or f"sqlite+aiosqlite:///{self.catalogue_path}"
+
+    @property
+    def private_catalogue(self) -> bool:
+        """Whether the catalogue is the SQLite file in the data folder, which nobody else has."""
+        return not self.database_url.get_secret_value()
+
+    def open_blobs(self) -> Blobs:
+        """Where the files of adapters lie."""
+        return open_blobs(self.blobs_dir, self.cache_dir, self.blob_cache_bytes, self.blobs_url.get_secret_value())
+
     @property
     def blobs_dir(self) -> Path:
         return self.data_dir / "blobs"
@@ -225,6 +273,7 @@ class Settings(BaseSettings):
             model_path=str(model_path),
             blobs_dir=str(self.blobs_dir),
             cache_dir=str(self.cache_dir),
+            blob_cache_bytes=self.blob_cache_bytes,
             socket=self.engine_socket,
             device=detect_device() if self.device == "auto" else self.device,
             dtype=self.dtype,
@@ -233,6 +282,7 @@ class Settings(BaseSettings):
             max_positions=self.max_positions,
             max_sequences=self.max_sequences,
             max_tokens_per_step=self.max_tokens_per_step,
+            max_prefill_tokens_per_step=self.max_prefill_tokens_per_step,
             max_queue=self.max_queue,
             arena_bytes=self.arena_bytes,
             max_resident_adapters=self.max_resident_adapters,

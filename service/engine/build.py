@@ -12,11 +12,12 @@ import torch
 import transformers
 
 from adapters.arena import Arena
-from adapters.blobs import BlobStore
+from adapters.blobs import open_blobs
 from adapters.loader import BlockLoader
 from adapters.residency import Residency
 from service.engine import attention, compiled
 from service.engine.attention import Attention, LayerShape, PagedAttention
+from service.engine.budgets import prefill_tokens_per_step, tokens_per_step
 from service.engine.config import EngineConfig
 from service.engine.core import Engine
 from service.engine.errors import CannotStart
@@ -55,13 +56,18 @@ def build_engine(
         loaded = load_model(config)
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise _no_memory(config) from error
-    budget = config.max_tokens_per_step or (512 if config.device == "cpu" else 8192)
+    budget = config.max_tokens_per_step or tokens_per_step(config.device)
     pages, arena_bytes = share_memory(config, loaded, budget)
     manifest = loaded.manifest
 
     arena = Arena.for_manifest(manifest, device=loaded.device, nbytes=arena_bytes, rows=config.max_resident_adapters)
     loader = BlockLoader(
-        BlobStore(Path(config.blobs_dir)),
+        open_blobs(
+            Path(config.blobs_dir),
+            Path(config.cache_dir),
+            config.blob_cache_bytes,
+            os.environ.get("LORAPLEX_BLOBS_URL", ""),
+        ),
         manifest,
         Path(config.cache_dir),
         arena,
@@ -82,6 +88,7 @@ def build_engine(
     runner = Runner(loaded, backend, kernels, config.page_size)
     if cuda and not config.eager:
         _prepare(config, loaded, runner, backend, kernels, arena, budget)
+    multiprocessors = torch.cuda.get_device_properties(loaded.device).multi_processor_count if cuda else 0
     engine = Engine(
         config,
         manifest,
@@ -91,6 +98,8 @@ def build_engine(
         Residency(arena, loader),
         send,
         max_tokens_per_step=budget,
+        max_prefill_tokens_per_step=config.max_prefill_tokens_per_step
+        or prefill_tokens_per_step(config.device, manifest, multiprocessors),
         on_close=loader.close,
     )
     log.info(

@@ -21,6 +21,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Content-addressed blob store (adapters/blobs.py)."""
     cache_dir: str
     """Rebuildable files: packed blocks, compile caches."""
+    blob_cache_bytes: int = 16 * 2**30
+    """Local copies of blobs that lie in S3; then LORAPLEX_BLOBS_URL, which may hold credentials, says where."""
     socket: str
     """ipc:// address to bind."""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -35,8 +37,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_sequences: int = 256
     max_tokens_per_step: int = 0
     """Token budget of a step (chunked prefill); 0: 8192 on CUDA, 512 on CPU."""
+    max_prefill_tokens_per_step: int = 0
+    """Of those, tokens of prompts while other sequences decode; 0: chosen by model and device (build.py)."""
     max_queue: int = 1024
-    """Sequences that may wait; above it requests are refused with queue_full."""
+    """Sequences that may wait; above it requests are refused with queue_full, but for tenants with less than their
+    share (permits.py)."""
     arena_bytes: int = 0
     max_resident_adapters: int = 4096
     """Rows of the arena's table."""

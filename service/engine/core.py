@@ -15,11 +15,14 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Protocol
 
-from adapters.errors import AdapterTooLarge, LoraplexAdapterError
+from adapters.errors import AdapterTooLarge
 from adapters.manifest import Manifest
-from adapters.residency import Residency, Unload
+from adapters.residency import Residency
+from service.engine.budgets import tokens_per_step
+from service.engine.calls import Calls
 from service.engine.config import EngineConfig
 from service.engine.errors import EngineBroken, EngineError, IntegrityError
+from service.engine.fairness import Prices
 from service.engine.kv_cache import PagePool, cache_root
 from service.engine.messages import (
     Abort,
@@ -27,17 +30,13 @@ from service.engine.messages import (
     Delta,
     FromEngine,
     Limits,
-    LoadAdapter,
     Outputs,
     Ping,
-    Prefetch,
-    QueryResidency,
     Refused,
-    Reply,
     Submit,
     ToEngine,
-    UnloadAdapter,
 )
+from service.engine.permits import queue_full, too_large
 from service.engine.request import Batch, Sampled, Sequence
 from service.engine.scheduler import Scheduler
 
@@ -100,9 +99,12 @@ class Engine:
         send: Callable[[bytes, FromEngine], None],
         *,
         max_tokens_per_step: int | None = None,
+        max_prefill_tokens_per_step: int | None = None,
+        prices: Prices | None = None,
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
-        """`on_close` ends what the parts run beside the step loop (the loader's threads and worker)."""
+        """The budgets of a step: as given, else as configured, else by device. `prices`: else the model's.
+        `on_close` ends what the parts run beside the step loop (the loader's threads and worker)."""
         self.close = on_close
         self.config = config
         self.manifest = manifest
@@ -114,10 +116,11 @@ class Engine:
             pool,
             residency,
             max_sequences=limits.max_sequences,
-            max_tokens_per_step=max_tokens_per_step
-            or config.max_tokens_per_step
-            or (512 if config.device == "cpu" else 8192),
+            max_tokens_per_step=max_tokens_per_step or config.max_tokens_per_step or tokens_per_step(config.device),
+            max_prefill_tokens_per_step=max_prefill_tokens_per_step or config.max_prefill_tokens_per_step,
+            prices=prices or Prices.of(manifest),
         )
+        self.calls = Calls(residency, send)
         self.draining = False
         """Set: new requests are refused with shutting_down."""
         self.step_started: float | None = None
@@ -125,11 +128,6 @@ class Engine:
         self._send = send
         self._requests: dict[Key, dict[int, Sequence]] = {}
         self._outbox: defaultdict[bytes, list[Delta]] = defaultdict(list)
-        self._loads: list[tuple[bytes, LoadAdapter]] = []
-        self._unloads: list[tuple[bytes, str, Unload]] = []
-        self._forgets: list[tuple[bytes, UnloadAdapter]] = []
-        """Of deleted adapters, while accepted requests still name them."""
-        self._hinted: set[str] = set()
         self._arrivals = itertools.count()
         self._random = random.SystemRandom()
         self._failed_steps = 0
@@ -145,7 +143,7 @@ class Engine:
     def step(self) -> bool:
         """Run one step; False if nothing could run. Raises EngineBroken and IntegrityError: end the process."""
         self.residency.poll()
-        self._answer_calls()
+        self.calls.answer(self._named)
         batch = self.scheduler.schedule()
         self._refuse_failed()
         if not batch.items:
@@ -229,22 +227,10 @@ class Engine:
                 self.submit(client, message)
             case Abort(request_id, index):
                 self.abort(client, request_id, index)
-            case Prefetch(digests):
-                self.residency.prefetch(digests)
-                self._hinted.update(digests)
-                if len(self._hinted) > 1024:
-                    self._forget_hints()
-            case LoadAdapter():
-                self._loads.append((client, message))
-            case UnloadAdapter(call_id, digest, forget):
-                if forget:
-                    self._forgets.append((client, message))
-                else:
-                    self._unloads.append((client, call_id, self.residency.unload(digest)))
-            case QueryResidency(call_id, digests):
-                self._send(client, Reply(call_id, value={each: self.residency.state(each) for each in digests}))
             case Ping():
                 pass  # the process answers it
+            case _:
+                self.calls.handle(client, message)
 
     def submit(self, client: bytes, request: Submit) -> None:
         """Queue every sequence of a request, or refuse it whole."""
@@ -263,7 +249,7 @@ class Engine:
         for number, prompt in enumerate(request.prompts):
             for choice in range(request.n):
                 seq = self._sequence(client, request, number * request.n + choice, prompt, adapters, root)
-                self.scheduler.add(seq, leader=sequences.get(number * request.n))
+                self.scheduler.add(seq, sequences.get(number * request.n), request.tenant_weight)
                 sequences[seq.index] = seq
         self._requests[key] = sequences
 
@@ -283,46 +269,19 @@ class Engine:
             adapters=adapters,
             cache_root=root,
             arrival=float(next(self._arrivals)),
+            tenant=request.tenant,
+            priority=request.priority,
             prompt_logprobs=None if sampling.prompt_logprobs is None else [None],
         )
 
     def _refusal(self, request: Submit) -> Refused | None:
         if self.draining:
             return Refused(request.request_id, "shutting_down", "the engine is shutting down", 1.0)
-        reason = self._too_large(request)
+        reason = too_large(request, self.limits, self.manifest, self.pool)
         if reason is not None:
             return Refused(request.request_id, "too_large", reason)
-        new, waiting = len(request.prompts) * request.n, self.scheduler.num_waiting
-        if waiting + new > self.limits.max_queue:
-            each = self._step_seconds / self._finished if self._finished else 0.0
-            after = min(60.0, max(1.0, each * (waiting + new - self.limits.max_queue)))
-            return Refused(request.request_id, "queue_full", f"{waiting} sequences are waiting already", after)
-        return None
-
-    def _too_large(self, request: Submit) -> str | None:
-        """Why the request can never be served, whatever else runs. An id that the model does not know would fail the
-        whole step, with everybody else's requests in it."""
-        limits, new = self.limits, len(request.prompts) * request.n
-        vocabulary = range(self.manifest.vocab_size)
-        ids = (*request.sampling.stop_token_ids, *request.sampling.logit_bias)
-        if new < 1 or new > limits.max_queue:
-            return f"{new} sequences in one request, between 1 and {limits.max_queue} are served"
-        if len(request.adapters) > limits.max_adapters_per_request:
-            return f"{len(request.adapters)} adapters, at most {limits.max_adapters_per_request} are served"
-        if any(each not in vocabulary for each in ids):
-            return f"stop_token_ids or logit_bias have token ids outside 0..{vocabulary[-1]}"
-        for number, prompt in enumerate(request.prompts):
-            total = len(prompt) + request.sampling.max_tokens
-            if not prompt:
-                return f"prompt {number} has no tokens"
-            if min(prompt) not in vocabulary or max(prompt) not in vocabulary:
-                return f"prompt {number} has token ids outside 0..{vocabulary[-1]}"
-            if total > limits.max_positions:
-                return f"prompt {number} and max_tokens are {total} tokens, at most {limits.max_positions} are served"
-            if self.pool.pages_for(total) > self.pool.num_pages:
-                room = self.pool.num_pages * self.pool.page_size
-                return f"prompt {number} and max_tokens are {total} tokens, the KV cache holds {room}"
-        return None
+        each = self._step_seconds / self._finished if self._finished else 0.0
+        return queue_full(request, self.limits.max_queue, self.scheduler.tenants, each)
 
     def abort(self, client: bytes, request_id: str, index: int | None = None) -> None:
         """Free a request's sequences, or one; nothing is said to the client."""
@@ -337,12 +296,7 @@ class Engine:
         for owner, request_id in list(self._requests):
             if owner == client:
                 self.abort(client, request_id)
-        for owner, call in self._loads:
-            if owner == client:
-                self.residency.cancel_wait(call.call_id)
-        self._loads = [load for load in self._loads if load[0] != client]
-        self._unloads = [unload for unload in self._unloads if unload[0] != client]
-        self._forgets = [forget for forget in self._forgets if forget[0] != client]
+        self.calls.drop_client(client)
 
     def refuse_all(self, code: str, message: str) -> None:
         """Give up every request."""
@@ -369,44 +323,9 @@ class Engine:
         if not self._requests[key]:
             del self._requests[key]
 
-    # ------------------------------------------------------------ control calls
-
-    def _answer_calls(self) -> None:
-        self._loads = [load for load in self._loads if not self._loaded(*load)]
-        if self._forgets:
-            self._forget_unnamed()
-        for client, call_id, unload in self._unloads:
-            if unload.done:
-                self._send(client, Reply(call_id))
-        self._unloads = [each for each in self._unloads if not each[2].done]
-
-    def _loaded(self, client: bytes, call: LoadAdapter) -> bool:
-        """A lease proves that the adapter is there; it stays, as the most recently used, when the lease is gone."""
-        try:
-            lease = self.residency.try_lease((call.digest,), ticket=call.call_id)
-        except LoraplexAdapterError as error:
-            self._send(client, Reply(call.call_id, error=str(error)))
-            return True
-        if lease is None:
-            return False
-        self.residency.release(lease)
-        self._send(client, Reply(call.call_id))
-        return True
-
-    def _forget_unnamed(self) -> None:
-        """Unloads the deleted adapters that no accepted request names any more. One that waits its turn may not have
-        its lease yet, and needs the adapter's files until it has."""
-        named = {ref.digest for asked in self._requests.values() for ref in next(iter(asked.values())).adapters}
-        held, self._forgets = self._forgets, []
-        for client, call in held:
-            if call.digest in named:
-                self._forgets.append((client, call))
-            else:
-                self._unloads.append((client, call.call_id, self.residency.unload(call.digest, forget=True)))
-
-    def _forget_hints(self) -> None:
-        """Those that are no longer on their way."""
-        self._hinted = {digest for digest in self._hinted if self.residency.state(digest) == "loading"}
+    def _named(self) -> set[str]:
+        """Digests of all adapters of accepted requests."""
+        return {ref.digest for asked in self._requests.values() for ref in next(iter(asked.values())).adapters}
 
     # ------------------------------------------------------------ what is going on
 
@@ -418,8 +337,7 @@ class Engine:
     @property
     def expecting(self) -> bool:
         """Something waits for the loader, so step() must be called again soon though nothing runs."""
-        self._forget_hints()
-        return bool(self._loads or self._unloads or self._hinted or self.scheduler.num_waiting)
+        return self.calls.expecting or self.scheduler.num_waiting > 0
 
     def stats(self) -> dict[str, float]:
         """Gauges and, ending in _total, counters since the start; the residency's among them."""

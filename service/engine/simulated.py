@@ -24,6 +24,7 @@ from adapters.tiers import BlockInfo, Completion, Fence, RowEntries
 from service.engine.config import EngineConfig
 from service.engine.core import Engine
 from service.engine.errors import IntegrityError
+from service.engine.fairness import Prices
 from service.engine.kv_cache import PagePool
 from service.engine.messages import AdapterRef, FromEngine, Limits, SamplingParams, TokenLogprob
 from service.engine.request import Batch, Sampled, Scheduled, Sequence
@@ -38,6 +39,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds each step takes."""
     token_s: float = 0.0
     """Seconds more for each token of the step."""
+    decode_token_s: float | None = None
+    """The same for the one token of a sequence that decodes; None: as any other."""
     load_s: float = 0.0
     """Seconds until an adapter lies on the device."""
     adapter_bytes: int = 4096
@@ -117,8 +120,15 @@ class OutOfMemoryError(RuntimeError):
 class SimulatedRunner:
     """core.Runner over pages of integers. `digest_of(row)` is what lies in a row of the arena's table now."""
 
-    def __init__(self, pool: PagePool, digest_of: Callable[[int], str], options: Options) -> None:
+    def __init__(
+        self,
+        pool: PagePool,
+        digest_of: Callable[[int], str],
+        options: Options,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
         self.options = options
+        self._sleep = sleep
         self.batches: list[int] = []
         """Tokens of each step, for tests."""
         self._size = pool.page_size
@@ -126,13 +136,19 @@ class SimulatedRunner:
         self._entries = [[0] * pool.page_size for _ in range(pool.num_pages)]
 
     def execute(self, batch: Batch) -> list[Sampled | None]:
-        if (wait := self.options.step_s + self.options.token_s * batch.num_tokens) > 0:
-            time.sleep(wait)
+        if (seconds := self.seconds(batch)) > 0:
+            self._sleep(seconds)
         self.batches.append(batch.num_tokens)
         every = self.options.out_of_memory_every
         if every and len(self.batches) % every == 0:
             raise OutOfMemoryError("CUDA out of memory (simulated)")
         return [self._run(item) for item in batch.items]
+
+    def seconds(self, batch: Batch) -> float:
+        """What the step takes."""
+        options, decoding = self.options, sum(item.seq.num_computed >= item.seq.num_prompt for item in batch.items)
+        each = options.token_s if options.decode_token_s is None else options.decode_token_s
+        return options.step_s + options.token_s * (batch.num_tokens - decoding) + each * decoding
 
     def _run(self, item: Scheduled) -> Sampled | None:
         seq = item.seq
@@ -302,8 +318,9 @@ def build_engine(
     options: Options,
     *,
     clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
 ) -> tuple[Engine, dict[str, str]]:
-    """A whole engine around the simulation, and the versions to report."""
+    """A whole engine around the simulation, and the versions to report. `clock` and `sleep`: of a time of its own."""
     pool = PagePool(config.kv_pages or 1024, config.page_size, prefix_caching=config.prefix_caching)
     arena = SimulatedArena(config.arena_bytes or 64 * options.adapter_bytes, config.max_resident_adapters)
     loader = SimulatedLoader(arena, config.host_cache_bytes or 4 * arena.capacity, options, clock)
@@ -318,6 +335,9 @@ def build_engine(
         max_rank=512,
         arena_bytes=arena.capacity,
     )
-    runner = SimulatedRunner(pool, arena.digest_of, options)
-    engine = Engine(config, manifest(options, limits.max_positions), limits, runner, pool, residency, send)
+    runner = SimulatedRunner(pool, arena.digest_of, options, sleep)
+    # An adapter is to the base what one of rank 16 is to a model of 8 billion parameters.
+    prices = Prices(base_bytes=170.0 * options.adapter_bytes)
+    base = manifest(options, limits.max_positions)
+    engine = Engine(config, base, limits, runner, pool, residency, send, prices=prices)
     return engine, {"simulated": "1"}

@@ -1,0 +1,44 @@
+"""How many tokens a step may have. No torch.
+
+`tokens_per_step` is the whole budget. `prefill_tokens_per_step` bounds what prompts may add to a step in which others
+decode, and so the time between two tokens of a stream:
+
+    time between tokens = step that only decodes + RIDING_S
+
+RIDING_S is 12 ms, so that a step of 64 sequences with 64 distinct adapters, which takes 15 ms, stays at 27 ms. The
+bound is the number of prompt tokens that the device computes in that time, at 2 operations for each parameter:
+
+    tokens = RIDING_S * FLOPS / (2 * parameters)        rounded down to a multiple of 64, at least 64
+
+Predicted from FLOPS and not measured with this scheduler yet (benchmarks/scheduling.py shows what follows from it):
+
+    bfloat16, H200        1B: 3648    8B: 512    14B: 256    32B: 64
+"""
+
+from __future__ import annotations
+
+from adapters.manifest import Manifest
+
+RIDING_S = 0.012
+FLOPS = 600e12
+"""Of prefill in bfloat16 or float16 on an H100 or H200: 8 x 512 tokens of an 8B model took 95.8 ms."""
+MULTIPROCESSORS = 132
+"""Of that device; others are taken to be slower or faster by their number."""
+FLOAT32 = 0.08
+"""Share of FLOPS in float32."""
+CPU_PREFILL = 128
+"""A quarter of the budget. There a step of a small model takes 50 ms and a prompt token several."""
+
+
+def tokens_per_step(device: str) -> int:
+    return 512 if device == "cpu" else 8192
+
+
+def prefill_tokens_per_step(device: str, manifest: Manifest, multiprocessors: int = MULTIPROCESSORS) -> int:
+    """The bound for prompts that ride with decoding sequences."""
+    if device == "cpu":
+        return CPU_PREFILL
+    parameters = sum(module.in_features * module.out_features for module in manifest.linears)
+    flops = FLOPS * multiprocessors / MULTIPROCESSORS * (FLOAT32 if manifest.dtype == "float32" else 1.0)
+    tokens = RIDING_S * flops / (2.0 * max(1, parameters))
+    return max(64, int(tokens) // 64 * 64)
