@@ -64,4 +64,5 @@ class TensorReader:
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """The tensor's values as they stand in a file."""
-    return tensor.contiguous().view(torch.uint8).numpy().data.cast("B")
+    # Flat first: [n, 1] counts as contiguous whatever its last stride, and then cannot be seen as bytes.
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
