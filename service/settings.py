@@ -26,6 +26,8 @@ PREFIX = "LORAPLEX_"
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", re.IGNORECASE)
+# Where the client and the command line find a server; whoever has set them may start one in the same shell.
+_CLIENTS = {"LORAPLEX_URL", "LORAPLEX_KEY"}
 # sun_path holds 108 bytes on Linux, 104 on macOS; ZeroMQ needs a few of its own.
 _SOCKET_PATH_LIMIT = 100
 MIN_ADMIN_KEY = 16
@@ -186,7 +188,7 @@ class Settings(BaseSettings):
     @staticmethod
     def unknown_variables() -> list[str]:
         """LORAPLEX_* variables of the environment that mean nothing here: most likely misspelt."""
-        known = {f"{PREFIX}{name}".upper() for name in Settings.model_fields}
+        known = {f"{PREFIX}{name}".upper() for name in Settings.model_fields} | _CLIENTS
         return sorted(key for key in os.environ if key.upper().startswith(PREFIX) and key.upper() not in known)
 
     def environment(self) -> dict[str, str]:
