@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from service.engine.errors import EngineCallTimedOut, EngineError
 from service.engine.messages import Ready
 from service.jobs import Workers, import_modules
 from service.store import AdapterExists, Catalogue, File, NewVersion, Version
-from service.store.edits import Condition, always
+from service.store.edits import Condition, Edits, always
 from service.store.names import NAME_RULE, valid_name
 from service.store.records import Removed
 from service.store.tables import DEFAULT_TENANT
@@ -155,7 +155,7 @@ class Library:
         True. Without (POST) the form names a new adapter. Raises ApiError, AdapterRefused, AdapterExists,
         PreconditionFailed, EngineUnavailable, WorkersUnavailable.
         """
-        manifest = self.engine.manifest
+        _ = self.engine.manifest  # nothing can be checked before there is an engine
         if name is not None:
             self.require_name(name)
         async with self._spool.receive(request, FIELDS) as form:
@@ -170,34 +170,68 @@ class Library:
             labels = parse_labels(form.fields["labels"]) if "labels" in form.fields else None
             config, index = form.files["config"][0].path, _first(form.files.get("index"))
             weights = name_weights(form.files["weights"], sharded=index is not None)
-            inspection = await self._workers.run(inspect_upload, config, weights, index, manifest)
-            sources = {CONFIG_NAME: config, **weights} | ({INDEX_NAME: index} if index is not None else {})
-            await self._spool.sync(list(sources.values()))
-            new = _new_version(inspection, manifest)
-            stored = False
-            try:
-                async with self.catalogue.write() as edits:
-                    exists, number = await edits.find_content(target, new.digest, tenant, condition)
-                    if exists and number is None and name is None:
-                        raise AdapterExists(target)
-                    created = number is None
-                    stored = True
-                    # Also what is there already: should it have been damaged since, this repairs it.
-                    await asyncio.to_thread(self._store, inspection, sources)
-                    if number is None:
-                        number = await edits.publish(target, new, default=make_default is not False, tenant=tenant)
-                        await edits.change(
-                            target, description=form.fields.get("description"), new_labels=labels, tenant=tenant
-                        )
-                    else:
-                        await edits.revalidate(target, number, new, tenant)
-                        if make_default:
-                            await edits.change(target, default_version=number, tenant=tenant)
-            except BaseException:
-                if stored:  # rolled back: the disk may be full, so this cannot wait for the next start
-                    names = {new.digest, *(file.sha256 for file in new.files)}
-                    self._start(self._delete_unused([], names))
-                raise
+            return await self.publish(
+                target,
+                config,
+                weights,
+                index,
+                new_adapter=name is None,
+                make_default=make_default,
+                condition=condition,
+                description=form.fields.get("description"),
+                labels=labels,
+                tenant=tenant,
+            )
+
+    async def publish(
+        self,
+        target: str,
+        config: Path,
+        weights: dict[str, Path],
+        index: Path | None,
+        *,
+        new_adapter: bool = False,
+        make_default: bool | None = None,
+        condition: Condition = always,
+        description: str | None = None,
+        labels: dict[str, str] | None = None,
+        provenance: dict[str, Any] | None = None,
+        also: Callable[[Edits, int], Awaitable[None]] | None = None,
+        tenant: str = DEFAULT_TENANT,
+    ) -> Published:
+        """Local files, which are moved away, as a version of the adapter `target`; the rest as `upload` says.
+
+        `new_adapter`: refuse (AdapterExists) if it is there with other content. `provenance` is shown in the version's
+        spec. `also`, given the version's number, is part of the same transaction; what it raises undoes all."""
+        manifest = self.engine.manifest
+        inspection = await self._workers.run(inspect_upload, config, weights, index, manifest)
+        sources = {CONFIG_NAME: config, **weights} | ({INDEX_NAME: index} if index is not None else {})
+        await self._spool.sync(list(sources.values()))
+        new = _new_version(inspection, manifest, provenance)
+        stored = False
+        try:
+            async with self.catalogue.write() as edits:
+                exists, number = await edits.find_content(target, new.digest, tenant, condition)
+                if exists and number is None and new_adapter:
+                    raise AdapterExists(target)
+                created = number is None
+                stored = True
+                # Also what is there already: should it have been damaged since, this repairs it.
+                await asyncio.to_thread(self._store, inspection, sources)
+                if number is None:
+                    number = await edits.publish(target, new, default=make_default is not False, tenant=tenant)
+                    await edits.change(target, description=description, new_labels=labels, tenant=tenant)
+                else:
+                    await edits.revalidate(target, number, new, tenant)
+                    if make_default:
+                        await edits.change(target, default_version=number, tenant=tenant)
+                if also is not None:
+                    await also(edits, number)
+        except BaseException:
+            if stored:  # rolled back: the disk may be full, so this cannot wait for the next start
+                names = {new.digest, *(file.sha256 for file in new.files)}
+                self._start(self._delete_unused([], names))
+            raise
         self.engine.prefetch([new.digest])
         return Published(target, number, created)
 
@@ -368,7 +402,7 @@ def _first(files: list[UploadedFile] | None) -> Path | None:
     return files[0].path if files else None
 
 
-def _new_version(inspection: Inspection, manifest: Manifest) -> NewVersion:
+def _new_version(inspection: Inspection, manifest: Manifest, provenance: dict[str, Any] | None = None) -> NewVersion:
     spec = inspection.spec
     return NewVersion(
         digest=inspection.record.digest,
@@ -382,6 +416,7 @@ def _new_version(inspection: Inspection, manifest: Manifest) -> NewVersion:
             "targets": list(spec.target_modules),
             "parameters": spec.parameters,
             "tensor_bytes": spec.tensor_bytes,
+            **({"merge": provenance} if provenance else {}),
         },
         files=tuple(File(name, sha256, size) for name, sha256, size in inspection.record.files),
     )
