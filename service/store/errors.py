@@ -4,16 +4,23 @@ CatalogueError
 ├── NotFound
 │   ├── AdapterNotFound      no adapter of that name
 │   ├── VersionNotFound      the adapter exists, that version does not
-│   └── AliasNotFound        the adapter exists, that alias does not
+│   ├── AliasNotFound        the adapter exists, that alias does not
+│   ├── TenantNotFound       no tenant of that name
+│   └── KeyNotFound          the tenant has no such key
 ├── Conflict
 │   ├── AdapterExists        the name is taken by an adapter with other content
+│   ├── TenantExists         the name is taken by another tenant
+│   ├── TenantReserved       no tenant may be called so, or this one cannot be deleted
 │   ├── VersionInUse         the version is the default, or an alias points to it
 │   └── WrongBase            the version was made for another base model
 ├── PreconditionFailed       If-Match / If-None-Match does not hold
+├── UnstorableText           text that the database cannot hold
 └── CatalogueUnavailable
     ├── CatalogueFull        the disk is full
     ├── CatalogueBusy        another process has held the lock too long
+    ├── ClaimLost            an upload took so long, or was cut off so long, that it was taken for dead
     ├── CatalogueDamaged     the database file is damaged
+    ├── CatalogueTooNew      a newer version of this service has changed its schema
     └── CatalogueUnusable    it cannot be opened, read or written
 """
 
@@ -57,6 +64,20 @@ class AliasNotFound(NotFound):
         super().__init__(f"Adapter {name!r} has no alias {alias!r}.")
 
 
+class TenantNotFound(NotFound):
+    code = "tenant_not_found"
+
+    def __init__(self, tenant: str) -> None:
+        super().__init__(f"There is no tenant {tenant!r}.")
+
+
+class KeyNotFound(NotFound):
+    code = "key_not_found"
+
+    def __init__(self, tenant: str, key_id: str) -> None:
+        super().__init__(f"Tenant {tenant!r} has no key {key_id!r}.")
+
+
 class Conflict(CatalogueError):  # noqa: N818
     """The request contradicts the present state (HTTP 409)."""
 
@@ -69,6 +90,24 @@ class AdapterExists(Conflict):
 
     def __init__(self, name: str) -> None:
         super().__init__(f"Adapter {name!r} exists with other content. PUT adds a version; or use another name.")
+
+
+class TenantExists(Conflict):
+    code = "tenant_exists"
+    param = "name"
+
+    def __init__(self, tenant: str) -> None:
+        super().__init__(f"There is a tenant {tenant!r} already.")
+
+
+class TenantReserved(Conflict):
+    """The name means something else, or the tenant cannot be done without."""
+
+    code = "tenant_reserved"
+    param = "name"
+
+    def __init__(self, tenant: str) -> None:
+        super().__init__(f"{tenant!r} is reserved: no tenant may be given this name, nor may it be deleted.")
 
 
 class VersionInUse(Conflict):
@@ -92,6 +131,15 @@ class PreconditionFailed(CatalogueError):  # noqa: N818
     code = "precondition_failed"
 
 
+class UnstorableText(CatalogueError):  # noqa: N818
+    """HTTP 400."""
+
+    code = "invalid_text"
+
+    def __init__(self) -> None:
+        super().__init__("A text of the request has the character U+0000, which cannot be stored.")
+
+
 class CatalogueUnavailable(CatalogueError):  # noqa: N818
     """The database itself fails. `status`: of the HTTP error."""
 
@@ -113,6 +161,11 @@ class CatalogueBusy(CatalogueUnavailable):
         super().__init__("The catalogue is busy. Try again.")
 
 
+class ClaimLost(CatalogueUnavailable):
+    def __init__(self) -> None:
+        super().__init__("The server lost its connection to the catalogue during the upload. Try again.")
+
+
 class CatalogueDamaged(CatalogueUnavailable):
     code = "catalogue_damaged"
     status = 500
@@ -122,6 +175,19 @@ class CatalogueDamaged(CatalogueUnavailable):
         super().__init__(f"The server's catalogue is damaged ({detail}); its operator has to restore it.")
 
 
+class CatalogueTooNew(CatalogueUnavailable):
+    retry_after_s = None
+
+    def __init__(self, revision: str) -> None:
+        super().__init__(
+            f"The catalogue's schema has revision {revision}, which is newer than this version of the service knows."
+        )
+        self.revision = revision
+
+
 class CatalogueUnusable(CatalogueUnavailable):
-    def __init__(self, detail: str) -> None:
+    """`reason`: what only the operator should read."""
+
+    def __init__(self, detail: str, reason: str = "") -> None:
         super().__init__(f"The server's catalogue cannot be used at present: {detail}.")
+        self.reason = reason or detail
