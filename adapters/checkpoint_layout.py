@@ -39,7 +39,11 @@ class Layout:
     def companions(self) -> list[Path]:
         """The files beside the weights that belong to the model, but for config.json, sorted."""
         found = {path for pattern in _COMPANIONS for path in self.folder.glob(pattern) if path.is_file()}
-        return sorted(p for p in found if p.name not in _NO_COMPANIONS and not p.name.endswith(".index.json"))
+        return sorted(
+            path
+            for path in found
+            if path.name not in _NO_COMPANIONS and not path.name.startswith(".") and ".index.json" not in path.name
+        )
 
 
 def check_base(folder: Path, manifest: Manifest, needed: Sequence[Module]) -> list[str]:
