@@ -22,7 +22,7 @@ DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 CONSOLE = re.compile(
-    r"(sudo )?(docker|make serve|LORAPLEX_[A-Z_]+=\S+ make|pip install|git clone|nginx|caddy|pg_dump|psql|openssl)\b"
+    r"(sudo )?(docker|make serve|([A-Z_]+=\S+ )+make|pip install|git clone|nginx|caddy|pg_dump|psql|openssl)\b"
 )
 """How the lines of a `console` block may begin."""
 ELSEWHERE = {"operations.md": "tests/crash/test_disk.py"}
