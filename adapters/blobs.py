@@ -32,16 +32,38 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 
 
 class Blobs(Protocol):
-    """What the rest of the project asks of a store, whatever lies behind it."""
+    """What the rest of the project asks of a store, whatever lies behind it: BlobStore or adapters/s3.py.
 
-    def path(self, sha: str) -> Path: ...
-    def put(self, path: Path, sha: str, *, move: bool = False) -> None: ...
-    def put_bytes(self, data: bytes) -> str: ...
+    All may take long and are for threads. StoreUnavailable where a remote store does not answer or refuses; ValueError
+    for a name that is no sha256 in lower-case hex."""
+
+    def put(self, path: Path, sha: str, *, move: bool = False) -> None:
+        """Stores the file at `path`, durable when this returns; `move` gives the file up."""
+
+    def put_bytes(self, data: bytes) -> str:
+        """Stores `data`, durable when this returns; gives its sha256."""
+
     def has(self, sha: str) -> bool: ...
     def size(self, sha: str) -> int: ...
     def open(self, sha: str) -> BufferedReader: ...
-    def delete(self, sha: str) -> bool: ...
-    def verify(self, sha: str) -> None: ...
+
+    def verify(self, sha: str) -> None:
+        """What `open` gives has the bytes that were stored. AdapterMissing, BlobDamaged."""
+
+    def fetch(self, sha: str) -> Path:
+        """A local file with the blob's bytes, checked just now; not to be changed. AdapterMissing, BlobDamaged."""
+
+    def where(self, sha: str) -> str:
+        """For messages to the operator."""
+
+    def discard(self, shas: Collection[str]) -> None:
+        """Deletes those of the blobs that are there."""
+
+    def forget(self, sha: str) -> None:
+        """Drops what of the blob is kept locally, if it is kept elsewhere."""
+
+    def sweep(self, keep: Collection[str], grace_seconds: float = SWEEP_GRACE_SECONDS) -> tuple[int, int]: ...
+    def sweep_unfinished(self) -> None: ...
 
 
 class BlobStore:
@@ -130,6 +152,21 @@ class BlobStore:
         if digest != sha:
             raise BlobDamaged(sha, f"its bytes hash to {digest}")
 
+    def fetch(self, sha: str) -> Path:
+        """The file, once its bytes are known to be those that were stored. AdapterMissing, BlobDamaged."""
+        self.verify(sha)
+        return self.path(sha)
+
+    def where(self, sha: str) -> str:
+        return str(self.path(sha))
+
+    def discard(self, shas: Collection[str]) -> None:
+        for sha in shas:
+            self.delete(sha)
+
+    def forget(self, sha: str) -> None:
+        """Nothing: the only copy is the one that is kept."""
+
     def __iter__(self) -> Iterator[str]:
         for folder in sorted(self.root.iterdir()):
             if len(folder.name) == 2 and folder.is_dir():
@@ -141,11 +178,20 @@ class BlobStore:
         `keep` must be read after the grace period's start, or a blob stored meanwhile could be lost: rows are committed
         well within it. Grace 0 asks no clock: the caller keeps writers away. Gives (files, bytes) deleted."""
         wanted = frozenset(keep)
-        limit = time.time() - grace_seconds if grace_seconds else float("inf")
-        leftovers = [entry for entry in self.temp.iterdir() if entry.is_file()]
         unused = [self.path(sha) for sha in self if sha not in wanted]
+        return self._sweep([*self._leftovers(), *unused], grace_seconds)
+
+    def sweep_unfinished(self) -> None:
+        """Deletes what interrupted writes left; who is writing now is waited for."""
+        self._sweep(self._leftovers(), 0.0)
+
+    def _leftovers(self) -> list[Path]:
+        return [entry for entry in self.temp.iterdir() if entry.is_file()]
+
+    def _sweep(self, paths: list[Path], grace_seconds: float) -> tuple[int, int]:
+        limit = time.time() - grace_seconds if grace_seconds else float("inf")
         files = freed = 0
-        for path in [*leftovers, *unused]:
+        for path in paths:
             # Exclusive, and for one file at a time: a put that finds the blob present refreshes its time first.
             with self._lock(fcntl.LOCK_EX):
                 try:
@@ -195,6 +241,18 @@ class BlobStore:
             fsync_folder(self.root)
         source.replace(target)
         fsync_folder(target.parent)
+
+
+def open_blobs(folder: Path, cache_dir: Path, cache_bytes: int, url: str = "") -> Blobs:
+    """The store in the local `folder`, or at `url` (s3://bucket/prefix...) with copies in `cache_dir`.
+
+    The URL may hold credentials, and so comes by LORAPLEX_BLOBS_URL to every process that needs it, never by a command
+    line. ValueError for a URL that cannot be used."""
+    if not url:
+        return BlobStore(folder)
+    from adapters.s3 import S3Blobs
+
+    return S3Blobs(url, Path(cache_dir) / "blobs", cache_bytes)
 
 
 class AdapterRecord(msgspec.Struct, frozen=True):

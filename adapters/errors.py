@@ -5,7 +5,8 @@
     ├── AdapterMissing      no such record or blob
     ├── BlobDamaged         stored bytes are not the bytes that were stored
     ├── AdapterTooLarge     can never fit the arena
-    └── AdapterUnavailable  loading failed
+    ├── AdapterUnavailable  loading failed
+    └── StoreUnavailable    where the files lie cannot be reached, or refuses
 
 All of them can be pickled, since they cross process boundaries.
 """
@@ -81,6 +82,17 @@ class AdapterUnavailable(LoraplexAdapterError):  # noqa: N818
 
     def __str__(self) -> str:
         return f"adapter {self.digest} could not be loaded: {self.reason}"
+
+
+class StoreUnavailable(LoraplexAdapterError):  # noqa: N818
+    """The store of the files does not answer, or not in time. `detail` is for the operator."""
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail)
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"the store of the adapters' files cannot be used: {self.detail}"
 
 
 def capped(reasons: Iterable[str], limit: int = MAX_REASONS) -> list[str]:

@@ -10,7 +10,6 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 from fastapi import FastAPI
 
-from adapters.blobs import BlobStore
 from service import __version__, log
 from service.api import adapters, errors, health, openai, prompts, reference
 from service.api.body import BodyLimit
@@ -21,7 +20,6 @@ from service.library import Library
 from service.metrics import Metrics
 from service.settings import Settings
 from service.store.catalogue import Catalogue
-from service.store.database import sqlite_url
 from service.tokenizer import Tokenizer
 from service.uploads import Spool
 
@@ -67,7 +65,7 @@ async def _open(app: FastAPI, settings: Settings, stack: AsyncExitStack) -> None
     engine = EngineClient(settings.engine_socket)
     metrics = Metrics(settings, lambda: engine.stats, lambda: engine.healthy)
     stack.callback(metrics.close)
-    catalogue = await Catalogue.open(sqlite_url(settings.catalogue_path))
+    catalogue = await Catalogue.open(settings.database_address())
     stack.push_async_callback(catalogue.close)
     await engine.connect()
     stack.push_async_callback(engine.close)
@@ -77,7 +75,7 @@ async def _open(app: FastAPI, settings: Settings, stack: AsyncExitStack) -> None
     stack.callback(spool.close)
     library = Library(
         catalogue,
-        BlobStore(settings.blobs_dir),
+        settings.open_blobs(),
         spool,
         workers,
         engine,

@@ -1,26 +1,30 @@
 """Uploads into versions, and versions out of the way: what the catalogue, the blob store and the engine do together.
 
-The order is the guarantee. An upload is inspected in the spool, flushed to the disk, moved into the blob store and only
-then entered in the catalogue, inside one write transaction; whoever sees the row can read the bytes. A deletion goes
-the other way: rows first, blobs when the engine needs them no more. Whatever a crash leaves between the two is a blob
-without a row, which the next start sweeps.
+The order is the guarantee. An upload is inspected in the spool and flushed to the disk; its blobs are claimed in the
+catalogue, stored, and only then entered as a version, in the transaction that takes the claims away: whoever sees the
+row can read the bytes. A deletion goes the other way: rows first, blobs when no engine needs them any more
+(service/janitor.py). Whatever a crash leaves between the two is a blob that the catalogue knows as claimed or garbage.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import logging
+import os
+import shutil
+import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from fastapi import Request
 
-from adapters.blobs import AdapterRecord, BlobStore
-from adapters.block import delete_blocks, sweep_blocks
+from adapters.blobs import Blobs, BlobStore
 from adapters.errors import AdapterMissing, BlobDamaged
 from adapters.inspection import INDEX_NAME, Inspection, inspect_upload
 from adapters.manifest import Manifest
@@ -28,11 +32,13 @@ from adapters.peft_config import CONFIG_NAME, MAX_CONFIG_BYTES
 from adapters.peft_format import MAX_INDEX_BYTES
 from service.api.errors import ApiError, shown
 from service.engine.client import EngineClient
-from service.engine.errors import EngineCallTimedOut, EngineError
+from service.engine.errors import EngineError
 from service.engine.messages import Ready
+from service.janitor import UNLOAD_TIMEOUT_S, Janitor
 from service.jobs import Workers, import_modules
 from service.store import AdapterExists, Catalogue, File, NewVersion, Version
 from service.store.edits import Condition, Edits, always
+from service.store.errors import CatalogueUnavailable
 from service.store.names import NAME_RULE, valid_name
 from service.store.records import Removed
 from service.store.tables import DEFAULT_TENANT
@@ -51,11 +57,13 @@ FIELDS = {
     "labels": FieldRule(16 << 10),
 }
 MAX_LABELS = 64
-ORPHANS_WAIT_S = 60.0  # for the engine, before what a killed process left is deleted
-UNLOAD_TIMEOUT_S = 3600.0  # the longest a deletion waits for running requests
+STORE_THREADS = 8  # files on their way to or from the blob store at once
+ABANDON_PAUSE_S = 5.0
 # A deletion asks the engine so much later: requests that had looked the name up before it are with the engine by then.
 RECLAIM_DELAY_S = 2.0
-_MAX_RECORD_BYTES = 1 << 20
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +81,7 @@ class Library:
     def __init__(
         self,
         catalogue: Catalogue,
-        blobs: BlobStore,
+        blobs: Blobs,
         spool: Spool,
         workers: Workers,
         engine: EngineClient,
@@ -84,45 +92,27 @@ class Library:
         """`on_damage` is called for every damaged blob that is met."""
         self.catalogue = catalogue
         self.blobs = blobs
-        self._cache_dir = cache_dir
         self._on_damage = on_damage
         self.engine = engine
         self.base_name = base_name
         self._spool = spool
         self._workers = workers
+        self._janitor = Janitor(catalogue, blobs, spool, engine, cache_dir, RECLAIM_DELAY_S)
+        # Threads of their own: a store that hangs must not hold up those that everything else uses.
+        self._threads = ThreadPoolExecutor(STORE_THREADS, thread_name_prefix="blobs")
         self._background: set[asyncio.Task[None]] = set()
 
     async def recover(self) -> None:
         """Sweeps what a crash left in spool, blob store and block cache, and has the pinned adapters fetched by this
         engine and all that follow. Call it once, at start."""
         await asyncio.to_thread(self._spool.sweep)
-        # As a writer: no upload of any process can be between its blobs and its row now, so no age needs sparing.
-        async with self.catalogue.write() as edits:
-            keep = await edits.referenced()
-            if self._spool.alone():
-                await asyncio.to_thread(self._sweep, keep)
-                orphans: set[str] = set()
-            else:  # other API processes serve: what they deleted may still be needed by requests of theirs
-                orphans = await asyncio.to_thread(self._orphans, keep)
-        if orphans:
-            self._start(self._reclaim_orphans(orphans))
+        await self._janitor.recover()
+        self._start(self._janitor.run())
         self.engine.on_hello.append(self._prefetch_pinned)
         if self.engine.ready.is_set() and self.engine.last_ready is not None:
             self._prefetch_pinned(self.engine.last_ready)
         # A worker takes a second to start; the first upload should not wait for it.
         self._start(self._workers.run(import_modules, "adapters.inspection"))
-
-    def _sweep(self, keep: set[str]) -> None:
-        files, freed = self.blobs.sweep(keep, 0.0)
-        blocks = sweep_blocks(self._cache_dir, keep)
-        if files or blocks:
-            log.info("swept %d files (%d bytes) that no adapter needs, and %d blocks", files, freed, blocks)
-
-    def _orphans(self, keep: set[str]) -> set[str]:
-        """The blobs that no adapter needs. What interrupted writes left goes at once, since nobody writes."""
-        orphans = set(self.blobs) - keep
-        self.blobs.sweep(keep | orphans, 0.0)
-        return orphans
 
     async def close(self) -> None:
         """Ends the work in the background: deletions that wait for the engine are left to the next start's sweep.
@@ -130,6 +120,7 @@ class Library:
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     def require_name(self, name: str) -> None:
         """Raises ApiError 400 for a name that no adapter may have, 409 for the base model's."""
@@ -199,7 +190,8 @@ class Library:
         also: Callable[[Edits, int], Awaitable[None]] | None = None,
         tenant: str = DEFAULT_TENANT,
     ) -> Published:
-        """Local files, which are moved away, as a version of the adapter `target`; the rest as `upload` says.
+        """Local files, which are moved away, as a version of the adapter `target`; the rest as `upload` says, and also
+        StoreUnavailable and CatalogueUnavailable. Whatever is raised, nothing has changed.
 
         `new_adapter`: refuse (AdapterExists) if it is there with other content. `provenance` is shown in the version's
         spec. `also`, given the version's number, is part of the same transaction; what it raises undoes all."""
@@ -208,16 +200,17 @@ class Library:
         sources = {CONFIG_NAME: config, **weights} | ({INDEX_NAME: index} if index is not None else {})
         await self._spool.sync(list(sources.values()))
         new = _new_version(inspection, manifest, provenance)
-        stored = False
+        names = {**{file.sha256: False for file in new.files}, new.digest: True}
+        upload = uuid.uuid4().hex
+        async with self.catalogue.write() as edits:
+            await _find(edits, target, new, new_adapter, tenant, condition)
+            await edits.blobs.claim(upload, names, self._janitor.instance, self._spool.process)
         try:
+            # Also what is there already: should it have been damaged since, this repairs it.
+            await self._in_thread(self._store, inspection, sources)
             async with self.catalogue.write() as edits:
-                exists, number = await edits.find_content(target, new.digest, tenant, condition)
-                if exists and number is None and new_adapter:
-                    raise AdapterExists(target)
+                number = await _find(edits, target, new, new_adapter, tenant, condition)
                 created = number is None
-                stored = True
-                # Also what is there already: should it have been damaged since, this repairs it.
-                await asyncio.to_thread(self._store, inspection, sources)
                 if number is None:
                     number = await edits.publish(target, new, default=make_default is not False, tenant=tenant)
                     await edits.change(target, description=description, new_labels=labels, tenant=tenant)
@@ -227,10 +220,9 @@ class Library:
                         await edits.change(target, default_version=number, tenant=tenant)
                 if also is not None:
                     await also(edits, number)
+                await edits.blobs.complete(upload, len(names))
         except BaseException:
-            if stored:  # rolled back: the disk may be full, so this cannot wait for the next start
-                names = {new.digest, *(file.sha256 for file in new.files)}
-                self._start(self._delete_unused([], names))
+            self._start(self._abandon(upload, set(names)))
             raise
         self.engine.prefetch([new.digest])
         return Published(target, number, created)
@@ -241,69 +233,62 @@ class Library:
             self.blobs.put(sources[filename], sha256, move=True)
         self.blobs.put_bytes(record.to_json())
 
-    def reclaim(self, removed: Removed) -> None:
-        """Deletes the blobs that a deletion left unused, once no running request needs them. Returns at once."""
-        if removed.unused:
-            self._start(self._reclaim(removed))
-
-    async def _reclaim(self, removed: Removed) -> None:
-        await asyncio.sleep(RECLAIM_DELAY_S)
-        # A digest that is still used belongs to another adapter with the same content.
-        digests = [digest for digest in removed.digests.values() if digest in removed.unused]
-        await self._delete_unused(digests, removed.unused)
-
-    async def _reclaim_orphans(self, orphans: set[str]) -> None:
-        with contextlib.suppress(EngineError):
-            await self.engine.wait_ready(ORPHANS_WAIT_S)
-        await self._delete_unused(await asyncio.to_thread(self._records, orphans), orphans)
-
-    def _records(self, names: Iterable[str]) -> list[str]:
-        """Those of the blobs that are the record of a version, and so its digest."""
-        found = []
-        for name in names:
-            with contextlib.suppress(AdapterMissing, BlobDamaged):
-                if self.blobs.size(name) <= _MAX_RECORD_BYTES:
-                    with self.blobs.open(name) as stream:
-                        AdapterRecord.from_json(stream.read(), name)
-                    found.append(name)
-        return found
-
-    async def _delete_unused(self, digests: Iterable[str], names: Iterable[str]) -> None:
-        """Deletes those of the blobs `names` that no version needs, after the engine has let go of `digests`."""
-        for digest in digests:
+    async def _abandon(self, upload: str, names: set[str]) -> None:
+        """Gives back what an upload that failed may have stored."""
+        while True:
             try:
-                await self.engine.unload(digest, forget=True, timeout_s=UNLOAD_TIMEOUT_S)
-            except EngineCallTimedOut:
-                log.warning("the engine still uses a deleted adapter; the next start sweeps its files")
+                async with self.catalogue.write() as edits:
+                    if not self.catalogue.shared and isinstance(self.blobs, BlobStore):
+                        # Nobody else's, and before any row is written: the disk may be full.
+                        unused = await edits.blobs.unneeded(names, but=upload) - await edits.blobs.garbage()
+                        await self._in_thread(self.blobs.discard, unused)
+                    await edits.blobs.abandon([upload])
                 return
-            except EngineError as error:
-                # Without an engine there are no running requests either.
-                log.info("a deleted adapter was not unloaded: %s", error)
-        async with self.catalogue.write() as edits:
-            # Again: the same content may have been uploaded in the meantime.
-            unused = await edits.unreferenced(names)
-            await asyncio.to_thread(self._delete_blobs, unused)
+            except CatalogueUnavailable as error:
+                log.warning("the files of an upload that failed are left for later: %s", error)
+                await asyncio.sleep(ABANDON_PAUSE_S)
 
-    def _delete_blobs(self, names: Iterable[str]) -> None:
-        for name in names:
-            self.blobs.delete(name)
-            delete_blocks(self._cache_dir, name)
+    def reclaim(self, removed: Removed) -> None:
+        """Has the blobs that a deletion left unused deleted, once no running request needs them. Returns at once."""
+        if removed.unused:
+            self._janitor.wake()
+
+    async def materialise(self, files: Iterable[File], folder: Path) -> dict[str, Path]:
+        """Puts the files of a version into `folder` under their names, each checked; links where that is possible, so
+        they are not to be changed. Raises BlobDamaged, AdapterMissing, StoreUnavailable."""
+
+        def place(file: File) -> Path:
+            target = folder / file.filename
+            for _ in range(3):  # a cached copy may be evicted between the two lines
+                source = self.blobs.fetch(file.sha256)
+                try:
+                    os.link(source, target)
+                except FileNotFoundError:
+                    continue
+                except OSError:
+                    shutil.copyfile(source, target)
+                return target
+            raise AdapterMissing(file.sha256)
+
+        return {file.filename: await self._in_thread(place, file) for file in files}
+
+    async def _in_thread(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        work = functools.partial(function, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     async def sound_file(self, name: str, version: Version, file: File) -> Path:
         """Where the file lies, once its bytes are known to be those that were uploaded. Raises BlobDamaged, and
         VersionNotFound if it was deleted in the meantime."""
         try:
-            await asyncio.to_thread(self.blobs.verify, file.sha256)
+            return await self._in_thread(self.blobs.fetch, file.sha256)
         except AdapterMissing:
             await self.catalogue.get_version(name, version.number)
             damage = BlobDamaged(file.sha256, "its file is gone")
         except BlobDamaged as error:
             damage = error
-        else:
-            return self.blobs.path(file.sha256)
         self._on_damage()
-        path = self.blobs.path(file.sha256)
-        log.error("%s of %s@%d is damaged: %s (%s)", file.filename, name, version.number, damage.detail, path)
+        where = self.blobs.where(file.sha256)
+        log.error("%s of %s@%d is damaged: %s (%s)", file.filename, name, version.number, damage.detail, where)
         raise damage
 
     def unload_later(self, digest: str) -> None:
@@ -348,6 +333,16 @@ class Library:
         self._background.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("work in the background failed", exc_info=error)
+
+
+async def _find(
+    edits: Edits, name: str, new: NewVersion, new_adapter: bool, tenant: str, condition: Condition
+) -> int | None:
+    """The number of the version that has this content already. Raises AdapterExists, PreconditionFailed."""
+    exists, number = await edits.find_content(name, new.digest, tenant, condition)
+    if exists and number is None and new_adapter:
+        raise AdapterExists(name)
+    return number
 
 
 def parse_labels(text: str) -> dict[str, str]:

@@ -75,10 +75,10 @@ class Settings(BaseSettings):
     """Origins, separated by commas, whose pages may call the API from a browser ("*": all); empty: none."""
     data_dir: Path = Path("data")
     database_url: SecretStr = SecretStr("")
-    """Catalogue and tenants: postgresql://user:password@host/database; empty: SQLite in the data folder. No flag either,
-    because of the password."""
+    """Catalogue and tenants: postgresql://user:password@host/database; empty: SQLite in the data folder. No flag
+    either, because of the password."""
     blobs_url: SecretStr = SecretStr("")
-    """Files of adapters: s3://bucket/prefix (adapters/s3.py; credentials by AWS_* variables); empty: the data folder."""
+    """Files of adapters: s3://bucket/prefix (adapters/s3.py; credentials by AWS_*); empty: the data folder."""
     blob_cache_bytes: Annotated[int, BeforeValidator(parse_size), Field(ge=0)] = 16 * 2**30
     """What local copies of files in S3 may take in the data folder's cache."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -80,11 +80,13 @@ class Spool:
     """The folder of unfinished uploads."""
 
     def __init__(self, root: Path, max_bytes: int, max_uploads: int = 16) -> None:
-        self._root = root
+        self.root = self._root = root
         self._max_bytes = max_bytes
         self._max_uploads = max_uploads
         self._uploads = 0
         self._home = root / uuid.uuid4().hex
+        self.process = self._home.name
+        """What this process is known by to others of the same data folder: `lives`."""
         # Its own threads: a slow disk must not hold up the threads that everything else uses.
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="upload")
         root.mkdir(parents=True, exist_ok=True)
@@ -106,6 +108,10 @@ class Spool:
     def alone(self) -> bool:
         """Whether no other living process has a spool here, that is, serves this data folder."""
         return not any(entry != self._home and _held(entry) for entry in self._root.iterdir())
+
+    def lives(self, process: str) -> bool:
+        """Whether the process that had this name still runs."""
+        return process == self.process or _held(self._root / process)
 
     def close(self) -> None:
         self._threads.shutdown(wait=True)

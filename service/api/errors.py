@@ -16,10 +16,24 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from adapters.errors import AdapterMissing, AdapterRefused, AdapterTooLarge, BlobDamaged, LoraplexAdapterError
+from adapters.errors import (
+    AdapterMissing,
+    AdapterRefused,
+    AdapterTooLarge,
+    BlobDamaged,
+    LoraplexAdapterError,
+    StoreUnavailable,
+)
 from service import log
 from service.engine.errors import EngineCallFailed, EngineCallTimedOut, EngineError, EngineRefused, EngineUnavailable
-from service.store.errors import CatalogueError, CatalogueUnavailable, Conflict, NotFound, PreconditionFailed
+from service.store.errors import (
+    CatalogueError,
+    CatalogueUnavailable,
+    Conflict,
+    NotFound,
+    PreconditionFailed,
+    UnstorableText,
+)
 
 _TYPES = {
     400: "invalid_request_error",
@@ -114,7 +128,7 @@ def as_api_error(exc: Exception) -> ApiError:
             return _from_starlette(exc)
         case CatalogueError():
             status = 404 if isinstance(exc, NotFound) else 409 if isinstance(exc, Conflict) else 500
-            status = 412 if isinstance(exc, PreconditionFailed) else status
+            status = 412 if isinstance(exc, PreconditionFailed) else 400 if isinstance(exc, UnstorableText) else status
             if isinstance(exc, CatalogueUnavailable):
                 return ApiError(exc.status, str(exc), code=exc.code, retry_after_s=exc.retry_after_s)
             return ApiError(status, str(exc), code=exc.code, param=exc.param)
@@ -143,6 +157,9 @@ def as_api_error(exc: Exception) -> ApiError:
                 "repairs it."
             )
             return ApiError(500, message, code="file_damaged")
+        case StoreUnavailable():
+            message = "The store of the adapters' files does not answer. Try again."
+            return ApiError(503, message, code="storage_unavailable", retry_after_s=5.0)
         case LoraplexAdapterError():
             return ApiError(503, str(exc), code="adapter_unavailable", retry_after_s=RETRY_AFTER_S)
     return ApiError(500, "Internal error. The server's log has the details.", code="internal_error")

@@ -9,6 +9,7 @@ HELP = {
     "port": "Port to listen on; 0: any free one.",
     "allow_public": "Without an admin key: listen on an address that others can reach all the same.",
     "cors_origins": "Origins, separated by commas, whose pages may call the API from a browser; *: all.",
+    "blob_cache_bytes": "Local copies of adapters' files that lie in S3, like 16GiB.",
     "data_dir": "Folder of all state: adapters, catalogue, caches, the embedded model.",
     "device": "auto, cpu or cuda.",
     "dtype": "auto, float32, bfloat16 or float16.",

@@ -13,9 +13,11 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from service.store.blob_book import BlobBook
 from service.store.database import Database
 from service.store.edits import Edits
 from service.store.errors import AdapterNotFound, VersionNotFound
+from service.store.merges import MergeTable
 from service.store.names import Selector, parse_selector, split_model, valid_name
 from service.store.records import Adapter, File, Page, Resolved, Version
 from service.store.tables import DEFAULT_TENANT, adapters, aliases, files, labels, versions
@@ -60,6 +62,9 @@ _ADAPTER = sa.select(adapters, *(column.label(f"v_{column.name}") for column in 
 )
 
 
+MAX_NUMBER = 2**31 - 1
+
+
 class Catalogue:
     """The adapters of every tenant. Open one per process; safe to use from many tasks at once."""
 
@@ -73,6 +78,23 @@ class Catalogue:
 
     async def close(self) -> None:
         await self._database.close()
+
+    @property
+    def shared(self) -> bool:
+        """Whether other services may use the same database: any but SQLite."""
+        return not self._database.is_sqlite
+
+    @asynccontextmanager
+    async def blob_book(self) -> AsyncIterator[BlobBook]:
+        """The book of blobs, to read; each of its statements sees the newest committed rows."""
+        async with self._database.read() as connection:
+            yield BlobBook(connection)
+
+    @asynccontextmanager
+    async def merges(self) -> AsyncIterator[MergeTable]:
+        """The jobs of /v1/merges, to read; all reads see the same state."""
+        async with self._database.snapshot() as connection:
+            yield MergeTable(connection)
 
     @asynccontextmanager
     async def write(self) -> AsyncIterator[Edits]:
@@ -98,7 +120,8 @@ class Catalogue:
             statement = _RESOLVE_DEFAULT
         else:
             statement = _RESOLVE_NUMBER if isinstance(selector, int) else _RESOLVE_ALIAS
-            values["selector"] = selector
+            # PostgreSQL refuses a number that no column could hold, rather than not to find it.
+            values["selector"] = -1 if isinstance(selector, int) and selector > MAX_NUMBER else selector
         async with self._database.read() as connection:
             row = (await connection.execute(statement, values)).one_or_none()
             if row is not None:

@@ -2,28 +2,45 @@
 
 SQLite: WAL with synchronous=FULL, so a committed row survives a power cut; writers take the lock at BEGIN (IMMEDIATE),
 because a transaction that upgrades from read to write in the middle can fail with "database is locked" at once.
-PostgreSQL: writers serialise on one advisory lock. Uploads and management calls are rare next to inference, which only
-reads, and the order lets a writer move or delete blobs inside its transaction without racing another.
+PostgreSQL: writers of all instances serialise on one advisory lock. Uploads and management calls are rare next to
+inference, which only reads, and hold it for rows alone: bytes are stored before, under a claim (blob_book.py). Reads of
+one statement run without a transaction, which saves two round trips.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, InterfaceError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
-from service.store.errors import CatalogueBusy, CatalogueDamaged, CatalogueFull, CatalogueUnusable
+from service.store.errors import (
+    CatalogueBusy,
+    CatalogueDamaged,
+    CatalogueError,
+    CatalogueFull,
+    CatalogueTooNew,
+    CatalogueUnusable,
+    UnstorableText,
+)
 
-REVISION = "0002"
-"""The newest one in migrations/versions."""
+log = logging.getLogger(__name__)
+
+MIGRATIONS = Path(__file__).parent / "migrations"
+REVISIONS = tuple(sorted(path.name.partition("_")[0] for path in (MIGRATIONS / "versions").glob("[0-9]*_*.py")))
+"""Of migrations/versions, whose files are named by them."""
+REVISION = REVISIONS[-1]
 WRITERS_LOCK = 0x10_7A_91  # key of the advisory lock; any constant of this project's own
 BUSY_TIMEOUT_MS = 30_000
+CONNECT_TIMEOUT_S = 5.0
+STATEMENT_TIMEOUT_S = 60.0
+"""Of one statement on PostgreSQL, waiting for the writers' lock included: a server that hangs is found out."""
 
 
 def sqlite_url(path: Path) -> str:
@@ -36,7 +53,10 @@ class Database:
 
     def __init__(self, engine: AsyncEngine) -> None:
         self.engine = engine
-        self._is_sqlite = engine.dialect.name == "sqlite"
+        self._reading = engine
+        if engine.dialect.name != "sqlite":
+            self._reading = engine.execution_options(isolation_level="AUTOCOMMIT")
+        self.is_sqlite = engine.dialect.name == "sqlite"
         # Writers of this process queue here in order; SQLite's own waiting is polling, and unfair.
         self._writers = asyncio.Lock()
 
@@ -55,7 +75,15 @@ class Database:
         if parsed.get_backend_name() == "sqlite":
             # isolation_level=None: the driver starts no transactions of its own.
             options["connect_args"] = {"isolation_level": None, "timeout": BUSY_TIMEOUT_MS / 1000}
-        engine = create_async_engine(parsed, **options)
+        else:
+            options["connect_args"] = {
+                "timeout": CONNECT_TIMEOUT_S,
+                "command_timeout": STATEMENT_TIMEOUT_S,
+                "server_settings": {"application_name": "loraplex", "lock_timeout": str(BUSY_TIMEOUT_MS)},
+            }
+            # The connections used last are used first, so that those of a quiet time are let go by whoever counts them.
+            options |= {"pool_use_lifo": True, "pool_recycle": 1800}
+        engine = create_async_engine(parsed, hide_parameters=True, **options)
         if parsed.get_backend_name() == "sqlite":
             sa.event.listen(engine.sync_engine, "connect", _configure_sqlite)
         database = cls(engine)
@@ -70,33 +98,46 @@ class Database:
     @asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncConnection]:
         """A connection for one SELECT (each statement sees the newest committed rows)."""
-        with _translated():
-            async with self.engine.connect() as connection:
-                yield connection
+        async with self._connected(self._reading) as connection:
+            yield connection
 
     @asynccontextmanager
     async def snapshot(self) -> AsyncIterator[AsyncConnection]:
         """A connection whose SELECTs all see the same state."""
-        with _translated():
-            async with self.engine.connect() as connection:
-                if self._is_sqlite:
-                    await connection.exec_driver_sql("BEGIN")
-                else:
-                    await connection.execution_options(isolation_level="REPEATABLE READ")
-                yield connection
+        async with self._connected(self.engine) as connection:
+            if self.is_sqlite:
+                await connection.exec_driver_sql("BEGIN")
+            else:
+                await connection.execution_options(isolation_level="REPEATABLE READ")
+            yield connection
 
     @asynccontextmanager
     async def write(self) -> AsyncIterator[AsyncConnection]:
         """The only writer, until the block ends: then the rows are committed and durable, or rolled back on error."""
-        async with self._writers:
-            with _translated():
-                async with self.engine.connect() as connection:
-                    if self._is_sqlite:
-                        await connection.exec_driver_sql("BEGIN IMMEDIATE")
-                    else:
-                        await connection.execute(sa.select(sa.func.pg_advisory_xact_lock(WRITERS_LOCK)))
-                    yield connection
-                    await connection.commit()
+        async with self._writers, self._connected(self.engine) as connection:
+            if self.is_sqlite:
+                await connection.exec_driver_sql("BEGIN IMMEDIATE")
+            else:
+                await connection.execute(sa.select(sa.func.pg_advisory_xact_lock(WRITERS_LOCK)))
+            yield connection
+            await connection.commit()
+
+    @asynccontextmanager
+    async def _connected(self, engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+        with _translated():
+            connection = engine.connect()
+            try:
+                await connection.start()
+            except (SQLAlchemyError, CatalogueError):
+                raise
+            except (
+                Exception
+            ) as error:  # the driver's own, before SQLAlchemy knows of a connection: refused, no such host
+                raise _unreachable(error) from error
+            try:
+                yield connection
+            finally:
+                await connection.close()
 
     async def close(self) -> None:
         await self.engine.dispose()
@@ -109,16 +150,41 @@ def _translated() -> Iterator[None]:
         yield
     except DBAPIError as error:
         name = getattr(error.orig, "sqlite_errorname", "")
+        state = str(getattr(error.orig, "sqlstate", None) or "")
         detail = str(error.orig)
-        if name in ("SQLITE_FULL", "SQLITE_IOERR_WRITE", "SQLITE_IOERR_SHMSIZE"):
+        if name in ("SQLITE_FULL", "SQLITE_IOERR_WRITE", "SQLITE_IOERR_SHMSIZE") or state == "53100":
             raise CatalogueFull from error
         if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
             raise CatalogueDamaged(detail) from error
-        if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
+        if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")) or state in _BUSY:
             raise CatalogueBusy from error
-        if name.startswith(("SQLITE_IOERR", "SQLITE_CANTOPEN", "SQLITE_READONLY")) or error.connection_invalidated:
+        if name.startswith(("SQLITE_IOERR", "SQLITE_CANTOPEN", "SQLITE_READONLY")):
             raise CatalogueUnusable(detail) from error
+        if state == "22021":  # no text of PostgreSQL may hold U+0000
+            raise UnstorableText from error
+        if error.connection_invalidated or state.startswith(_GONE) or _says_gone(error):
+            raise _unreachable(error.orig or error) from error
         raise
+    except sa.exc.TimeoutError as error:  # every connection of the pool is taken
+        raise CatalogueBusy from error
+    except TimeoutError as error:
+        raise _unreachable(error) from error
+
+
+_BUSY = ("55P03", "40001", "40P01", "57014")  # lock not available, serialisation, deadlock, cancelled
+_GONE = ("08", "57P", "53", "25006", "58", "XX")
+"""SQLSTATE classes: connection failed, shutdown, out of resources, a standby that takes no writes, system failures."""
+
+
+def _says_gone(error: DBAPIError) -> bool:
+    return isinstance(error, InterfaceError) and "connection" in str(error.orig).lower()
+
+
+def _unreachable(error: BaseException) -> CatalogueUnusable:
+    """What the driver says (addresses, names of users) is for the log, not for clients."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    log.warning("the database cannot be used: %s", reason)
+    return CatalogueUnusable("the database does not answer", reason)
 
 
 def _configure_sqlite(connection: Any, _record: Any) -> None:
@@ -135,15 +201,17 @@ def _configure_sqlite(connection: Any, _record: Any) -> None:
 
 def _migrate(connection: sa.Connection) -> None:
     """Brings the schema to the newest revision. Alembic takes a third of a second to import: only if it is needed."""
-    if (
-        sa.inspect(connection).has_table("alembic_version")
-        and connection.scalar(sa.text("SELECT version_num FROM alembic_version")) == REVISION
-    ):
+    found = None
+    if sa.inspect(connection).has_table("alembic_version"):
+        found = connection.scalar(sa.text("SELECT version_num FROM alembic_version"))
+    if found == REVISION:
         return
+    if found is not None and found not in REVISIONS:
+        raise CatalogueTooNew(found)
     from alembic import command
     from alembic.config import Config
 
     config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    config.set_main_option("script_location", str(MIGRATIONS))
     config.attributes["connection"] = connection
     command.upgrade(config, "head")

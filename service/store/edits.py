@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from service.store.blob_book import BlobBook
 from service.store.errors import AdapterNotFound, AliasNotFound, PreconditionFailed, VersionInUse, VersionNotFound
+from service.store.merges import MergeTable, require_no_merge
 from service.store.records import File, NewVersion, Removed, etag_of
 from service.store.tables import DEFAULT_TENANT, adapters, aliases, counters, files, labels, versions
 
@@ -28,6 +30,8 @@ class Edits:
 
     def __init__(self, connection: AsyncConnection) -> None:
         self._connection = connection
+        self.merges = MergeTable(connection)
+        self.blobs = BlobBook(connection)
 
     async def _adapter(self, name: str, tenant: str) -> sa.Row[Any] | None:
         statement = sa.select(adapters).where(adapters.c.tenant == tenant, adapters.c.name == name)
@@ -191,8 +195,9 @@ class Edits:
         await self._touch(row.id)
 
     async def remove_adapter(self, name: str, tenant: str = DEFAULT_TENANT, condition: Condition = always) -> Removed:
-        """Deletes the adapter with all its versions. Raises AdapterNotFound."""
+        """Deletes the adapter with all its versions. Raises AdapterNotFound, VersionInUse (by a merge)."""
         row = await self._existing(name, tenant, condition)
+        await require_no_merge(self._connection, tenant, name)
         removed = await self._remove_versions(versions.c.adapter_id == row.id, aliases.c.adapter_id == row.id)
         await self._connection.execute(sa.delete(labels).where(labels.c.adapter_id == row.id))
         await self._connection.execute(sa.delete(adapters).where(adapters.c.id == row.id))
@@ -207,6 +212,7 @@ class Edits:
         """
         row = await self._existing(name, tenant, condition)
         version = await self._require_version(row, number)
+        await require_no_merge(self._connection, tenant, name, number)
         pointing = await self._connection.scalars(
             sa.select(aliases.c.alias)
             .where(aliases.c.adapter_id == row.id, aliases.c.version == number)
@@ -239,20 +245,15 @@ class Edits:
         await run(sa.delete(versions).where(which))
         digests = {row.number: row.digest for row in gone}
         unique = {row.sha256: File(*row) for row in stored}
-        free = await self.unreferenced([*digests.values(), *unique])
+        names = {**dict.fromkeys(unique, False), **dict.fromkeys(digests.values(), True)}
+        free = await self.blobs.unneeded(names)
+        await self.blobs.discard({sha: names[sha] for sha in free})
         return Removed(
             digests=digests,
             unused=frozenset(free),
             freed_files=sum(sha in free for sha in unique),
             freed_bytes=sum(file.bytes for sha, file in unique.items() if sha in free),
         )
-
-    async def unreferenced(self, blobs: Iterable[str]) -> set[str]:
-        """Those of the blobs that no version needs (as its record or as a file)."""
-        names = set(blobs)
-        records = await self._connection.scalars(sa.select(versions.c.digest).where(versions.c.digest.in_(names)))
-        contents = await self._connection.scalars(sa.select(files.c.sha256).where(files.c.sha256.in_(names)))
-        return names - set(records) - set(contents)
 
     async def referenced(self) -> set[str]:
         """Every blob that some version needs."""
