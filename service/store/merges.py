@@ -10,6 +10,7 @@ that attempt: whoever cancels a job, deletes it or gives it to another merger ha
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import time
 from collections.abc import Collection
@@ -19,9 +20,9 @@ from typing import Any, Literal
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from service.store.errors import Conflict, NotFound, VersionInUse
+from service.store.errors import Conflict, NotFound, VersionInUse, VersionNotFound
 from service.store.records import Page
-from service.store.tables import DEFAULT_TENANT, merge_sources, merges
+from service.store.tables import DEFAULT_TENANT, adapters, merge_sources, merges, versions
 
 State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 STATES: tuple[State, ...] = ("queued", "running", "succeeded", "failed", "cancelled")
@@ -142,8 +143,18 @@ class MergeTable:
         return job
 
     async def add(self, new: NewJob, max_queued: int) -> Job:
-        """Raises MergeExists for a checkpoint's name that is taken, TooManyMerges."""
+        """Raises MergeExists for a checkpoint's name that is taken, VersionNotFound for a source that has been deleted
+        since it was looked up, TooManyMerges."""
         mine = merges.c.tenant == new.tenant
+        for source in new.sources:
+            found = (
+                sa.select(versions.c.id)
+                .join_from(adapters, versions, versions.c.adapter_id == adapters.c.id)
+                .where(adapters.c.tenant == new.tenant, adapters.c.name == source.adapter)
+                .where(versions.c.number == source.version, versions.c.digest == source.digest)
+            )
+            if (await self._connection.execute(found)).one_or_none() is None:
+                raise VersionNotFound(source.adapter, source.version)
         if new.target == "checkpoint":
             taken = await self._one(
                 mine, merges.c.target == "checkpoint", merges.c.name == new.name,
@@ -203,6 +214,13 @@ class MergeTable:
 
     # ------------------------------------------------------------ the merger
 
+    async def waiting(self, runner: str, others: bool) -> bool:
+        """Whether `requeue` or `claim` would find something."""
+        statement = sa.select(merges.c.number).where(
+            sa.or_(merges.c.state == "queued", sa.and_(merges.c.state == "running", _abandoned(runner, others)))
+        )
+        return (await self._connection.execute(statement.limit(1))).first() is not None
+
     async def claim(self, runner: str) -> Job | None:
         """The oldest queued job, now running, or None."""
         jobs = await self._jobs(merges.c.state == "queued", order=merges.c.number, limit=1)
@@ -217,11 +235,8 @@ class MergeTable:
     async def requeue(self, runner: str, others: bool) -> tuple[list[Job], list[Job]]:
         """Running jobs that nobody runs any more: this runner's, and with `others` those not heard of for LEASE_S.
         Gives (queued again, failed because they were taken up MAX_ATTEMPTS times)."""
-        abandoned = merges.c.runner == runner
-        if others:
-            abandoned = sa.or_(abandoned, merges.c.seen_at < _now() - LEASE_S)
         again, failed = [], []
-        for job in await self._jobs(merges.c.state == "running", abandoned, order=merges.c.number):
+        for job in await self._jobs(merges.c.state == "running", _abandoned(runner, others), order=merges.c.number):
             if job.attempt >= MAX_ATTEMPTS:
                 error = (
                     f"The merge was interrupted {job.attempt} times, the last time while {job.phase}; it is given up."
@@ -232,6 +247,13 @@ class MergeTable:
                 await self._set(job, state="queued", phase="queued", progress=0.0, runner=None)
                 again.append(job)
         return again, failed
+
+    async def give_back(self, job: Job) -> None:
+        """Queues the job again as if this attempt had not been: its merger was told to stop."""
+        with contextlib.suppress(JobLost):
+            await self._advance(
+                job, state="queued", phase="queued", progress=0.0, runner=None, attempts=job.attempt - 1
+            )
 
     async def running(self, job: Job) -> bool:
         """Whether the job is still running in this attempt."""
@@ -294,6 +316,11 @@ class MergeTable:
             )
             for row in rows
         ]  # fmt: skip
+
+
+def _abandoned(runner: str, others: bool) -> sa.ColumnElement[bool]:
+    mine = merges.c.runner == runner
+    return sa.or_(mine, merges.c.seen_at < _now() - LEASE_S) if others else mine
 
 
 def _still(job: Job) -> tuple[sa.ColumnElement[bool], ...]:

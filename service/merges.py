@@ -1,0 +1,166 @@
+"""Merges as the API sees them: what is checked before a job is queued, where results lie, and how they go.
+
+The jobs are rows (service/store/merges.py), done by a process of its own (service/merger.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from adapters.blobs import INDEX_SUFFIX, Blobs
+from adapters.manifest import Manifest
+from adapters.merge_request import MergeOptions, MergeSource, check_merge
+from adapters.peft_config import CONFIG_NAME
+from service.api.errors import ApiError
+from service.jobs import Workers
+from service.library import Library
+from service.settings import Settings
+from service.store.merges import Job, KeyReused, NewJob, Source, TooManyMerges
+from service.uploads import RESERVE_BYTES
+
+MAX_QUEUED = 64
+"""Of one tenant."""
+RETRY_AFTER_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A well-formed request. `sources`: (model string, weight); `options`: fields of MergeOptions that were given."""
+
+    name: str
+    target: Literal["adapter", "checkpoint"]
+    sources: tuple[tuple[str, float], ...]
+    options: dict[str, Any]
+    description: str = ""
+
+    @property
+    def digest(self) -> str:
+        """Equal for equal requests."""
+        plain = [self.name, self.target, self.sources, sorted(self.options.items()), self.description]
+        return hashlib.sha256(msgspec.json.encode(plain)).hexdigest()
+
+
+def merges_dir(settings: Settings) -> Path:
+    """Of results (<id>/) and of what is being made (work/)."""
+    return settings.data_dir / "merges"
+
+
+class StoredSource(msgspec.Struct, frozen=True):
+    """A source by its files' hashes. `name` is for messages, `files`: (name, sha256)."""
+
+    name: str
+    files: tuple[tuple[str, str], ...]
+    weight: float
+
+    def fetch(self, blobs: Blobs) -> MergeSource:
+        """Local files, checked. AdapterMissing, BlobDamaged, StoreUnavailable."""
+        paths = {name: blobs.fetch(sha) for name, sha in self.files}
+        index = next((path for name, path in paths.items() if name.endswith(INDEX_SUFFIX)), None)
+        weights = {name: path for name, path in paths.items() if name.endswith(".safetensors")}
+        return MergeSource(self.name, paths[CONFIG_NAME], weights, index, self.weight)
+
+
+async def stored_sources(library: Library, sources: Iterable[Source], tenant: str) -> list[StoredSource]:
+    """Raises AdapterNotFound, VersionNotFound."""
+    found = []
+    for source in sources:
+        version = await library.catalogue.get_version(source.adapter, source.version, tenant)
+        files = tuple((file.filename, file.sha256) for file in version.files)
+        found.append(StoredSource(f"{source.adapter}@{source.version}", files, source.weight))
+    return found
+
+
+def require_space(folder: Path, target: str, model: Path, source_bytes: int) -> None:
+    """Raises OSError ENOSPC unless the result fits. An adapter's is guessed; the checkpoint is as large as the base."""
+    needed = 4 * source_bytes
+    if target == "checkpoint":
+        needed = sum(entry.stat().st_size for entry in model.iterdir() if entry.is_file())
+    disk = os.statvfs(folder)
+    if disk.f_bavail * disk.f_frsize < needed + RESERVE_BYTES:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+
+
+class Merges:
+    """What the routes use; one per API process. `workers`: where files are read and checked."""
+
+    def __init__(self, library: Library, workers: Workers, settings: Settings) -> None:
+        self.library = library
+        self._workers = workers
+        self._model = Path(settings.model)
+        self._folder = merges_dir(settings)
+        self._folder.mkdir(parents=True, exist_ok=True)
+
+    async def submit(self, wanted: Wanted, key: str | None, tenant: str) -> tuple[Job, bool]:
+        """The queued job and True, or the one that this Idempotency-Key has started already and False.
+
+        Raises ApiError (400, 409, 422 with every reason, 429), NotFound, Conflict, EngineUnavailable, OSError ENOSPC.
+        """
+        if key is not None:
+            async with self.library.catalogue.merges() as table:
+                if (job := _same(await table.by_key(key, tenant), wanted)) is not None:
+                    return job, False
+        self.library.require_name(wanted.name)
+        manifest = self.library.engine.manifest
+        sources, size = [], 0
+        for model, weight in wanted.sources:
+            found = await self.library.catalogue.resolve(model, tenant)
+            found.require_base(manifest.fingerprint)
+            size += found.bytes
+            sources.append(Source(found.name, found.version, found.digest, weight))
+        require_space(self._folder, wanted.target, self._model, size)
+        await self._check(wanted, sources, manifest, tenant)
+        new = NewJob(
+            tenant, wanted.name, wanted.target, wanted.description, wanted.options, tuple(sources), wanted.digest, key
+        )
+        try:
+            async with self.library.catalogue.write() as edits:
+                if key is not None and (job := _same(await edits.merges.by_key(key, tenant), wanted)) is not None:
+                    return job, False
+                return await edits.merges.add(new, MAX_QUEUED), True
+        except TooManyMerges as error:
+            raise ApiError(429, f"{error}. Try again.", code="too_many_merges", retry_after_s=RETRY_AFTER_S) from None
+
+    async def _check(self, wanted: Wanted, sources: list[Source], manifest: Manifest, tenant: str) -> None:
+        stored = await stored_sources(self.library, sources, tenant)
+        local = await asyncio.to_thread(lambda: [source.fetch(self.library.blobs) for source in stored])
+        options = MergeOptions(**wanted.options)
+        reasons = await self._workers.run(check_merge, local, manifest, options, wanted.target, self._model)
+        if reasons:
+            texts = [str(reason) for reason in reasons]
+            raise ApiError(422, "The merge is impossible: " + "; ".join(texts), code="merge_refused", reasons=texts)
+
+    async def delete(self, identity: str, tenant: str) -> Job | None:
+        """Cancels a queued or running job and gives it; of any other, deletes row and files, and gives None."""
+        async with self.library.catalogue.write() as edits:
+            job = await edits.merges.get(identity, tenant)
+            if job.active:
+                await edits.merges.cancel(job)
+                return await edits.merges.get(identity, tenant)
+            await edits.merges.remove(job)
+        await asyncio.to_thread(remove_folder, self._folder / job.id)
+        return None
+
+    def file(self, job: Job, name: str) -> Path:
+        """Where a file of the finished checkpoint lies, or lay; `name` is one of `job.files`."""
+        return self._folder / job.id / name
+
+
+def _same(job: Job | None, wanted: Wanted) -> Job | None:
+    if job is not None and job.request_digest != wanted.digest:
+        raise KeyReused(job.id)
+    return job
+
+
+def remove_folder(folder: Path) -> None:
+    """Deletes it if it is there; what cannot be deleted now goes with the next start."""
+    shutil.rmtree(folder, ignore_errors=True)
