@@ -1,9 +1,9 @@
 """What a tenant may use, and the counters of what it uses, which all API processes of a service share.
 
 The counters lie in one memory-mapped file, a page per tenant, changed under a file lock. To admit a request took 15 us,
-and with four processes at it 75 us at the 99th percentile, where a transaction of SQLite without fsync took 1150 us (its
-waiting is polling); both on two busy cores. A process that dies takes its lock with it; the requests that it was running
-are known by its slot, and are taken off.
+and with four processes at it 75 us at the 99th percentile, where a transaction of SQLite without fsync took 1150 us,
+since its waiting is polling; both on two busy cores. A process that dies takes its lock with it; the requests that it
+was running are known by its slot, and are taken off.
 
 Exact, over all API processes of a service: requests per minute (never more in any 60 seconds) and concurrent requests.
 Tokens are charged when a request ends, prompt and answer, and a request is admitted while the last minute's tokens are
