@@ -1,8 +1,11 @@
 """The engine process: `python -m service.engine.process '<EngineConfig as JSON>' [--simulated '<JSON>']`.
 
-Two threads. The main thread runs the steps. The I/O thread owns the ROUTER socket: it answers Pings itself, so that
+Two threads. The main thread runs the steps. The I/O thread reads the ROUTER socket: it answers Pings itself, so that
 heartbeats tell of a step that hangs, and hands everything else over. What passes between them lies in two
 queue.SimpleQueue; each side sleeps on its own wake-up (the queue itself, a socket pair in the poller).
+
+Between two steps the main thread uses the socket itself, under a lock. The I/O thread would have to win the
+interpreter's lock for it, several times and up to 5 ms each, from a main thread that prepares the next step.
 
 SIGTERM and SIGINT drain: new requests are refused, those accepted get DRAIN_S seconds, then the process exits with 0.
 It does the same when its parent ends. Exit code 1: the engine is broken and should be started again; 2: this model is
@@ -17,6 +20,7 @@ import logging
 import os
 import queue
 import secrets
+import select
 import signal
 import socket
 import sys
@@ -72,7 +76,7 @@ Build = Callable[[EngineConfig, Callable[[bytes, FromEngine], None], Callable[[]
 
 
 class Postman(threading.Thread):
-    """The I/O thread: the only one that touches the socket."""
+    """The I/O thread, and its socket, which the main thread may use as well (flush, receive)."""
 
     def __init__(self, address: str, hello: Ready, inbox: Inbox, client_timeout_s: float, drain_s: float) -> None:
         super().__init__(name="engine-io", daemon=True)
@@ -100,23 +104,39 @@ class Postman(threading.Thread):
         # client_timeout_s, and its queue with it.
         self._socket.sndhwm = self._socket.rcvhwm = 0
         self._socket.bind(address)
+        # For the socket, and who was heard of. A ZeroMQ socket may pass between threads, not be used by two at once.
+        self._lock = threading.Lock()
 
     def send(self, client: bytes, message: FromEngine) -> None:
         """From any thread; goes out with the next flush()."""
         self._outbox.put((client, message))
 
     def flush(self) -> None:
-        if self._outbox.empty() and not self._closing:
+        """Sends what was put."""
+        if self._outbox.empty():
             return
-        # A full pair has woken the thread already.
-        with contextlib.suppress(BlockingIOError):
-            self._wake_in.send(b"\0")
+        with self._lock:
+            self._send_all()
+            # Sending may have swallowed the signal that something came; the thread waits for the next one.
+            missed = int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN
+        if missed:
+            self._wake()
+
+    def receive(self) -> None:
+        """Takes what has come into the inbox, without waiting for the thread to do so."""
+        with self._lock:
+            self._receive_all()
 
     def close(self) -> None:
         """Send what is left and end the thread."""
         self._closing = True
-        self.flush()
+        self._wake()
         self.join()
+
+    def _wake(self) -> None:
+        # A full pair has woken the thread already.
+        with contextlib.suppress(BlockingIOError):
+            self._wake_in.send(b"\0")
 
     def run(self) -> None:
         try:
@@ -131,25 +151,26 @@ class Postman(threading.Thread):
             self._wake_out.close()
 
     def _loop(self) -> None:
-        poller = zmq.Poller()
-        poller.register(self._socket, zmq.POLLIN)
-        poller.register(self._wake_out, zmq.POLLIN)
+        poller = select.poll()
+        # Not the socket, which the main thread may be using, but its descriptor: readable when something has happened
+        # since the socket was last used, so everything is taken each time.
+        poller.register(int(self._socket.get(zmq.FD)), select.POLLIN)
+        poller.register(self._wake_out, select.POLLIN)
         next_check = 0.0
         while True:
-            events = dict(poller.poll(1000))
+            poller.poll(1000)
             closing = self._closing  # before emptying the outbox: what was put before close() goes out
-            if self._wake_out.fileno() in events:
-                with contextlib.suppress(BlockingIOError):
-                    while self._wake_out.recv(4096):
-                        pass
-            self._send_all()
-            if closing:
-                return
-            if self._socket in events:
+            with contextlib.suppress(BlockingIOError):
+                while self._wake_out.recv(4096):
+                    pass
+            with self._lock:
+                self._send_all()
+                if closing:
+                    return
                 self._receive_all()
-            if time.monotonic() >= next_check:
-                self._check()
-                next_check = time.monotonic() + 1.0
+                if time.monotonic() >= next_check:
+                    self._check()
+                    next_check = time.monotonic() + 1.0
 
     def _send_all(self) -> None:
         while True:
@@ -261,6 +282,7 @@ class EngineProcess:
         self.inbox.put((b"", _Stop(reason)))
 
     def _handle_all(self) -> None:
+        self._postman.receive()
         with contextlib.suppress(queue.Empty):
             while True:
                 self._handle(*self.inbox.get_nowait())

@@ -41,6 +41,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds more for each token of the step."""
     decode_token_s: float | None = None
     """The same for the one token of a sequence that decodes; None: as any other."""
+    busy_s: float = 0.0
+    """Seconds more for which a step holds the interpreter's lock, as preparing and launching a real one does."""
     load_s: float = 0.0
     """Seconds until an adapter lies on the device."""
     adapter_bytes: int = 4096
@@ -138,6 +140,9 @@ class SimulatedRunner:
     def execute(self, batch: Batch) -> list[Sampled | None]:
         if (seconds := self.seconds(batch)) > 0:
             self._sleep(seconds)
+        until = time.perf_counter() + self.options.busy_s
+        while time.perf_counter() < until:
+            pass
         self.batches.append(batch.num_tokens)
         every = self.options.out_of_memory_every
         if every and len(self.batches) % every == 0:
