@@ -11,12 +11,13 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from fastapi import FastAPI
 
 from service import __version__, log
-from service.api import adapters, errors, health, openai, prompts, reference
+from service.api import adapters, errors, health, merges, openai, prompts, reference
 from service.api.body import BodyLimit
 from service.api.deps import RequestScope, Services
 from service.engine.client import EngineClient
 from service.jobs import Workers
 from service.library import Library
+from service.merges import Merges
 from service.metrics import Metrics
 from service.settings import Settings
 from service.store.catalogue import Catalogue
@@ -46,7 +47,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(RequestScope)
     errors.install(app)
-    for router in (openai.router, adapters.router, prompts.router, health.router):
+    for router in (openai.router, adapters.router, merges.router, prompts.router, health.router):
         app.include_router(router)
     reference.install(app, settings.base_name())
     return app
@@ -87,6 +88,7 @@ async def _open(app: FastAPI, settings: Settings, stack: AsyncExitStack) -> None
     await library.recover()
 
     app.state.library = library
+    app.state.merges = Merges(library, workers, settings)
     app.state.services = Services(settings, base_name, tokenizer, engine, catalogue, metrics)
     logger.info("API process started", model=base_name, data_dir=str(settings.data_dir))
 

@@ -94,9 +94,9 @@ class Metrics:
         if tokens > 1:
             self.tpot.observe(seconds / (tokens - 1))
 
-    def expose(self) -> tuple[bytes, str]:
+    def expose(self, merges: Mapping[str, int] | None = None) -> tuple[bytes, str]:
         """(the page in Prometheus's text format, its content type), added up over all API processes. Reads files with
-        several processes, so call it from a thread."""
+        several processes, so call it from a thread. `merges`: how many there are by state."""
         from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
         registry = self._registry
@@ -106,6 +106,10 @@ class Metrics:
             registry = CollectorRegistry()
             multiprocess.MultiProcessCollector(registry, path=str(self._folder))  # type: ignore[no-untyped-call]
         pages = [generate_latest(registry), generate_latest(self._engine.registry)]
+        if merges is not None:
+            counted = CollectorRegistry()
+            counted.register(_MergesCollector(merges))
+            pages.append(generate_latest(counted))
         return b"".join(pages), CONTENT_TYPE_LATEST
 
     def close(self) -> None:
@@ -114,6 +118,21 @@ class Metrics:
             from prometheus_client import multiprocess
 
             multiprocess.mark_process_dead(os.getpid(), path=str(self._folder))  # type: ignore[no-untyped-call]
+
+
+class _MergesCollector:
+    """Merges by state, from the catalogue: whichever process is asked, the numbers are the same."""
+
+    def __init__(self, merges: Mapping[str, int]) -> None:
+        self._merges = merges
+
+    def collect(self) -> Iterator[Metric]:
+        from prometheus_client.metrics_core import GaugeMetricFamily
+
+        family = GaugeMetricFamily("loraplex_merges", "Merges by state.", labels=["state"])
+        for state, number in self._merges.items():
+            family.add_metric([state], float(number))
+        yield family
 
 
 class _EngineCollector:

@@ -2,7 +2,8 @@
 API processes, replaces those that die or hang, and ends them all in the right order. It never loads torch.
 
     supervisor ── engine process        python -m service.engine.process
-              └── API process(es)       python -m service.api_worker, all on one listening socket
+              ├── API process(es)       python -m service.api_worker, all on one listening socket
+              └── merger                python -m service.merger
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 import httpx
 import msgspec
 
+from adapters.errors import StoreUnavailable
 from service import api_worker
 from service.children import Child
 from service.display import Display
@@ -31,7 +33,8 @@ from service.examples import load_examples
 from service.gguf_model import stop_helpers
 from service.model_source import resolve_model
 from service.settings import PREFIX, Settings
-from service.store import backup
+from service.store import backup, database
+from service.store.errors import CatalogueTooNew, CatalogueUnavailable, CatalogueUnusable
 
 API_STOP_S = api_worker.GRACE_S + 5.0
 ENGINE_STOP_S = 10.0
@@ -109,7 +112,10 @@ def check_address(settings: Settings) -> None:
 
 
 def check_catalogue(settings: Settings) -> None:
-    """Raises StartError unless the catalogue can be read; copies it to its backup (docs/operations.md)."""
+    """Raises StartError unless the catalogue in the data folder can be read; copies it to its backup
+    (docs/operations.md). A PostgreSQL server looks after its own."""
+    if not settings.private_catalogue:
+        return
     try:
         backup.check_and_copy(settings.catalogue_path, settings.blobs_dir)
     except backup.Damaged as exc:
@@ -118,6 +124,23 @@ def check_catalogue(settings: Settings) -> None:
         raise StartError(str(exc), "docs/operations.md says how to restore it: A catalogue that is gone") from None
     except OSError as exc:
         raise _unwritable(settings, exc) from None
+
+
+async def check_database(settings: Settings) -> None:
+    """Raises StartError unless the catalogue's database answers and this version knows its schema."""
+    if settings.private_catalogue and not settings.catalogue_path.exists():
+        return  # a first start
+    where = str(settings.catalogue_path) if settings.private_catalogue else f"{PREFIX}DATABASE_URL"
+    try:
+        await database.check(settings.database_address())
+    except CatalogueTooNew as exc:
+        hint = "start the version of loraplex that last used it, or restore a backup from before: docs/operations.md"
+        raise StartError(f"{where}: {exc}", hint) from None
+    except CatalogueUnusable as exc:
+        hint = "is PostgreSQL running, and are host, port, database, user and password right?"
+        raise StartError(f"{where}: the database cannot be used: {exc.reason}", hint) from None
+    except CatalogueUnavailable as exc:
+        raise StartError(f"{where}: {exc}", "is something else using it? docs/operations.md") from None
 
 
 def bind(settings: Settings) -> socket.socket:
@@ -181,6 +204,8 @@ class Supervisor:
         check_address(self._settings)
         with data_folder(self._settings), bind(self._settings) as listener:
             check_catalogue(self._settings)
+            await check_database(self._settings)
+            await self._check_store()
             with self._display.steps():
                 model = await self._resolved()
             self._prepare(model)
@@ -194,6 +219,13 @@ class Supervisor:
                 await self._serve(client, listener)
             finally:
                 await self._end(client, listener)
+
+    async def _check_store(self) -> None:
+        """Says so if the files of adapters cannot be reached; what is packed already can be served all the same."""
+        try:
+            await asyncio.to_thread(self._settings.open_blobs().check)
+        except StoreUnavailable as exc:
+            self._display.line(f"{PREFIX}BLOBS_URL: {exc}; uploads and adapters not used yet will fail", "yellow")
 
     def _on_signal(self) -> None:
         if self._stop.is_set():  # the second time it is meant
@@ -242,6 +274,7 @@ class Supervisor:
                 await self._or_stop(asyncio.create_task(client.wait_ready()), *tasks)
                 self._display("starting the API")
                 await self._or_stop(asyncio.create_task(self._announce(client, listener)), *tasks)
+            tasks.append(asyncio.create_task(self._keep_merger()))  # only now: it would slow the others' start
             await self._or_stop(asyncio.create_task(asyncio.Event().wait()), *tasks)
         finally:
             for task in tasks:
@@ -327,6 +360,16 @@ class Supervisor:
                     "its own messages above say what is wrong",
                 )
             await self._back_off(child.name, child, failures, USEFUL_BACKOFF_S if killed else BACKOFF_S[-1])
+
+    async def _keep_merger(self) -> None:
+        """One merger at any time. Nobody's requests depend on it, so its ends never end the service."""
+        failures = 0
+        while True:
+            started = time.monotonic()
+            async with self._child("the merger", "service.merger") as child:
+                await child.wait()
+            failures = 1 if time.monotonic() - started > STEADY_S else failures + 1
+            await self._back_off(child.name, child, failures, USEFUL_BACKOFF_S if child.killed else BACKOFF_S[-1])
 
     @contextlib.asynccontextmanager
     async def _child(self, name: str, module: str, *arguments: str, fd: int | None = None) -> AsyncIterator[Child]:

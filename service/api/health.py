@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import platform
 from typing import Any
 
@@ -11,6 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 from service import __version__
 from service.api.deps import ServicesDep
+from service.store.errors import CatalogueError
 
 router = APIRouter(tags=["operation"])
 
@@ -25,7 +27,7 @@ async def index(request: Request, services: ServicesDep) -> dict[str, Any]:
         "docs": "/docs",
         "endpoints": {
             "inference": ["/v1/models", "/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"],
-            "adapters": ["/v1/adapters"],
+            "adapters": ["/v1/adapters", "/v1/merges"],
             "operation": ["/health", "/ready", "/metrics", "/version"],
         },
     }
@@ -53,7 +55,11 @@ async def ready(services: ServicesDep) -> Response:
 
 @router.get("/metrics", summary="Figures for Prometheus", response_class=Response)
 async def metrics(services: ServicesDep) -> Response:
-    page, content_type = await asyncio.to_thread(services.metrics.expose)
+    merges = None
+    with contextlib.suppress(CatalogueError):  # without its database the service has all the other figures
+        async with services.catalogue.merges() as table:
+            merges = await table.count()
+    page, content_type = await asyncio.to_thread(services.metrics.expose, merges)
     return Response(page, headers={"content-type": content_type})
 
 

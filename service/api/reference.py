@@ -41,6 +41,12 @@ FAILURES: dict[str, tuple[int, ...]] = {
     "delete_alias": _CHANGE,
     "load_adapter": (400, 404, 409, 503),
     "unload_adapter": (400, 404, 409, 503),
+    "create_merge": (*_BODY, 404, 409, 422, 429, 503, 507),
+    "list_merges": (400, 404),
+    "get_merge": _NAMED,
+    "delete_merge": _NAMED,
+    "list_merge_files": _NAMED,
+    "get_merge_file": (404, 416),
     "health": (),
     "ready": (),
     "metrics": (),
@@ -70,6 +76,16 @@ SUCCESSES: dict[str, dict[str, Json]] = {
     "put_adapter": {
         "200": {"description": "A version has this content already.", "content": {"application/json": _OBJECT}}},
     "get_file": {
+        "200": {"description": "The file.", "content": {
+            "application/octet-stream": _BYTES, "application/json": {"schema": {}}}},
+        "206": {"description": "The range asked for.", "content": {
+            "application/octet-stream": _BYTES, "application/json": {"schema": {}},
+            "multipart/byteranges": _BYTES}},
+        "304": {"description": "The file is the one named by If-None-Match."}},
+    "create_merge": {
+        "200": {"description": "The merge that this Idempotency-Key has started.", "content": {
+            "application/json": _OBJECT}}},
+    "get_merge_file": {
         "200": {"description": "The file.", "content": {
             "application/octet-stream": _BYTES, "application/json": {"schema": {}}}},
         "206": {"description": "The range asked for.", "content": {
@@ -114,6 +130,7 @@ PARAMETERS: dict[str, Any] = {
     "model": "pirate",
     "version": "1",
     "filename": "adapter_config.json",
+    "merge": "merge-0123456789abcdef01234567",
     "alias": "prod",
 }
 """Example of each path parameter. `pirate` comes with `make serve`."""
@@ -149,6 +166,14 @@ def examples(base: str) -> dict[str, dict[str, Json]]:
             "Describe it": {"description": "Answers like a pirate", "labels": {"language": "en"}},
             "Another default version": {"default_version": 1},
             "Fetched at start": {"pinned": True},
+        },
+        "create_merge": {
+            "Two adapters into one": {
+                "name": "pirate-headline", "method": "linear",
+                "sources": [{"adapter": "pirate", "weight": 0.7}, {"adapter": "headline", "weight": 0.5}]},
+            "TIES": {
+                "name": "pirate-headline", "method": "ties", "density": 0.5,
+                "sources": [{"adapter": "pirate@1"}, {"adapter": "headline"}]},
         },
         "put_alias": {"Version 1": {"version": 1}},
     }  # fmt: skip

@@ -214,10 +214,10 @@ class MergeTable:
 
     # ------------------------------------------------------------ the merger
 
-    async def waiting(self, runner: str, others: bool) -> bool:
+    async def waiting(self, runner: str, alone: bool) -> bool:
         """Whether `requeue` or `claim` would find something."""
         statement = sa.select(merges.c.number).where(
-            sa.or_(merges.c.state == "queued", sa.and_(merges.c.state == "running", _abandoned(runner, others)))
+            sa.or_(merges.c.state == "queued", sa.and_(merges.c.state == "running", _abandoned(runner, alone)))
         )
         return (await self._connection.execute(statement.limit(1))).first() is not None
 
@@ -232,11 +232,12 @@ class MergeTable:
         )  # fmt: skip
         return await self.get(jobs[0].id, None)
 
-    async def requeue(self, runner: str, others: bool) -> tuple[list[Job], list[Job]]:
-        """Running jobs that nobody runs any more: this runner's, and with `others` those not heard of for LEASE_S.
+    async def requeue(self, runner: str, alone: bool) -> tuple[list[Job], list[Job]]:
+        """Running jobs that nobody runs any more, asked by a runner that runs none: its own, and those not heard of for
+        LEASE_S, or all of them if it is the only one (`alone`).
         Gives (queued again, failed because they were taken up MAX_ATTEMPTS times)."""
         again, failed = [], []
-        for job in await self._jobs(merges.c.state == "running", _abandoned(runner, others), order=merges.c.number):
+        for job in await self._jobs(merges.c.state == "running", _abandoned(runner, alone), order=merges.c.number):
             if job.attempt >= MAX_ATTEMPTS:
                 error = (
                     f"The merge was interrupted {job.attempt} times, the last time while {job.phase}; it is given up."
@@ -318,9 +319,10 @@ class MergeTable:
         ]  # fmt: skip
 
 
-def _abandoned(runner: str, others: bool) -> sa.ColumnElement[bool]:
-    mine = merges.c.runner == runner
-    return sa.or_(mine, merges.c.seen_at < _now() - LEASE_S) if others else mine
+def _abandoned(runner: str, alone: bool) -> sa.ColumnElement[bool]:
+    if alone:
+        return sa.true()
+    return sa.or_(merges.c.runner == runner, merges.c.seen_at < _now() - LEASE_S)
 
 
 def _still(job: Job) -> tuple[sa.ColumnElement[bool], ...]:

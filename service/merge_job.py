@@ -1,0 +1,135 @@
+"""The process that does one merge and ends with it: `python -m service.merge_job FD TASK`. It loads torch.
+
+It runs only on what the processors have left over (SCHED_IDLE, nice 19, one thread). What it has to say goes to the
+file descriptor FD, one JSON object (Said) a line; TASK is the path of a Task as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import logging
+import os
+import time
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+import msgspec
+
+from adapters.manifest import Manifest
+from service.merges import StoredSource
+
+log = logging.getLogger(__name__)
+
+REPORT_S = 0.25
+"""The shortest time between two reports of progress."""
+
+
+class Task(msgspec.Struct, frozen=True):
+    """What to merge into the folder `out`. `options`: fields of adapters.merge_request.MergeOptions."""
+
+    target: Literal["adapter", "checkpoint"]
+    sources: list[StoredSource]
+    manifest: Manifest
+    model: str
+    out: str
+    options: dict[str, str | int | float]
+
+
+class Said(msgspec.Struct, frozen=True, omit_defaults=True):
+    """`phase` and `progress` while it goes on; in the end `done` (with the files of a checkpoint) or `error`."""
+
+    phase: str = ""
+    progress: float = 0.0
+    done: bool = False
+    files: list[dict[str, str | int]] = []
+    error: str = ""
+
+
+class Voice:
+    """Writes to the merger. When that has ended the kernel kills this process, so nobody talks to himself for long."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._last = 0.0
+
+    def say(self, said: Said) -> None:
+        self._stream.write(msgspec.json.encode(said) + b"\n")
+        self._stream.flush()
+        self._last = time.monotonic()
+
+    def progress(self, share: float) -> None:
+        if time.monotonic() - self._last >= REPORT_S:
+            self.say(Said("merging", share))
+
+
+def stand_back() -> None:
+    """Everything else that wants a processor or the disk goes first, from now on."""
+    os.nice(19)
+    if hasattr(os, "SCHED_IDLE"):
+        with contextlib.suppress(OSError):  # not allowed in some containers: then nice has to do
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+
+
+def work(task: Task, voice: Voice) -> None:
+    """Raises what the merge raises."""
+    from service.settings import Settings
+
+    voice.say(Said("reading"))
+    blobs = Settings.load().open_blobs()
+    sources = [source.fetch(blobs) for source in task.sources]
+
+    import torch
+
+    from adapters.checkpoint import merge_checkpoint
+    from adapters.merge import merge_adapters
+    from adapters.merge_request import MergeOptions
+
+    torch.set_num_threads(1)
+    options = MergeOptions(**task.options)  # type: ignore[arg-type]  # they are checked, and were before
+    out = Path(task.out)
+    voice.say(Said("merging"))
+    files: list[dict[str, str | int]] = []
+    if task.target == "adapter":
+        merge_adapters(sources, task.manifest, out, options, voice.progress)
+    else:
+        merged = merge_checkpoint(sources, Path(task.model), task.manifest, out, options, voice.progress)
+        files = [{"name": file.name, "bytes": file.bytes, "sha256": file.sha256} for file in merged]
+    voice.say(Said(done=True, files=files))
+
+
+def explain(error: Exception) -> str:
+    """For whoever asked for the merge."""
+    from adapters.errors import AdapterRefused, LoraplexAdapterError
+
+    match error:
+        case AdapterRefused():
+            return "The merge is impossible: " + "; ".join(str(reason) for reason in error.reasons)
+        case LoraplexAdapterError():
+            return f"A source cannot be read: {error}"
+        case OSError() if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return "The server's disk is full."
+        case MemoryError():
+            return "The server has not enough memory for this merge."
+    return "Internal error. The server's log has the details."
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m service.merge_job", description="One merge of loraplex.")
+    parser.add_argument("fd", type=int, help="where to report")
+    parser.add_argument("task", type=Path, help="what to do, as JSON")
+    arguments = parser.parse_args()
+    stand_back()
+    task = msgspec.json.decode(arguments.task.read_bytes(), type=Task)
+    with os.fdopen(arguments.fd, "wb") as stream:
+        voice = Voice(stream)
+        try:
+            work(task, voice)
+        except Exception as error:
+            log.exception("a merge failed")
+            voice.say(Said(error=explain(error)))
+
+
+if __name__ == "__main__":
+    main()
