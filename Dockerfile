@@ -12,7 +12,7 @@ ARG BAKE_MODEL=no
 
 # ---------------------------------------------------------------- what all stages stand on
 FROM ${BASE} AS base
-ENV DEBIAN_FRONTEND=noninteractive
+ARG DEBIAN_FRONTEND=noninteractive
 RUN apt-get update \
     && apt-get upgrade -y \
     && apt-get install -y --no-install-recommends ca-certificates libstdc++6 python3 tini \
@@ -20,6 +20,7 @@ RUN apt-get update \
 
 # ---------------------------------------------------------------- building; nothing of these stages but /opt/loraplex is kept
 FROM base AS build
+ARG DEBIAN_FRONTEND=noninteractive
 RUN apt-get update && apt-get install -y --no-install-recommends python3-venv && python3 -m venv /opt/loraplex
 ARG PIP_INDEX_URL=https://pypi.org/simple
 ENV PIP_INDEX_URL=${PIP_INDEX_URL} PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_FIND_LINKS=/wheels
@@ -41,6 +42,7 @@ RUN --mount=type=bind,source=requirements,target=/src/requirements \
     --mount=type=cache,target=/root/.cache/pip \
     /opt/loraplex/bin/pip install --require-hashes -r requirements/cuda.txt
 # The one C module that Triton would compile when it first meets a GPU is compiled here, so that the image needs no compiler.
+ARG DEBIAN_FRONTEND=noninteractive
 RUN apt-get install -y --no-install-recommends gcc libc6-dev python3-dev
 COPY deploy/docker/triton_cc.py /opt/loraplex/bin/triton-cc
 RUN /opt/loraplex/bin/python /opt/loraplex/bin/triton-cc --prepare
