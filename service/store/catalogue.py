@@ -18,9 +18,10 @@ from service.store.database import Database
 from service.store.edits import Edits
 from service.store.errors import AdapterNotFound, VersionNotFound
 from service.store.merges import MergeTable
-from service.store.names import Selector, parse_selector, split_model, valid_name
+from service.store.names import Selector, parse_selector, split_model, split_owner, valid_name
 from service.store.records import Adapter, File, Page, Resolved, Version
-from service.store.tables import DEFAULT_TENANT, adapters, aliases, files, labels, versions
+from service.store.tables import DEFAULT_TENANT, adapter_grants, adapters, aliases, files, labels, versions
+from service.store.visibility import SHARED, VISIBLE, visible_to
 
 _RESOLVED = (
     adapters.c.name,
@@ -56,6 +57,9 @@ _RESOLVE_ALIAS = (
     .where(_named)
 )
 _EXISTS = sa.select(adapters.c.id).where(_named)
+_OWN = (_RESOLVE_DEFAULT, _RESOLVE_NUMBER, _RESOLVE_ALIAS, _EXISTS)
+_OTHERS = tuple(statement.where(VISIBLE) for statement in _OWN)
+"""The same for somebody else's adapters."""
 
 _ADAPTER = sa.select(adapters, *(column.label(f"v_{column.name}") for column in versions.c)).join_from(
     adapters, versions, sa.and_(_of_adapter, versions.c.number == adapters.c.default_version)
@@ -102,38 +106,55 @@ class Catalogue:
         async with self._database.write() as connection:
             yield Edits(connection)
 
-    async def resolve(self, model: str, tenant: str = DEFAULT_TENANT) -> Resolved:
-        """What `adapter`, `adapter@3` or `adapter@alias` means now. Raises AdapterNotFound, VersionNotFound."""
-        name, text = split_model(model)
-        if not valid_name(name):
-            raise AdapterNotFound(name)
+    @property
+    def database(self) -> Database:
+        return self._database
+
+    async def resolve(self, model: str, tenant: str = DEFAULT_TENANT, viewer: str | None = None) -> Resolved:
+        """What `adapter`, `adapter@3`, `adapter@alias` or `owner/adapter...` means now to `viewer` (None: to one who
+        sees everything); a plain name is `tenant`'s. Raises AdapterNotFound, VersionNotFound."""
+        given, text = split_model(model)
+        tenant, name = split_owner(given, tenant)
+        if not valid_name(name) or not valid_name(tenant):
+            raise AdapterNotFound(given)
         try:
             selector = None if text is None else parse_selector(text)
         except ValueError:
             selector = ""  # matches no alias; which of the two errors it is, the database knows
-        return await self.find_version(name, selector, tenant)
+        try:
+            return await self.find_version(name, selector, tenant, viewer)
+        except AdapterNotFound:
+            raise AdapterNotFound(given) from None
 
-    async def find_version(self, name: str, selector: Selector = None, tenant: str = DEFAULT_TENANT) -> Resolved:
+    async def find_version(
+        self, name: str, selector: Selector = None, tenant: str = DEFAULT_TENANT, viewer: str | None = None
+    ) -> Resolved:
         """The version that a number or an alias means; None: the default one. Raises as `resolve` does."""
         values: dict[str, Any] = {"tenant": tenant, "name": name}
-        if selector is None:
-            statement = _RESOLVE_DEFAULT
+        if viewer is None or viewer == tenant:
+            by_default, by_number, by_alias, exists = _OWN
         else:
-            statement = _RESOLVE_NUMBER if isinstance(selector, int) else _RESOLVE_ALIAS
+            by_default, by_number, by_alias, exists = _OTHERS
+            values["viewer"] = viewer
+        if selector is None:
+            statement = by_default
+        else:
+            statement = by_number if isinstance(selector, int) else by_alias
             # PostgreSQL refuses a number that no column could hold, rather than not to find it.
             values["selector"] = -1 if isinstance(selector, int) and selector > MAX_NUMBER else selector
         async with self._database.read() as connection:
             row = (await connection.execute(statement, values)).one_or_none()
             if row is not None:
                 return Resolved(tenant, *row)
-            if selector is None or (await connection.execute(_EXISTS, values)).one_or_none() is None:
+            if selector is None or (await connection.execute(exists, values)).one_or_none() is None:
                 raise AdapterNotFound(name)
             raise VersionNotFound(name, selector)
 
-    async def get_adapter(self, name: str, tenant: str = DEFAULT_TENANT) -> Adapter:
+    async def get_adapter(self, name: str, tenant: str = DEFAULT_TENANT, viewer: str | None = None) -> Adapter:
         """Raises AdapterNotFound."""
         async with self._database.snapshot() as connection:
-            statement = _ADAPTER.where(adapters.c.tenant == tenant, adapters.c.name == name)
+            here = sa.and_(adapters.c.tenant == tenant, adapters.c.name == name)
+            statement = _ADAPTER.where(here, visible_to(viewer))
             found = await _assemble(connection, (await connection.execute(statement)).all())
         if not found:
             raise AdapterNotFound(name)
@@ -148,15 +169,31 @@ class Catalogue:
         fingerprint: str | None = None,
         other_base: bool = False,
         tenant: str = DEFAULT_TENANT,
+        others: bool = False,
+        viewer: str | None = None,
+        owner: str | None = None,
     ) -> Page[Adapter]:
-        """Adapters by name, those behind the name `after`.
+        """Adapters by name, those behind the name `after`. With `others`, all that `viewer` may see (None: everything):
+        `tenant`'s first, then others' by their owners, for which `after` is `owner/name`; or those of `owner` alone.
 
         `label`: `key` or `key=value`. `fingerprint`: only adapters whose default version was made for that base, or,
         with `other_base`, for any other.
         """
-        statement = _ADAPTER.where(adapters.c.tenant == tenant).order_by(adapters.c.name).limit(limit + 1)
-        if after is not None:
-            statement = statement.where(adapters.c.name > after)
+        statement = _ADAPTER.limit(limit + 1)
+        if not others:
+            statement = statement.where(adapters.c.tenant == tenant).order_by(adapters.c.name)
+            if after is not None:
+                statement = statement.where(adapters.c.name > after)
+        else:
+            foreign = adapters.c.tenant != tenant
+            statement = statement.where(visible_to(viewer)).order_by(foreign, adapters.c.tenant, adapters.c.name)
+            if after is not None:
+                last_owner, last = split_owner(after, tenant)
+                behind = sa.and_(adapters.c.tenant == last_owner, adapters.c.name > last)
+                beyond = foreign if last_owner == tenant else sa.and_(foreign, adapters.c.tenant > last_owner)
+                statement = statement.where(sa.or_(behind, beyond))
+            if owner is not None:
+                statement = statement.where(adapters.c.tenant == owner)
         if label is not None:
             key, equals, value = label.partition("=")
             wanted = sa.select(labels.c.adapter_id).where(labels.c.key == key)
@@ -169,11 +206,17 @@ class Catalogue:
             return Page(await _assemble(connection, rows[:limit]), len(rows) > limit)
 
     async def list_versions(
-        self, name: str, limit: int = 20, after: int = 0, tenant: str = DEFAULT_TENANT
+        self,
+        name: str,
+        limit: int = 20,
+        after: int = 0,
+        tenant: str = DEFAULT_TENANT,
+        viewer: str | None = None,
     ) -> Page[Version]:
         """Versions with their files, by number, those behind `after`. Raises AdapterNotFound."""
         async with self._database.snapshot() as connection:
-            adapter_id = await connection.scalar(_EXISTS, {"tenant": tenant, "name": name})
+            here = sa.and_(adapters.c.tenant == tenant, adapters.c.name == name)
+            adapter_id = await connection.scalar(sa.select(adapters.c.id).where(here, visible_to(viewer)))
             if adapter_id is None:
                 raise AdapterNotFound(name)
             statement = (
@@ -185,13 +228,20 @@ class Catalogue:
             rows = (await connection.execute(statement)).all()
             return Page(await _with_files(connection, adapter_id, rows[:limit]), len(rows) > limit)
 
-    async def get_version(self, name: str, selector: Selector, tenant: str = DEFAULT_TENANT) -> Version:
+    async def get_version(
+        self, name: str, selector: Selector, tenant: str = DEFAULT_TENANT, viewer: str | None = None
+    ) -> Version:
         """One version with its files. Raises AdapterNotFound, VersionNotFound."""
-        found = await self.find_version(name, selector, tenant)
-        page = await self.list_versions(name, 1, found.version - 1, tenant)
+        found = await self.find_version(name, selector, tenant, viewer)
+        page = await self.list_versions(name, 1, found.version - 1, tenant, viewer)
         if not page.items or page.items[0].number != found.version:
             raise VersionNotFound(name, found.version)  # deleted between the two reads
         return page.items[0]
+
+    async def totals(self, tenant: str) -> tuple[int, int]:
+        """(adapters of the tenant, bytes of all their versions)."""
+        async with self._database.read() as connection:
+            return await totals(connection, tenant)
 
     async def pinned_digests(self, fingerprint: str) -> tuple[str, ...]:
         """Default versions of the pinned adapters made for this base."""
@@ -205,11 +255,23 @@ class Catalogue:
             return tuple((await connection.scalars(statement)).all())
 
 
+async def totals(connection: AsyncConnection, tenant: str) -> tuple[int, int]:
+    """(adapters of the tenant, bytes of all their versions; files that versions share count for each)."""
+    statement = (
+        sa.select(sa.func.count(adapters.c.id.distinct()), sa.func.coalesce(sa.func.sum(versions.c.bytes), 0))
+        .join_from(adapters, versions, _of_adapter)
+        .where(adapters.c.tenant == tenant)
+    )
+    count, nbytes = (await connection.execute(statement)).one()
+    return int(count), int(nbytes)
+
+
 async def _assemble(connection: AsyncConnection, rows: Sequence[sa.Row[Any]]) -> list[Adapter]:
     ids = [row.id for row in rows]
     numbers: dict[int, list[int]] = {i: [] for i in ids}
     pointers: dict[int, dict[str, int]] = {i: {} for i in ids}
     tags: dict[int, dict[str, str]] = {i: {} for i in ids}
+    grants: dict[int, list[str]] = {row.id: [] for row in rows if row.visibility == SHARED}
     if ids:
         of = versions.c.adapter_id
         for row in await connection.execute(sa.select(of, versions.c.number).where(of.in_(ids)).order_by(of, "number")):
@@ -218,6 +280,10 @@ async def _assemble(connection: AsyncConnection, rows: Sequence[sa.Row[Any]]) ->
             pointers[row.adapter_id][row.alias] = row.version
         for row in await connection.execute(sa.select(labels).where(labels.c.adapter_id.in_(ids)).order_by("key")):
             tags[row.adapter_id][row.key] = row.value
+    if grants:
+        of = adapter_grants.c.adapter_id
+        for row in await connection.execute(sa.select(adapter_grants).where(of.in_(list(grants))).order_by("tenant")):
+            grants[row.adapter_id].append(row.tenant)
     return [
         Adapter(
             id=row.id,
@@ -232,6 +298,8 @@ async def _assemble(connection: AsyncConnection, rows: Sequence[sa.Row[Any]]) ->
             versions=tuple(numbers[row.id]),
             aliases=pointers[row.id],
             labels=tags[row.id],
+            visibility=row.visibility,
+            shared_with=tuple(grants.get(row.id, ())),
             default=Version(
                 id=row.v_id,
                 number=row.v_number,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,8 @@ from service.store.blob_book import BlobBook
 from service.store.errors import AdapterNotFound, AliasNotFound, PreconditionFailed, VersionInUse, VersionNotFound
 from service.store.merges import MergeTable, require_no_merge
 from service.store.records import File, NewVersion, Removed, etag_of
-from service.store.tables import DEFAULT_TENANT, adapters, aliases, counters, files, labels, versions
+from service.store.tables import DEFAULT_TENANT, adapter_grants, adapters, aliases, counters, files, labels, versions
+from service.store.visibility import PRIVATE, PUBLIC, SHARED
 
 Condition = Callable[[str | None], bool]
 """Told the adapter's ETag (None: there is no such adapter); False refuses the change."""
@@ -145,10 +146,12 @@ class Edits:
         new_labels: dict[str, str] | None = None,
         default_version: int | None = None,
         pinned: bool | None = None,
+        visibility: str | Iterable[str] | None = None,
         tenant: str = DEFAULT_TENANT,
         condition: Condition = always,
     ) -> None:
-        """Sets what is not None; `new_labels` replaces all labels. Raises AdapterNotFound, VersionNotFound."""
+        """Sets what is not None; `new_labels` replaces all labels. `visibility`: PRIVATE, PUBLIC, or the tenants that
+        it is shared with. Raises AdapterNotFound, VersionNotFound."""
         row = await self._existing(name, tenant, condition)
         values: dict[str, Any] = {"description": description, "default_version": default_version, "pinned": pinned}
         values = {key: value for key, value in values.items() if value is not None}
@@ -161,8 +164,21 @@ class Edits:
                     sa.insert(labels),
                     [{"adapter_id": row.id, "key": key, "value": value} for key, value in new_labels.items()],
                 )
+        if visibility is not None:
+            values["visibility"] = await self._share(row.id, visibility)
         if values or new_labels is not None:
             await self._touch(row.id, **values)
+
+    async def _share(self, adapter_id: int, visibility: str | Iterable[str]) -> str:
+        """Enters who may see it; the value of the adapter's column."""
+        await self._connection.execute(sa.delete(adapter_grants).where(adapter_grants.c.adapter_id == adapter_id))
+        if isinstance(visibility, str):
+            return PUBLIC if visibility == PUBLIC else PRIVATE
+        rows = [{"adapter_id": adapter_id, "tenant": tenant} for tenant in sorted(set(visibility))]
+        if not rows:
+            return PRIVATE
+        await self._connection.execute(sa.insert(adapter_grants), rows)
+        return SHARED
 
     async def _require_version(self, adapter: sa.Row[Any], number: int) -> sa.Row[Any]:
         statement = sa.select(versions).where(versions.c.adapter_id == adapter.id, versions.c.number == number)
@@ -200,6 +216,7 @@ class Edits:
         await require_no_merge(self._connection, tenant, name)
         removed = await self._remove_versions(versions.c.adapter_id == row.id, aliases.c.adapter_id == row.id)
         await self._connection.execute(sa.delete(labels).where(labels.c.adapter_id == row.id))
+        await self._connection.execute(sa.delete(adapter_grants).where(adapter_grants.c.adapter_id == row.id))
         await self._connection.execute(sa.delete(adapters).where(adapters.c.id == row.id))
         return replace(removed, adapter_gone=True)
 

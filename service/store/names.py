@@ -39,3 +39,9 @@ def split_model(model: str) -> tuple[str, str | None]:
     """`adapter@selector` -> (adapter, selector); the selector is None when there is none."""
     name, at, selector = model.partition("@")
     return name, selector if at else None
+
+
+def split_owner(name: str, tenant: str) -> tuple[str, str]:
+    """`owner/adapter` -> (owner, adapter); a plain name is the tenant's."""
+    owner, slash, rest = name.partition("/")
+    return (owner, rest) if slash else (tenant, name)

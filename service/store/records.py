@@ -77,6 +77,8 @@ class Adapter:
     aliases: dict[str, int]
     labels: dict[str, str]
     default: Version
+    visibility: str = "private"
+    shared_with: tuple[str, ...] = ()
 
     @property
     def etag(self) -> str:
