@@ -14,7 +14,7 @@ from anyio import to_thread
 from service.wire.errors import LoraplexError, ProtocolError, api_error
 from service.wire.files import CHUNK, FileSink
 from service.wire.flows import Flow, Open, PageOf, Reply, Request, Run, Save, Send, Sleep, Step, Streamed, with_retries
-from service.wire.server import Server, translated
+from service.wire.server import Server, sending, translated
 from service.wire.streams import AsyncStream, Stream
 
 T = TypeVar("T")
@@ -78,7 +78,8 @@ class SyncDriver:
 
     def _open(self, request: Request) -> httpx.Response:
         with translated(self.server.url):
-            response = self.http.send(self.server.build(self.http, request), stream=True)
+            with sending(self.server.build(self.http, request)) as built:
+                response = self.http.send(built, stream=True)
             if not response.is_success:
                 with contextlib.closing(response):
                     raise api_error(response.status_code, response.headers, response.read())
@@ -149,7 +150,8 @@ class AsyncDriver:
 
     async def _open(self, request: Request) -> httpx.Response:
         with translated(self.server.url):
-            response = await self.http.send(self.server.build(self.http, request), stream=True)
+            with sending(self.server.build(self.http, request)) as built:
+                response = await self.http.send(built, stream=True)
             if not response.is_success:
                 async with contextlib.aclosing(response):
                     raise api_error(response.status_code, response.headers, await response.aread())

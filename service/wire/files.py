@@ -7,11 +7,11 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, cast
+from typing import IO, Any
 
 import httpx
 from anyio import to_thread  # httpx depends on it
@@ -38,10 +38,9 @@ class Upload:
     fields: Mapping[str, str] = field(default_factory=dict)
     progress: Progress | None = None
 
-    def files(self) -> list[tuple[str, tuple[str, IO[bytes]]]]:
-        """For httpx's `files`. Every call reads the files from the start."""
-        # httpx asks for no more than _Part has.
-        return [(name, (path.name, cast("IO[bytes]", _Part(path)))) for name, path in self.parts]
+    def open(self) -> list[tuple[str, Part]]:
+        """The files with the names of their fields; every call reads them from the start. Raises LocalFileError."""
+        return [(name, Part(path)) for name, path in self.parts]
 
 
 def peft_folder(folder: Path) -> tuple[tuple[str, Path], ...]:
@@ -90,10 +89,11 @@ def _plain(name: object) -> bool:
     return isinstance(name, str) and re.fullmatch(r"[^/\\\0]{1,255}", name) is not None and name not in (".", "..")
 
 
-class _Part:
+class Part:
     """A file that is opened at its first read: a form may have more parts than a process may have open files."""
 
     def __init__(self, path: Path) -> None:
+        self.name = path.name
         self._path = path
         self._file: IO[bytes] | None = None
         self._at = 0
@@ -104,7 +104,7 @@ class _Part:
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """To the start or to the end, which is how httpx finds the size."""
-        self._close()
+        self.close()
         self._at = self._size if whence == os.SEEK_END else offset
         return self._at
 
@@ -124,12 +124,12 @@ class _Part:
             raise LocalFileError(f"{self._path}: {exc.strerror}") from None
         self._at += len(data)
         if self._at >= self._size:
-            self._close()
+            self.close()
         elif not data:
             raise LocalFileError(f"{self._path} became shorter while it was being uploaded")
         return data
 
-    def _close(self) -> None:
+    def close(self) -> None:
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -138,8 +138,9 @@ class _Part:
 class UploadBody(httpx.SyncByteStream, httpx.AsyncByteStream):
     """A form's body that tells how far it is. In an event loop, files are read in a thread."""
 
-    def __init__(self, body: Iterable[bytes], total: int, progress: Progress | None) -> None:
+    def __init__(self, body: Iterable[bytes], parts: Sequence[Part], total: int, progress: Progress | None) -> None:
         self._body = body
+        self._parts = parts
         self._total = total
         self._progress = progress
 
@@ -161,6 +162,11 @@ class UploadBody(httpx.SyncByteStream, httpx.AsyncByteStream):
     def _report(self, done: int) -> None:
         if self._progress is not None:
             self._progress(done, self._total)
+
+    def close(self) -> None:
+        """Where it was not sent to its end, a file is still open."""
+        for part in self._parts:
+            part.close()
 
 
 # ---------------------------------------------------------------- from the server

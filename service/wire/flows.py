@@ -38,6 +38,12 @@ class Request:
     timeout_s: float | None = None
     """Of every single wait; None: the client's."""
 
+    @property
+    def forgets_itself(self) -> bool:
+        """Whether it is answered alike where the server has carried it out already: a second deletion finds nothing,
+        and an etag is another one then."""
+        return self.method != "DELETE" and "If-Match" not in self.headers
+
 
 @dataclass(frozen=True, slots=True)
 class Reply:
@@ -188,6 +194,6 @@ def _pause(step: Step, error: LoraplexError, attempt: int) -> float | None:
         if error.retry_after is None or error.retry_after > MAX_PAUSE_S:
             return None
         return error.retry_after + random.uniform(0, 0.1)
-    if isinstance(error, StreamCut):
+    if isinstance(error, StreamCut) and step.request.forgets_itself:
         return 0.1 * 2.0**attempt
     return None

@@ -6,7 +6,7 @@ import contextlib
 import ipaddress
 import os
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import httpx
 
@@ -63,11 +63,15 @@ class Server:
             options["timeout"] = self._timeout(request.timeout_s)
         if request.upload is None:
             return client.build_request(request.method, request.path, **options)
-        upload = request.upload
+        parts = request.upload.open()
+        files = [
+            (field, (part.name, cast("IO[bytes]", part))) for field, part in parts
+        ]  # all that httpx asks of a file
         form = client.build_request(
-            request.method, request.path, data=dict(upload.fields), files=upload.files(), **options
+            request.method, request.path, data=dict(request.upload.fields), files=files, **options
         )
-        body = UploadBody(cast("Any", form.stream), int(form.headers["content-length"]), upload.progress)
+        size = int(form.headers["content-length"])
+        body = UploadBody(cast("Any", form.stream), [part for _, part in parts], size, request.upload.progress)
         return httpx.Request(form.method, form.url, headers=form.headers, stream=body, extensions=form.extensions)
 
 
@@ -87,6 +91,16 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+@contextlib.contextmanager
+def sending(request: httpx.Request) -> Iterator[httpx.Request]:
+    """Leaves no file of an upload open, however the sending ends."""
+    try:
+        yield request
+    finally:
+        if isinstance(request.stream, UploadBody):
+            request.stream.close()
 
 
 @contextlib.contextmanager
