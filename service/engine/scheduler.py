@@ -9,6 +9,9 @@ begun, then order of arrival. Only two are passed by others of their tenant: one
 (FETCHING), and one that waits for a sibling to fill the prefix cache for it. How sequences come in and who has to make
 room is in admission.py.
 
+A tenant that runs most of what runs, and more than its share, gets only half of that bound for its prompts while others
+have asked for something lately: a newcomer waits for the step in progress, which it should find short.
+
 Every sequence gets to its end. The oldest of all that run is never preempted, so it ends, and after it the next. Of
 those that wait, take the oldest: only finitely many of its tenant are before it, so what they cost is finite, while
 other tenants' counters rise with all they get, until its tenant is first; from then on at most MAX_PASSED come in
@@ -30,6 +33,9 @@ from service.engine.errors import IntegrityError
 from service.engine.fairness import Prices, Tenant, Tenants, rank
 from service.engine.kv_cache import PagePool
 from service.engine.request import Batch, Scheduled, Sequence, State
+
+LATELY = 2048
+"""Steps, so tens of seconds."""
 
 
 def _arrival(seq: Sequence) -> float:
@@ -66,6 +72,9 @@ class Scheduler:
         """What is decided of this step."""
         self._gone: set[Sequence] = set()
         """Preempted in this step."""
+        self._steps = 0
+        self._heard: dict[str, int] = {}
+        """The step in which a tenant last asked for something, latest last."""
 
     @property
     def failed(self) -> list[tuple[Sequence, LoraplexAdapterError]]:
@@ -89,6 +98,8 @@ class Scheduler:
         """Queue `seq`. `leader` has the same prompt and adapters: `seq` waits until the leader's prompt is computed
         and then finds it in the prefix cache. `weight`: its tenant's from now on."""
         self.tenants.open(seq.tenant, weight)
+        self._heard.pop(seq.tenant, None)
+        self._heard[seq.tenant] = self._steps
         if leader is not None and self.pool.prefix_caching and seq.num_prompt > self.pool.page_size:
             self._admission.leader[seq] = leader
         self.tenants.enqueue(seq, lift=True)
@@ -109,6 +120,7 @@ class Scheduler:
         self._step.clear()
         self._gone.clear()
         begun = self._decode()
+        self._steps += 1
         budget = self.max_tokens_per_step - len(self._step)
         if self._step:
             budget = min(budget, self.max_prefill_tokens_per_step)
@@ -146,16 +158,33 @@ class Scheduler:
             tenant = self.tenants[name]
             heap.append((tenant.standing(), place, tenant, self._candidates(tenant, begun.get(name, []), admit)))
         heapq.heapify(heap)
+        hog = self._hog() if self._step else None
+        rest = max(1, self.max_prefill_tokens_per_step // 2)
         while heap and budget > 0:
             _, place, tenant, candidates = heap[0]
-            seq = next(candidates, None)
+            limit = budget if tenant is not hog else min(budget, rest)
+            seq = next(candidates, None) if limit > 0 else None
             if seq is None:
                 heapq.heappop(heap)
                 continue
-            count = min(seq.num_uncomputed, budget)
+            count = min(seq.num_uncomputed, limit)
             self._put(seq, count)
             budget -= count
+            if tenant is hog:
+                rest -= count
             heapq.heapreplace(heap, (tenant.standing(), place, tenant, candidates))
+
+    def _hog(self) -> Tenant | None:
+        """The tenant that runs more than its share of what runs, against the last other one that was heard of."""
+        while len(self._heard) > 1 and self._heard[next(iter(self._heard))] < self._steps - LATELY:
+            del self._heard[next(iter(self._heard))]
+        hog = max(self.tenants.serving.values(), key=lambda tenant: tenant.running, default=None)
+        other = next((name for name in reversed(self._heard) if hog is None or name != hog.name), None)
+        known = None if other is None else self.tenants.get(other)
+        if hog is None or known is None:
+            return None
+        share = hog.weight / (hog.weight + known.weight)
+        return hog if hog.running > max(share, 0.5) * len(self.running) else None
 
     def _candidates(self, tenant: Tenant, begun: list[Sequence], admit: bool) -> Iterator[Sequence]:
         """The sequences of a tenant that have prompt tokens to compute, one after the other: whoever asks for the next
