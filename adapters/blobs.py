@@ -65,6 +65,9 @@ class Blobs(Protocol):
     def sweep(self, keep: Collection[str], grace_seconds: float = SWEEP_GRACE_SECONDS) -> tuple[int, int]: ...
     def sweep_unfinished(self) -> None: ...
 
+    def check(self) -> None:
+        """StoreUnavailable if it does not answer."""
+
 
 class BlobStore:
     """Blobs in a local folder: <root>/<first two digits>/<sha256>, temporary files in <root>/tmp.
@@ -159,6 +162,9 @@ class BlobStore:
 
     def where(self, sha: str) -> str:
         return str(self.path(sha))
+
+    def check(self) -> None:
+        """Nothing: the folder is there."""
 
     def discard(self, shas: Collection[str]) -> None:
         for sha in shas:

@@ -102,6 +102,11 @@ class S3Blobs:
     def where(self, sha: str) -> str:
         return "/".join(filter(None, (f"s3://{self._bucket}", self._prefix, _key(sha))))
 
+    def check(self) -> None:
+        """StoreUnavailable if the bucket does not answer, is not there or may not be listed."""
+        with _translated(""):
+            next(iter(obstore.list(self._hasty, chunk_size=1)), None)
+
     # ------------------------------------------------------------ writing
 
     def put(self, path: Path, sha: str, *, move: bool = False) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Before transformers is imported anywhere: its models import Triton if it is there, and what Triton defines without a
@@ -15,6 +15,7 @@ import pytest
 
 from service.default_model import ensure_default_model
 from tests.ports import unused_port
+from tests.real_parts import S3, Postgres
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -60,6 +61,26 @@ def base_model_dir(model_data_dir: Path) -> Path:
 def example_adapters() -> Path:
     """The folder of the example adapters: one PEFT folder each."""
     return ROOT / "examples" / "adapters"
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """PostgreSQL; a test that stops it has to start it again."""
+    server = Postgres()
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3]:
+    """An S3 server; a test that freezes it has to thaw it."""
+    server = S3()
+    try:
+        yield server
+    finally:
+        server.close()
 
 
 @pytest.fixture

@@ -66,32 +66,12 @@ class Database:
 
         `url`: sqlite+aiosqlite:///path (plain sqlite:/// is taken as that) or postgresql+asyncpg://...
         """
-        parsed = sa.make_url(url)
-        if parsed.drivername == "sqlite":
-            parsed = parsed.set(drivername="sqlite+aiosqlite")
-        elif parsed.drivername in ("postgresql", "postgres"):
-            parsed = parsed.set(drivername="postgresql+asyncpg")
-        options: dict[str, Any] = {"pool_size": 4, "max_overflow": 12}
-        if parsed.get_backend_name() == "sqlite":
-            # isolation_level=None: the driver starts no transactions of its own.
-            options["connect_args"] = {"isolation_level": None, "timeout": BUSY_TIMEOUT_MS / 1000}
-        else:
-            options["connect_args"] = {
-                "timeout": CONNECT_TIMEOUT_S,
-                "command_timeout": STATEMENT_TIMEOUT_S,
-                "server_settings": {"application_name": "loraplex", "lock_timeout": str(BUSY_TIMEOUT_MS)},
-            }
-            # The connections used last are used first, so that those of a quiet time are let go by whoever counts them.
-            options |= {"pool_use_lifo": True, "pool_recycle": 1800}
-        engine = create_async_engine(parsed, hide_parameters=True, **options)
-        if parsed.get_backend_name() == "sqlite":
-            sa.event.listen(engine.sync_engine, "connect", _configure_sqlite)
-        database = cls(engine)
+        database = cls(_engine(url))
         try:
             async with database.write() as connection:
                 await connection.run_sync(_migrate)
         except BaseException:
-            await engine.dispose()
+            await database.close()
             raise
         return database
 
@@ -130,9 +110,7 @@ class Database:
                 await connection.start()
             except (SQLAlchemyError, CatalogueError):
                 raise
-            except (
-                Exception
-            ) as error:  # the driver's own, before SQLAlchemy knows of a connection: refused, no such host
+            except Exception as error:  # the driver's own, as there is no connection yet: refused, no such host
                 raise _unreachable(error) from error
             try:
                 yield connection
@@ -141,6 +119,41 @@ class Database:
 
     async def close(self) -> None:
         await self.engine.dispose()
+
+
+def _engine(url: str) -> AsyncEngine:
+    parsed = sa.make_url(url)
+    if parsed.drivername == "sqlite":
+        parsed = parsed.set(drivername="sqlite+aiosqlite")
+    elif parsed.drivername in ("postgresql", "postgres"):
+        parsed = parsed.set(drivername="postgresql+asyncpg")
+    options: dict[str, Any] = {"pool_size": 4, "max_overflow": 12}
+    if parsed.get_backend_name() == "sqlite":
+        # isolation_level=None: the driver starts no transactions of its own.
+        options["connect_args"] = {"isolation_level": None, "timeout": BUSY_TIMEOUT_MS / 1000}
+    else:
+        options["connect_args"] = {
+            "timeout": CONNECT_TIMEOUT_S,
+            "command_timeout": STATEMENT_TIMEOUT_S,
+            "server_settings": {"application_name": "loraplex", "lock_timeout": str(BUSY_TIMEOUT_MS)},
+        }
+        # The connections used last are used first, so that those of a quiet time are let go by whoever counts them.
+        options |= {"pool_use_lifo": True, "pool_recycle": 1800}
+    engine = create_async_engine(parsed, hide_parameters=True, **options)
+    if parsed.get_backend_name() == "sqlite":
+        sa.event.listen(engine.sync_engine, "connect", _configure_sqlite)
+    return engine
+
+
+async def check(url: str) -> None:
+    """Raises CatalogueUnavailable unless the database answers, CatalogueTooNew if this version does not know its
+    schema; changes nothing."""
+    found = Database(_engine(url))
+    try:
+        async with found.read() as connection:
+            await connection.run_sync(_revision)
+    finally:
+        await found.close()
 
 
 @contextmanager
@@ -199,15 +212,20 @@ def _configure_sqlite(connection: Any, _record: Any) -> None:
     cursor.close()
 
 
-def _migrate(connection: sa.Connection) -> None:
-    """Brings the schema to the newest revision. Alembic takes a third of a second to import: only if it is needed."""
-    found = None
-    if sa.inspect(connection).has_table("alembic_version"):
-        found = connection.scalar(sa.text("SELECT version_num FROM alembic_version"))
-    if found == REVISION:
-        return
+def _revision(connection: sa.Connection) -> str | None:
+    """The schema's; None: there is no schema yet. CatalogueTooNew for one that is not known here."""
+    if not sa.inspect(connection).has_table("alembic_version"):
+        return None
+    found = connection.scalar(sa.text("SELECT version_num FROM alembic_version"))
     if found is not None and found not in REVISIONS:
         raise CatalogueTooNew(found)
+    return found
+
+
+def _migrate(connection: sa.Connection) -> None:
+    """Brings the schema to the newest revision. Alembic takes a third of a second to import: only if it is needed."""
+    if _revision(connection) == REVISION:
+        return
     from alembic import command
     from alembic.config import Config
 

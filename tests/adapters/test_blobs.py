@@ -9,10 +9,22 @@ import threading
 import time
 from pathlib import Path
 
+import obstore
 import pytest
+from obstore.store import S3Store
 
-from adapters.blobs import AdapterRecord, BlobStore
-from adapters.errors import AdapterMissing, AdapterRefused, AdapterTooLarge, AdapterUnavailable, BlobDamaged, capped
+from adapters.blobs import AdapterRecord, Blobs, BlobStore, open_blobs
+from adapters.errors import (
+    AdapterMissing,
+    AdapterRefused,
+    AdapterTooLarge,
+    AdapterUnavailable,
+    BlobDamaged,
+    StoreUnavailable,
+    capped,
+)
+from adapters.s3 import parse_url
+from tests.real_parts import S3
 
 
 @pytest.fixture
@@ -26,84 +38,145 @@ def spooled(tmp_path: Path, data: bytes) -> tuple[Path, str]:
     return path, hashlib.sha256(data).hexdigest()
 
 
-def content(store: BlobStore, sha: str) -> bytes:
+def content(store: Blobs, sha: str) -> bytes:
     with store.open(sha) as stream:
         return stream.read()
 
 
+class Backing:
+    """What lies behind a store, as somebody who damages it gets at it."""
+
+    def __init__(self, blobs: Blobs, url: str, store: BlobStore) -> None:
+        self.blobs = blobs
+        self._url = url
+        self._store = store
+
+    def write(self, sha: str, data: bytes) -> None:
+        if not self._url:
+            self._store.path(sha).write_bytes(data)
+            return
+        obstore.put(self._bucket(), f"{sha[:2]}/{sha}", data)
+        self.blobs.forget(sha)
+
+    def names(self) -> set[str]:
+        if not self._url:
+            return set(self._store)
+        return {item["path"].rpartition("/")[2] for page in obstore.list(self._bucket()) for item in page}
+
+    def _bucket(self) -> S3Store:
+        bucket, prefix, options = parse_url(self._url)
+        keys = {"access_key_id": options["access_key_id"], "secret_access_key": options["secret_access_key"]}
+        http = {"allow_http": True}
+        return S3Store(bucket, prefix=prefix, endpoint=options["endpoint"], client_options=http, region="x", **keys)
+
+
+@pytest.fixture(params=["local", "s3"])
+def backing(request: pytest.FixtureRequest, tmp_path: Path, store: BlobStore) -> Backing:
+    """A store of each kind."""
+    if request.param == "local":
+        return Backing(store, "", store)
+    s3: S3 = request.getfixturevalue("s3")
+    url = s3.create()
+    return Backing(open_blobs(tmp_path / "blobs", tmp_path / "cache", 1 << 30, url), url, store)
+
+
+@pytest.fixture
+def blobs(backing: Backing) -> Blobs:
+    return backing.blobs
+
+
 @pytest.mark.parametrize("move", [False, True])
-@pytest.mark.parametrize("data", [b"", b"hello", bytes(3 << 20)])
-def test_put_and_read_back(store: BlobStore, tmp_path: Path, data: bytes, move: bool) -> None:
+@pytest.mark.parametrize("data", [b"", b"hello", bytes(range(256)) * (84 << 10)], ids=["empty", "small", "parts"])
+def test_put_and_read_back(backing: Backing, tmp_path: Path, data: bytes, move: bool) -> None:
+    blobs = pickle.loads(pickle.dumps(backing.blobs))  # packers get a copy
     path, sha = spooled(tmp_path, data)
-    assert not store.has(sha)
-    store.put(path, sha, move=move)
-    assert store.has(sha)
-    assert store.size(sha) == len(data)
-    assert content(store, sha) == data
-    assert store.path(sha).read_bytes() == data
+    assert not blobs.has(sha)
+    blobs.put(path, sha, move=move)
     assert path.exists() is not move
-    assert list(store) == [sha]
-    assert list(store.temp.iterdir()) == []
-    store.verify(sha)
+    for _ in range(2):
+        assert blobs.has(sha)
+        assert blobs.size(sha) == len(data)
+        assert content(blobs, sha) == data
+        assert blobs.fetch(sha).read_bytes() == data
+        blobs.verify(sha)
+        blobs.forget(sha)  # what is kept locally: it comes again
+    assert backing.names() == {sha}
     if move:
         path.write_bytes(data)
-    store.put(path, sha, move=move)
+    blobs.put(path, sha, move=move)
     assert path.exists() is not move
-    assert BlobStore(store.root).has(sha)
+    assert [path for path in tmp_path.rglob("*") if path.parent.name in ("tmp", "incoming")] == []
 
 
-def test_put_bytes(store: BlobStore) -> None:
-    sha = store.put_bytes(b"record")
+def test_put_bytes(backing: Backing) -> None:
+    blobs = backing.blobs
+    sha = blobs.put_bytes(b"record")
     assert sha == hashlib.sha256(b"record").hexdigest()
-    assert content(store, sha) == b"record"
-    assert store.put_bytes(b"record") == sha
+    assert content(blobs, sha) == b"record"
+    assert blobs.put_bytes(b"record") == sha
+    assert backing.names() == {sha}
 
 
-def test_missing(store: BlobStore) -> None:
+def test_missing(blobs: Blobs) -> None:
     sha = "0" * 64
-    for call in (store.open, store.size, store.verify):
+    for call in (blobs.open, blobs.size, blobs.verify, blobs.fetch):
         with pytest.raises(AdapterMissing):
             call(sha)
-    assert store.delete(sha) is False
+    blobs.discard([sha])
+    blobs.forget(sha)
+    blobs.check()
 
 
 @pytest.mark.parametrize("name", ["", "x", "../" + "0" * 61, "A" * 64, "0" * 63, "0" * 64 + "\n", "0" * 65])
-def test_only_hashes_are_names(store: BlobStore, name: str) -> None:
-    for call in (store.path, store.has, store.size, store.open, store.delete):
+def test_only_hashes_are_names(blobs: Blobs, tmp_path: Path, name: str) -> None:
+    for call in (blobs.has, blobs.size, blobs.open, blobs.fetch, blobs.where):
         with pytest.raises(ValueError, match="sha256"):
             call(name)
+    with pytest.raises(ValueError, match="sha256"):
+        blobs.discard([name])
+    with pytest.raises(ValueError, match="sha256"):
+        blobs.put(spooled(tmp_path, b"x")[0], name)
 
 
-def test_a_copy_with_another_hash_is_not_stored(store: BlobStore, tmp_path: Path) -> None:
+def test_a_copy_with_another_hash_is_not_stored(backing: Backing, tmp_path: Path) -> None:
     path, _ = spooled(tmp_path, b"data")
     with pytest.raises(BlobDamaged):
-        store.put(path, "0" * 64)
-    assert list(store) == []
-    assert list(store.temp.iterdir()) == []
+        backing.blobs.put(path, "0" * 64)
+    assert backing.names() == set()
+    assert list(tmp_path.rglob("tmp/*")) == []
 
 
-def test_damage_is_found_and_repaired(store: BlobStore, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damaged", [b"0123x56789", b"01234", b""])
+def test_damage_is_found_and_repaired(backing: Backing, tmp_path: Path, damaged: bytes) -> None:
+    """Of any kind, also where the size is right: what an upload brings has just been hashed."""
+    blobs = backing.blobs
     path, sha = spooled(tmp_path, b"0123456789")
-    store.put(path, sha)
-    store.path(sha).write_bytes(b"0123x56789")
-    with pytest.raises(BlobDamaged):
-        store.verify(sha)
-    store.path(sha).write_bytes(b"01234")
-    store.put(path, sha)
-    store.verify(sha)
+    record = blobs.put_bytes(b"record")
+    blobs.put(path, sha)
+    backing.write(sha, damaged)
+    for call in (blobs.verify, blobs.fetch):
+        with pytest.raises(BlobDamaged):
+            call(sha)
+    backing.write(record, b"rexord")
+    blobs.put(path, sha, move=True)
+    assert blobs.put_bytes(b"record") == record
+    blobs.verify(sha)
+    blobs.verify(record)
+    assert content(blobs, sha) == b"0123456789"
+    assert blobs.where(sha).endswith(f"/{sha[:2]}/{sha}")
 
 
-def test_storing_again_repairs_damage_of_any_kind(store: BlobStore, tmp_path: Path) -> None:
-    """Also where the size is right: what an upload brings has just been hashed."""
-    path, sha = spooled(tmp_path, b"0123456789")
-    record = store.put_bytes(b"record")
-    store.put(path, sha)
-    store.path(sha).write_bytes(b"0123x56789")
-    store.path(record).write_bytes(b"rexord")
-    store.put(path, sha, move=True)
-    assert store.put_bytes(b"record") == record
-    store.verify(sha)
-    store.verify(record)
+def test_discard(backing: Backing) -> None:
+    blobs = backing.blobs
+    names = {blobs.put_bytes(b"%d" % number) for number in range(5)}
+    kept = blobs.put_bytes(b"kept")
+    for sha in names:
+        blobs.fetch(sha)
+    blobs.discard(names | {"0" * 64})
+    assert backing.names() == {kept}
+    assert not any(map(blobs.has, names))
+    with pytest.raises(AdapterMissing):
+        blobs.open(names.pop())
 
 
 def test_a_sweep_without_grace_asks_no_clock(store: BlobStore) -> None:
@@ -231,6 +304,7 @@ def test_bad_records(data: bytes) -> None:
         BlobDamaged("d", "x"),
         AdapterTooLarge("d", 2, 1),
         AdapterUnavailable("d", "x"),
+        StoreUnavailable("x"),
     ],
 )
 def test_errors_cross_processes(error: Exception) -> None:

@@ -1,4 +1,4 @@
-"""The catalogue on a real SQLite file: model strings, pages, numbers that are never reused, transactions."""
+"""The catalogue on real databases, SQLite and PostgreSQL: model strings, pages, numbers, transactions."""
 
 from __future__ import annotations
 
@@ -33,15 +33,25 @@ from service.store import (
     WrongBase,
 )
 from service.store.backup import Damaged, Missing, backup_path, check_and_copy
-from service.store.database import REVISION, sqlite_url
-from service.store.errors import CatalogueBusy, CatalogueDamaged, CatalogueFull
+from service.store.database import REVISION, check, sqlite_url
+from service.store.errors import CatalogueBusy, CatalogueDamaged, CatalogueFull, CatalogueTooNew
 from service.store.names import parse_selector, valid_alias, valid_name
 from service.store.tables import metadata
+from tests.real_parts import Postgres
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty database."""
+    if request.param == "sqlite":
+        return sqlite_url(tmp_path / "catalogue.sqlite3")
+    postgres: Postgres = request.getfixturevalue("postgres")
+    return postgres.create()
 
 
 @pytest.fixture
-async def catalogue(tmp_path: Path) -> AsyncIterator[Catalogue]:
-    opened = await Catalogue.open(sqlite_url(tmp_path / "catalogue.sqlite3"))
+async def catalogue(url: str) -> AsyncIterator[Catalogue]:
+    opened = await Catalogue.open(url)
     yield opened
     await opened.close()
 
@@ -237,9 +247,9 @@ async def test_a_failed_block_changes_nothing(catalogue: Catalogue) -> None:
     assert await publish(catalogue, "law", 4) == 2
 
 
-async def test_writers_of_two_processes_take_turns(catalogue: Catalogue, tmp_path: Path) -> None:
-    """Two pools on one file, as two API processes have; reads go on while a writer holds the lock."""
-    other = await Catalogue.open(sqlite_url(tmp_path / "catalogue.sqlite3"))
+async def test_writers_of_two_processes_take_turns(catalogue: Catalogue, url: str) -> None:
+    """Two pools on one database, as two API processes have; reads go on while a writer holds the lock."""
+    other = await Catalogue.open(url)
     try:
         numbers = await asyncio.gather(*(publish((catalogue, other)[i % 2], "law", i) for i in range(20)))
         assert sorted(numbers) == list(range(1, 21))
@@ -252,13 +262,14 @@ async def test_writers_of_two_processes_take_turns(catalogue: Catalogue, tmp_pat
         await other.close()
 
 
-async def test_rows_hold_together(catalogue: Catalogue, tmp_path: Path) -> None:
-    """The database itself refuses what the code should never do: it runs with foreign keys, WAL and full syncs."""
+async def test_rows_hold_together(catalogue: Catalogue) -> None:
+    """The database itself refuses what the code should never do: SQLite runs with foreign keys, WAL and full syncs."""
     await publish(catalogue, "law", 1)
-    async with catalogue._database.read() as connection:
-        assert (await connection.exec_driver_sql("PRAGMA foreign_keys")).scalar() == 1
-        assert (await connection.exec_driver_sql("PRAGMA journal_mode")).scalar() == "wal"
-        assert (await connection.exec_driver_sql("PRAGMA synchronous")).scalar() == 2
+    if not catalogue.shared:
+        async with catalogue._database.read() as connection:
+            assert (await connection.exec_driver_sql("PRAGMA foreign_keys")).scalar() == 1
+            assert (await connection.exec_driver_sql("PRAGMA journal_mode")).scalar() == "wal"
+            assert (await connection.exec_driver_sql("PRAGMA synchronous")).scalar() == 2
     with pytest.raises(sa.exc.IntegrityError):
         async with catalogue._database.write() as connection:
             await connection.exec_driver_sql("DELETE FROM adapters")
@@ -282,11 +293,13 @@ def test_the_newest_revision_is_the_one_that_is_looked_for() -> None:
     assert ScriptDirectory.from_config(config).get_heads() == [REVISION]
 
 
-async def test_failures_of_the_database_are_said_to_be_that(catalogue: Catalogue, tmp_path: Path) -> None:
-    """Real ones: a file that may not grow, another writer that does not end, pages of garbage."""
-    await publish(catalogue, "law", 1)
-    await catalogue.close()
+async def test_failures_of_sqlite_are_said_to_be_that(tmp_path: Path) -> None:
+    """Real ones: a file that may not grow, another writer that does not end, pages of garbage. Those of PostgreSQL are
+    in test_postgres.py."""
     path = tmp_path / "catalogue.sqlite3"
+    opened = await Catalogue.open(sqlite_url(path))
+    await publish(opened, "law", 1)
+    await opened.close()
     opened = await Catalogue.open(sqlite_url(path))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
@@ -347,21 +360,21 @@ def test_the_check_at_start(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".new"] == []
 
 
-async def test_opening_again_keeps_everything(catalogue: Catalogue, tmp_path: Path) -> None:
+async def test_opening_again_keeps_everything(catalogue: Catalogue, url: str) -> None:
     await publish(catalogue, "law", 1)
     await catalogue.close()
-    again = await Catalogue.open(f"sqlite:///{tmp_path}/catalogue.sqlite3")
+    again = await Catalogue.open(url.replace("+aiosqlite", ""))
     assert (await again.resolve("law")).version == 1
     await again.close()
 
 
-async def test_a_newer_schema_is_refused(catalogue: Catalogue, tmp_path: Path) -> None:
-    await catalogue.close()
-    with sqlite3.connect(tmp_path / "catalogue.sqlite3") as connection:
-        connection.execute("UPDATE alembic_version SET version_num = '9999'")
-    connection.close()
-    with pytest.raises(Exception, match="9999"):
-        await Catalogue.open(sqlite_url(tmp_path / "catalogue.sqlite3"))
+async def test_a_newer_schema_is_refused(catalogue: Catalogue, url: str) -> None:
+    await check(url)
+    async with catalogue._database.write() as connection:
+        await connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
+    for attempt in (check, Catalogue.open):
+        with pytest.raises(CatalogueTooNew, match="9999"):
+            await attempt(url)
 
 
 async def test_resolve_is_one_statement_over_indices(catalogue: Catalogue) -> None:
@@ -380,9 +393,15 @@ async def test_resolve_is_one_statement_over_indices(catalogue: Catalogue) -> No
     sa.event.remove(engine.sync_engine, "before_cursor_execute", record)
     assert len(statements) == 3
     async with catalogue._database.read() as connection:
+        if catalogue.shared:  # a planner that knows that the tables are empty would scan them
+            await connection.exec_driver_sql("SET enable_seqscan = off")
         for statement, parameters in statements:
-            plan = (await connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters)).all()
-            assert all("SEARCH" in row[3] for row in plan), plan
+            if catalogue.shared:
+                plan = (await connection.exec_driver_sql(f"EXPLAIN {statement}", parameters)).all()
+                assert not any("Seq Scan" in row[0] for row in plan), plan
+            else:
+                plan = (await connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters)).all()
+                assert all("SEARCH" in row[3] for row in plan), plan
 
 
 def test_the_schema_compiles_for_postgresql() -> None:
