@@ -92,7 +92,7 @@ def test_the_examples_answer_as_shown(execute: Callable[[str, str], str]) -> Non
 
 
 @pytest.mark.parametrize(
-    ("program", "model"), [("curl.sh", "pirate"), ("openai_client.py", "pirate"), ("httpx_client.py", "json-extract")]
+    ("program", "model"), [("curl.sh", "pirate"), ("openai_client.py", "pirate"), ("httpx_client.py", "json-extract"), ("loraplex_client.py", "json-extract")]
 )
 def test_the_example_programs_run(service: Launched, program: str, model: str) -> None:
     interpreter = "bash" if program.endswith(".sh") else sys.executable
@@ -108,8 +108,9 @@ def test_the_example_programs_run(service: Launched, program: str, model: str) -
 
 def test_every_example_program_is_run_and_named() -> None:
     programs = {path.name for path in (ROOT / "examples").iterdir() if path.is_file()}
-    assert programs - {"example_data.py", "train_adapters.py"} == {"curl.sh", "httpx_client.py", "openai_client.py"}
-    assert all(f"(examples/{name})" in README for name in ("curl.sh", "httpx_client.py", "openai_client.py"))
+    run = {"curl.sh", "httpx_client.py", "loraplex_client.py", "openai_client.py"}
+    assert programs - {"example_data.py", "train_adapters.py"} == run
+    assert all(f"(examples/{name})" in README for name in run)
 
 
 def test_every_route_is_in_the_readme(service: Launched) -> None:
