@@ -249,3 +249,24 @@ audit = sa.Table(
     sa.Index(None, "tenant", "number"),
     sqlite_autoincrement=True,
 )
+
+# Sums, to which every process adds (service/store/usage.py). `hour`: a whole one UTC.
+usage = sa.Table(
+    "usage",
+    metadata,
+    sa.Column("hour", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("tenant", _name(96), primary_key=True),
+    # Empty: no key (a server without tenants, or what no request asked for: loads).
+    sa.Column("key", _name(64), primary_key=True),
+    # `name`, `owner/name` of somebody else's, several of a mix joined with "+"; empty: the base model.
+    sa.Column("adapter", _name(1024), primary_key=True),
+    sa.Column("requests", sa.BigInteger, nullable=False),
+    sa.Column("prompt_tokens", sa.BigInteger, nullable=False),
+    sa.Column("cached_tokens", sa.BigInteger, nullable=False),
+    sa.Column("completion_tokens", sa.BigInteger, nullable=False),
+    sa.Column("first_tokens", sa.BigInteger, nullable=False),
+    sa.Column("first_token_ms", sa.Float, nullable=False),
+    sa.Column("loads", sa.BigInteger, nullable=False),
+    sa.Column("byte_hours", sa.Float, nullable=False),
+    sa.Index(None, "tenant", "hour"),
+)

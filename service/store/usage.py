@@ -1,7 +1,6 @@
 """What was used: one row per hour, tenant, key and adapter, to which every process of the service adds.
 
-Only sums are kept, so the table grows with what is in use, not with traffic. Hours are whole hours UTC, as seconds
-since 1970.
+Only sums are kept, so the table grows with what is in use, not with traffic.
 """
 
 from __future__ import annotations
@@ -14,33 +13,13 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from service.store.tables import metadata
+from service.store.tables import usage
 
 HOUR_S = 3600
 DAY_S = 24 * HOUR_S
 
 GROUPS = ("hour", "day", "tenant", "key", "adapter")
 """What sums may be grouped by."""
-
-usage = sa.Table(
-    "usage",
-    metadata,
-    sa.Column("hour", sa.BigInteger, primary_key=True, autoincrement=False),
-    sa.Column("tenant", sa.String(96), primary_key=True),
-    # Empty: no key (a server without tenants, or what no request asked for: loads).
-    sa.Column("key", sa.String(64), primary_key=True),
-    # `name`, `owner/name` of somebody else's, several of a mix joined with "+"; empty: the base model.
-    sa.Column("adapter", sa.String(1024), primary_key=True),
-    sa.Column("requests", sa.BigInteger, nullable=False),
-    sa.Column("prompt_tokens", sa.BigInteger, nullable=False),
-    sa.Column("cached_tokens", sa.BigInteger, nullable=False),
-    sa.Column("completion_tokens", sa.BigInteger, nullable=False),
-    sa.Column("first_tokens", sa.BigInteger, nullable=False),
-    sa.Column("first_token_ms", sa.Float, nullable=False),
-    sa.Column("loads", sa.BigInteger, nullable=False),
-    sa.Column("byte_hours", sa.Float, nullable=False),
-    sa.Index(None, "tenant", "hour"),
-)
 
 
 @dataclass(slots=True)
