@@ -92,7 +92,13 @@ def test_the_examples_answer_as_shown(execute: Callable[[str, str], str]) -> Non
 
 
 @pytest.mark.parametrize(
-    ("program", "model"), [("curl.sh", "pirate"), ("openai_client.py", "pirate"), ("httpx_client.py", "json-extract"), ("loraplex_client.py", "json-extract")]
+    ("program", "model"),
+    [
+        ("curl.sh", "pirate"),
+        ("openai_client.py", "pirate"),
+        ("httpx_client.py", "json-extract"),
+        ("loraplex_client.py", "json-extract"),
+    ],
 )
 def test_the_example_programs_run(service: Launched, program: str, model: str) -> None:
     interpreter = "bash" if program.endswith(".sh") else sys.executable
