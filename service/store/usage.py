@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from service.store.database import Database
 from service.store.tables import usage
 
 HOUR_S = 3600
@@ -115,3 +116,26 @@ def total(rows: Iterable[Mapping[str, Any]]) -> Counts:
     for row in rows:
         result.add(Counts(**{name: row[name] for name in COUNTS}))
     return result
+
+
+class UsageTable:
+    """The table in one database. Hours older than `keep_days` are deleted, once a day."""
+
+    def __init__(self, database: Database, keep_days: int) -> None:
+        self._database = database
+        self._keep_s = keep_days * DAY_S
+        self._pruned = -1
+
+    async def write(self, counts: Mapping[Key, Counts]) -> None:
+        """Adds, in one transaction."""
+        today = max(counts)[0] // DAY_S
+        async with self._database.write() as connection:
+            await add(connection, counts)
+            if today != self._pruned:
+                await forget(connection, today * DAY_S - self._keep_s)
+        self._pruned = today
+
+    async def read(self, **query: Any) -> list[dict[str, Any]]:
+        """As `read` does."""
+        async with self._database.read() as connection:
+            return await read(connection, **query)
