@@ -28,10 +28,8 @@ async def get_usage(
     request: Request,
     services: ServicesDep,
     caller: CallerDep,
-    start: Annotated[
-        datetime | None, Query(alias="from", description="First hour. Default: 30 days before `to`.")
-    ] = None,
-    end: Annotated[datetime | None, Query(alias="to", description="End, exclusive. Default: now.")] = None,
+    start: Annotated[datetime | None, Query(alias="from", description="First hour; 30 days before `to`.")] = None,
+    end: Annotated[datetime | None, Query(alias="to", description="End, exclusive; now.")] = None,
     group_by: Annotated[
         str, Query(max_length=64, description=f"Some of {', '.join(GROUPS)}, with commas; empty: one sum.")
     ] = "day",
@@ -48,8 +46,8 @@ async def get_usage(
     if (wrong := [name for name in groups if name not in GROUPS]) or len(set(groups)) != len(groups):
         given = wrong[0] if wrong else group_by
         raise invalid("group_by", f"'group_by' should be some of {', '.join(GROUPS)}, each once (value {given!r}).")
-    until = _utc(end) if end is not None else datetime.now(UTC)
-    since = _utc(start) if start is not None else until - DEFAULT_RANGE
+    until = _utc("to", end) if end is not None else datetime.now(UTC)
+    since = _utc("from", start) if start is not None else until - DEFAULT_RANGE
     if since > until:
         raise invalid("from", f"'from' {since.isoformat()} is after 'to' {until.isoformat()}.")
     first = int(since.timestamp()) // HOUR_S * HOUR_S
@@ -96,12 +94,11 @@ def _csv(columns: list[str], rows: list[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-def _utc(moment: datetime) -> datetime:
-    """A time without a zone is UTC. Raises ApiError 400 for one that no clock shows."""
-    try:
-        return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
-    except OverflowError:
-        raise invalid("from", f"{moment.isoformat()} cannot be expressed in UTC.") from None
+def _utc(field: str, moment: datetime) -> datetime:
+    """A time without a zone is UTC. Raises ApiError 400 for one at which no server ran."""
+    if not 1971 <= moment.year <= 9000:
+        raise invalid(field, f"'{field}' should lie between the years 1971 and 9000 (value {moment.isoformat()}).")
+    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
 
 
 def _iso(seconds: int) -> str:
