@@ -29,9 +29,10 @@ from adapters.safetensors_header import TensorRef
 from adapters.safetensors_writer import SafetensorsWriter, TensorPlan, WrittenFile, aligned_order
 from adapters.tensor_reader import TORCH_DTYPES, TensorReader, bytes_of
 
-SUM_VALUES = 1 << 24
-"""Values of a weight that are summed at once: 64 MB in float32."""
-COPY_BYTES = 32 << 20
+SUM_VALUES = 1 << 21
+"""Values of a weight that are summed at once: 8 MB in float32. Buffers of that size are reused by the allocator; with 64 MB
+every band took fresh pages of the kernel (16 s of system time for 4.7 GB, against 6 s)."""
+COPY_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,8 @@ def _summed(base: TensorReader, ref: TensorRef, tensor: TensorPlan, summands: li
         for one in summands:
             total.addmm_(one.b[first : first + count], one.a, alpha=one.factor)
         result = total.to(TORCH_DTYPES[ref.dtype])
-        if not torch.isfinite(result).all():
+        # NaN is passed on. A tenth of the time of isfinite().all(), which was a fifth of the whole merge.
+        if not all(torch.isfinite(extreme) for extreme in torch.aminmax(result)):
             raise AdapterRefused([f"{tensor.name}: the sum is not finite in {ref.dtype}, the checkpoint's dtype"])
         yield bytes_of(result)
 
@@ -139,7 +141,7 @@ def _summed(base: TensorReader, ref: TensorRef, tensor: TensorPlan, summands: li
 def _copied(base: TensorReader, ref: TensorRef) -> Iterator[memoryview]:
     size = ref.end - ref.begin
     for offset in range(0, size, COPY_BYTES):
-        yield memoryview(base.read(ref, offset, min(COPY_BYTES, size - offset)))
+        yield base.read(ref, offset, min(COPY_BYTES, size - offset)).numpy().data
 
 
 def _shards(layout: Layout, limit: int) -> dict[str, list[TensorPlan]]:

@@ -34,20 +34,18 @@ class TensorReader:
         """Rows [count, columns] of a 2-D tensor in float32."""
         columns = ref.shape[1]
         size = columns * TORCH_DTYPES[ref.dtype].itemsize
-        if not count * size:
-            return torch.empty(count, columns)
-        values = torch.frombuffer(self.read(ref, first * size, count * size), dtype=TORCH_DTYPES[ref.dtype])
+        values = self.read(ref, first * size, count * size).view(TORCH_DTYPES[ref.dtype])
         return values.view(count, columns).float()
 
-    def read(self, ref: TensorRef, offset: int, count: int) -> bytearray:
-        """`count` bytes of the tensor's from its byte `offset` on."""
+    def read(self, ref: TensorRef, offset: int, count: int) -> Tensor:
+        """`count` bytes of the tensor's from its byte `offset` on, uint8 [count]."""
         file = self._open.get(ref.file)
         if file is None:
             file = self._open[ref.file] = self._files[ref.file].open("rb", buffering=0)
-        data = bytearray(count)
-        view = memoryview(data)
+        data = torch.empty(count, dtype=torch.uint8)
+        view = data.numpy().data
         file.seek(ref.begin + offset)
-        while view:
+        while len(view):
             got = file.readinto(view)
             if not got:
                 raise BlobDamaged(ref.file, "the file ends inside a tensor")
