@@ -2,8 +2,9 @@
 
 What is free goes to whoever is first. What is taken is taken back for a tenant that has less than its share, from the
 one that has most for its weight, by one rule for slots, pages and arena room alike: an exchange takes place only if
-the newcomer's tenant then has no more for its weight than the other one still has. So it cannot be turned round
-afterwards, and a tenant that is alone, or has its share, takes nothing from anyone. Who goes is the newest of its
+the newcomer's tenant has been charged no more than the other one, and then has no more for its weight than the other
+one still has. So it cannot be turned round afterwards, and a tenant that is alone, or has its share, takes nothing
+from anyone. Who goes is the newest of its
 tenant with the lowest priority, never the oldest of all. A reserve of slots would do without preemptions, but would
 lie idle while nobody else asks; a victim finds most of its pages again in the prefix cache.
 
@@ -153,8 +154,10 @@ class Admission:
         return victim
 
     def _most(self, amounts: dict[str, int], apart: Tenant | None = None) -> Tenant | None:
-        """Who has most for its weight, but for `apart`."""
+        """Who has most for its weight; with `apart`, of the others that were not charged less than that one."""
         others = [self._tenants[name] for name in amounts if apart is None or name != apart.name]
+        if apart is not None:
+            others = [other for other in others if other.counter >= apart.counter]
         return max(others, key=lambda other: amounts[other.name] / other.weight, default=None)
 
     def _newest(self, name: str, but: list[Sequence] | None = None) -> Sequence | None:
@@ -226,32 +229,46 @@ class Admission:
     def _go_before_others(self, tenant: Tenant, seq: Sequence) -> None:
         """The residency serves in the order of asking. Those that stand behind `seq` here ask again, behind it there;
         what is being loaded for them goes on."""
+        stand = Counter(other.tenant for other in self.fetching)
+        mine = (tenant.counter, (stand[tenant.name] + 1) / tenant.weight)
         for other in list(self.fetching):
             theirs = self._tenants[other.tenant]
-            less_urgent = theirs is tenant and other.priority < seq.priority
-            if less_urgent or (theirs is not tenant and theirs.standing() > tenant.standing()):
+            if theirs is tenant:
+                behind = other.priority < seq.priority
+            else:
+                behind = (theirs.counter, stand[theirs.name] / theirs.weight) > mine
+            if behind:
                 del self.fetching[other]
                 other.state = State.WAITING
                 self.residency.cancel_wait(other)
 
     def _make_room_in_arena(self, tenant: Tenant, digests: tuple[str, ...]) -> None:
         """For a tenant with less than its share whose adapters lie in host memory, since those of running sequences
-        fill the arena: one sequence goes whose adapters nobody else uses. At most one a step, since the arena shows
-        only after the next poll what that was good for."""
-        states = [self.residency.state(digest) for digest in digests]
-        if "host" not in states or any(state not in ("host", "device") for state in states):
+        fill the arena: sequences go whose adapters nobody else uses, as many as free enough at once (what is too
+        little is leased again before more is free). Once a step: the arena shows only after the next poll."""
+        states = {digest: self.residency.state(digest) for digest in digests}
+        if "host" not in states.values() or any(state not in ("host", "device") for state in states.values()):
             return
         other = self._has_more(tenant)
         if other is None:
             return
-        oldest = self._scheduler.running[0]
+        need = sum(self.residency.size_of(digest) for digest, state in states.items() if state == "host")
+        oldest, victims = self._scheduler.running[0], []
         mine = sorted((seq for seq in self._scheduler.running if seq.tenant == other.name), key=rank, reverse=True)
         for seq in mine:
-            lease = self._lease.get(seq)
-            if seq is not oldest and lease is not None and self.residency.freed_by(lease):
-                self._made_room = True
-                self._scheduler.preempt(seq)
+            if (other.running - len(victims) - 1) / other.weight < (tenant.running + 1) / tenant.weight:
                 return
+            lease = self._lease.get(seq)
+            freed = 0 if lease is None or seq is oldest else self.residency.freed_by(lease)
+            if freed:
+                victims.append(seq)
+                need -= freed
+            if need <= 0:
+                break
+        if need <= 0:
+            self._made_room = True
+            for seq in victims:
+                self._scheduler.preempt(seq)
 
     def leased(self, seq: Sequence) -> bool:
         return seq in self._lease

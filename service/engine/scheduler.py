@@ -9,8 +9,9 @@ begun, then order of arrival. Only two are passed by others of their tenant: one
 (FETCHING), and one that waits for a sibling to fill the prefix cache for it. How sequences come in and who has to make
 room is in admission.py.
 
-A tenant that runs most of what runs, and more than its share, gets only half of that bound for its prompts while others
-have asked for something lately: a newcomer waits for the step in progress, which it should find short.
+A tenant that runs most of what runs, and more than its share, takes what others leave: while they have asked for
+something lately, its prompts come after theirs and have half of that bound. A newcomer waits for the step in progress,
+which it should find short. (Where others' prompts never end, it soon does not run most any more.)
 
 Every sequence gets to its end. The oldest of all that run is never preempted, so it ends, and after it the next. Of
 those that wait, take the oldest: only finitely many of its tenant are before it, so what they cost is finite, while
@@ -153,16 +154,17 @@ class Scheduler:
     def _prefill(self, begun: dict[str, list[Sequence]], budget: int, admit: bool) -> None:
         """Chunks of prompts, the next always of the tenant that has been charged least."""
         admit = self._admission.begin() and admit
+        hog = self._hog() if self._step else None
+        rest = max(1, self.max_prefill_tokens_per_step // 2)
         heap = []
         for place, name in enumerate({**begun, **self.tenants.queued} if admit else begun):
             tenant = self.tenants[name]
-            heap.append((tenant.standing(), place, tenant, self._candidates(tenant, begun.get(name, []), admit)))
+            order = (tenant is hog, *tenant.standing(), place)
+            heap.append((order, tenant, self._candidates(tenant, begun.get(name, []), admit)))
         heapq.heapify(heap)
-        hog = self._hog() if self._step else None
-        rest = max(1, self.max_prefill_tokens_per_step // 2)
         while heap and budget > 0:
-            _, place, tenant, candidates = heap[0]
-            limit = budget if tenant is not hog else min(budget, rest)
+            order, tenant, candidates = heap[0]
+            limit = min(budget, rest) if tenant is hog else budget
             seq = next(candidates, None) if limit > 0 else None
             if seq is None:
                 heapq.heappop(heap)
@@ -172,7 +174,7 @@ class Scheduler:
             budget -= count
             if tenant is hog:
                 rest -= count
-            heapq.heapreplace(heap, (tenant.standing(), place, tenant, candidates))
+            heapq.heapreplace(heap, ((order[0], *tenant.standing(), order[3]), tenant, candidates))
 
     def _hog(self) -> Tenant | None:
         """The tenant that runs more than its share of what runs, against the last other one that was heard of."""

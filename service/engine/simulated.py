@@ -151,7 +151,8 @@ class SimulatedRunner:
 
     def seconds(self, batch: Batch) -> float:
         """What the step takes."""
-        options, decoding = self.options, sum(item.seq.num_computed >= item.seq.num_prompt for item in batch.items)
+        options, items = self.options, batch.items
+        decoding = sum(item.count == 1 and item.seq.num_computed >= item.seq.num_prompt for item in items)
         each = options.token_s if options.decode_token_s is None else options.decode_token_s
         return options.step_s + options.token_s * (batch.num_tokens - decoding) + each * decoding
 
