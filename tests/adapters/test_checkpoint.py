@@ -31,6 +31,8 @@ from tests.engine.oracle import ARCHITECTURES, Recipe, make_adapter, make_base, 
 
 TOKENS = torch.tensor([[5, 17, 200, 3, 44, 9, 301, 250]])
 SMALL_SHARDS = MergeOptions(max_shard_bytes=65_536)
+FEW_SHARDS = MergeOptions(max_shard_bytes=400_000)
+"""Two or three: every file is synced, which takes its time on a busy disk."""
 
 
 class Base:
@@ -47,7 +49,7 @@ class Base:
     def merge(self, out: Path, weights: Sequence[float], **named: Any) -> list[MergedFile]:
         sources = [source_of(f, w) for f, w in zip(self.adapters, weights, strict=False)]
         return merge_checkpoint(
-            sources, named.get("model", self.folder), self.manifest, out, named.get("options", SMALL_SHARDS)
+            sources, named.get("model", self.folder), self.manifest, out, named.get("options", FEW_SHARDS)
         )
 
 
