@@ -25,13 +25,15 @@ import socket
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
 import msgspec
 from starlette.types import Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from service.api.deps import WRITE
 from service.api.errors import ApiError
 from service.settings import Settings
 
@@ -157,6 +159,8 @@ class LimitedProtocol(HttpToolsProtocol):
         if len(self.connections) > self.limits.connections:
             self.app = _too_many_connections
         super().on_headers_complete()
+        if self.cycle is not None and self.cycle.scope is self.scope:  # its application starts in the next iteration
+            self.scope.setdefault("extensions", {})[WRITE] = partial(_write, self.cycle)
         self._unread = 0
         self._awaits_head = False
         self._start_span()
@@ -276,6 +280,17 @@ class LimitedProtocol(HttpToolsProtocol):
         if (connection := self.transport.get_extra_info("socket")) is not None:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.transport.abort()
+
+
+async def _write(cycle: RequestResponseCycle, data: bytes) -> None:
+    """What `cycle.send` does with a piece of the body once the head is sent."""
+    if not cycle.chunked_encoding or cycle.response_complete:
+        await cycle.send({"type": "http.response.body", "body": data, "more_body": True})
+        return
+    if cycle.flow.write_paused and not cycle.disconnected:
+        await cycle.flow.drain()
+    if data and not cycle.disconnected:
+        cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
 
 
 def _head_too_large() -> ApiError:

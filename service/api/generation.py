@@ -26,6 +26,10 @@ class Job:
     n: int = 1
     adapters: tuple[AdapterRef, ...] = ()
     salt: str = ""
+    tenant: str = ""
+    weight: float = 1.0
+    """The tenant's share, as in Submit."""
+    priority: int = 0
     stop: tuple[str, ...] = ()
     include_stop: bool = False
     """Whether a stop string, or the text of a stop token, is part of the answer."""
@@ -236,8 +240,8 @@ class Generation:
         self._observer = observer
         self._pieces = self._run()
 
-    def __aiter__(self) -> Generation:
-        return self
+    def __aiter__(self) -> AsyncGenerator[Piece, None]:
+        return self._pieces
 
     async def __anext__(self) -> Piece:
         return await anext(self._pieces)
@@ -264,6 +268,9 @@ class Generation:
             adapters=job.adapters,
             sampling=job.sampling,
             salt=job.salt,
+            tenant=job.tenant,
+            tenant_weight=job.weight,
+            priority=job.priority,
         )
         started = time.perf_counter()
         choices: dict[int, _Choice] = {}

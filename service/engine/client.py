@@ -75,7 +75,8 @@ class Stream:
         self._pending: dict[int, Delta] = {}
         self._error: EngineError | None = None
         self._closed = False
-        self._changed = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None
+        """Of the reader, while it waits. An asyncio.Event would make the same future for every token, and queue it."""
 
     def __aiter__(self) -> Stream:
         return self
@@ -92,8 +93,8 @@ class Stream:
                 if self._closed or not self._open:
                     self._end()
                     raise StopAsyncIteration
-                self._changed.clear()
-                await self._changed.wait()
+                self._waiter = asyncio.get_running_loop().create_future()
+                await self._waiter
         except asyncio.CancelledError:
             self.close()
             raise
@@ -122,7 +123,13 @@ class Stream:
         if not self._closed:
             self._closed = True
             self._client._forget(self, abort=bool(self._open))
-        self._changed.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        if (waiter := self._waiter) is not None:
+            self._waiter = None
+            if not waiter.done():
+                waiter.set_result(None)
 
     def _push(self, delta: Delta) -> None:
         if delta.index not in self._open:
@@ -131,20 +138,20 @@ class Stream:
         self._pending[delta.index] = delta if waiting is None else _merged(waiting, delta)
         if delta.finish_reason is not None:
             self._open.discard(delta.index)
-        self._changed.set()
+        self._wake()
 
     def _drop(self, index: int | None) -> None:
         """The reader aborted one sequence, or all."""
         for each in [index] if index is not None else list(self._open):
             self._open.discard(each)
             self._pending.pop(each, None)
-        self._changed.set()
+        self._wake()
 
     def _fail(self, error: EngineError) -> None:
         self._error = error
         self._pending.clear()
         self._open.clear()
-        self._changed.set()
+        self._wake()
 
 
 def _merged(first: Delta, then: Delta) -> Delta:
