@@ -168,8 +168,8 @@ def download(
 @talks
 def delete(client: Loraplex, id: Id) -> None:
     """Cancel a merge that is not done; of one that is, delete its record and its files. Its adapter stays."""
-    client.merges.delete(id)
-    line(f"{id}  deleted")
+    cancelled = client.merges.delete(id)
+    line(f"{id}  {'deleted' if cancelled is None else cancelled.state}")
 
 
 def _rows(jobs: Iterator[Merge]) -> Iterator[tuple[str, ...]]:

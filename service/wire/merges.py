@@ -11,7 +11,7 @@ from typing import Any, Literal
 from service.wire import adapters, downloads
 from service.wire.errors import ConnectionFailed, MergeFailed, ProtocolError, TimedOut, Unavailable
 from service.wire.files import Progress, Remote
-from service.wire.flows import Flow, PageOf, Request, Sleep, json_of, pages, send
+from service.wire.flows import Flow, PageOf, Sleep, json_of, pages
 from service.wire.records import Merge, MergeFile
 
 _ROOT = "/v1/merges"
@@ -90,10 +90,11 @@ def wait(id: str, *, progress: Callable[[Merge], None] | None = None, timeout_s:
         pause = min(most, pause * 1.2)
 
 
-def delete(id: str) -> Flow[None]:
-    """Cancels a merge that is queued or running; of a finished one, deletes its files and its record. An adapter that
-    it made stays."""
-    yield from send(Request(method="DELETE", path=adapters.at(id, root=_ROOT)))
+def delete(id: str) -> Flow[Merge | None]:
+    """Cancels a merge that is queued or running, and returns it. One that has ended is deleted with the files of its
+    checkpoint, and None returned; an adapter that it made stays."""
+    body = yield from json_of("DELETE", adapters.at(id, root=_ROOT))
+    return Merge.read(body) if isinstance(body, dict) and "state" in body else None
 
 
 def files(id: str) -> Flow[tuple[MergeFile, ...]]:
