@@ -9,18 +9,22 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from service import __version__, log
-from service.api import adapters, errors, health, merges, openai, prompts, reference
+from service.api import adapters, errors, health, merges, openai, prompts, reference, tenants
+from service.api.auth import Gate, Guards, Keyring
 from service.api.body import BodyLimit
 from service.api.deps import RequestScope, Services
 from service.engine.client import EngineClient
 from service.jobs import Workers
 from service.library import Library
+from service.limits import Limiter
 from service.merges import Merges
 from service.metrics import Metrics
 from service.settings import Settings
 from service.store.catalogue import Catalogue
+from service.store.tenants import Tenants
 from service.tokenizer import Tokenizer
 from service.uploads import Spool
 
@@ -44,12 +48,24 @@ def create_app(settings: Settings) -> FastAPI:
         separate_input_output_schemas=False,
         generate_unique_id_function=reference.operation_id,
     )
+    # The last one added is the first to see a request.
+    if settings.multi_tenant:
+        app.add_middleware(Gate)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    if settings.origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["etag", "location", "retry-after", "x-loraplex-adapter", "x-request-id"],
+        )
     app.add_middleware(RequestScope)
     errors.install(app)
-    for router in (openai.router, adapters.router, merges.router, prompts.router, health.router):
+    with_tenants = tenants.router if settings.multi_tenant else tenants.single_user
+    for router in (openai.router, adapters.router, merges.router, with_tenants, prompts.router, health.router):
         app.include_router(router)
-    reference.install(app, settings.base_name())
+    reference.install(app, settings.base_name(), with_keys=settings.multi_tenant)
     return app
 
 
@@ -87,6 +103,14 @@ async def _open(app: FastAPI, settings: Settings, stack: AsyncExitStack) -> None
     stack.push_async_callback(library.close)
     await library.recover()
 
+    if settings.multi_tenant:
+        table = Tenants(catalogue.database)
+        keyring = Keyring(table, settings.admin_key.get_secret_value())
+        keyring.start()
+        stack.push_async_callback(keyring.close)
+        limiter = Limiter(settings.run_dir / "limits")
+        stack.callback(limiter.close)
+        app.state.guards = Guards(keyring, limiter, table)
     app.state.library = library
     app.state.merges = Merges(library, workers, settings)
     app.state.services = Services(settings, base_name, tokenizer, engine, catalogue, metrics)

@@ -203,7 +203,8 @@ class Library:
         names = {**{file.sha256: False for file in new.files}, new.digest: True}
         upload = uuid.uuid4().hex
         async with self.catalogue.write() as edits:
-            await _find(edits, target, new, new_adapter, tenant, condition)
+            if await _find(edits, target, new, new_adapter, tenant, condition) is None:
+                await edits.require_room(target, new, tenant)
             await edits.blobs.claim(upload, names, self._janitor.instance, self._spool.process)
         try:
             # Also what is there already: should it have been damaged since, this repairs it.
@@ -212,6 +213,7 @@ class Library:
                 number = await _find(edits, target, new, new_adapter, tenant, condition)
                 created = number is None
                 if number is None:
+                    await edits.require_room(target, new, tenant)
                     number = await edits.publish(target, new, default=make_default is not False, tenant=tenant)
                     await edits.change(target, description=description, new_labels=labels, tenant=tenant)
                 else:
@@ -276,13 +278,13 @@ class Library:
         work = functools.partial(function, *args, **kwargs)
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
-    async def sound_file(self, name: str, version: Version, file: File) -> Path:
+    async def sound_file(self, name: str, version: Version, file: File, tenant: str = DEFAULT_TENANT) -> Path:
         """Where the file lies, once its bytes are known to be those that were uploaded. Raises BlobDamaged, and
         VersionNotFound if it was deleted in the meantime."""
         try:
             return await self._in_thread(self.blobs.fetch, file.sha256)
         except AdapterMissing:
-            await self.catalogue.get_version(name, version.number)
+            await self.catalogue.get_version(name, version.number, tenant)
             damage = BlobDamaged(file.sha256, "its file is gone")
         except BlobDamaged as error:
             damage = error

@@ -15,11 +15,12 @@ from typing import Annotated, Any, Literal
 import msgspec
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import FileResponse, JSONResponse
-from fastapi.routing import APIRoute
 from pydantic import Field, StrictBool, StrictInt, StrictStr
 from pydantic.json_schema import SkipJsonSchema
 from starlette.requests import ClientDisconnect
 
+from service.api import auth
+from service.api.auth import Caller, CallerDep, allow
 from service.api.errors import ApiError, ClientGone, shown
 from service.api.schemas import Strict
 from service.engine.errors import EngineUnavailable
@@ -27,15 +28,15 @@ from service.jobs import WorkersUnavailable
 from service.library import MAX_LABELS, Library, Published, check_labels
 from service.store import Adapter, Resolved, Version, VersionNotFound
 from service.store.edits import Condition
-from service.store.names import ALIAS_RULE, NAME, Selector, parse_selector, valid_alias
+from service.store.names import ALIAS_RULE, NAME, Selector, parse_selector, valid_alias, valid_name
 from service.store.records import Removed
-from service.store.tables import DEFAULT_TENANT
+from service.store.visibility import MAX_GRANTS, PRIVATE, PUBLIC, SHARED
 
 RETRY_AFTER_S = 5.0
 MAX_JSON_BYTES = 64 << 10
 
 
-class Route(APIRoute):
+class Route(auth.Route):
     """Turns what only uploads run into into HTTP errors; service/api/errors.py knows all others."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -116,11 +117,11 @@ def _spec(version: Version) -> dict[str, Any]:
     return {**version.spec, "bytes": version.bytes, "sha256": version.digest}
 
 
-def _adapter_json(adapter: Adapter, library: Library, residency: dict[str, str]) -> dict[str, Any]:
+def _adapter_json(adapter: Adapter, library: Library, residency: dict[str, str], caller: Caller) -> dict[str, Any]:
     base = library.fingerprint()
     compatible = None if base is None else adapter.default.fingerprint == base
-    return {
-        "id": adapter.name,
+    answer = {
+        "id": caller.says(adapter.tenant, adapter.name),
         "object": "adapter",
         "name": adapter.name,
         "owner": adapter.tenant,
@@ -137,6 +138,12 @@ def _adapter_json(adapter: Adapter, library: Library, residency: dict[str, str])
         "created": adapter.created_at,
         "updated": adapter.updated_at,
     }
+    if caller is not auth.SINGLE_USER:
+        # Whom else it is shared with is the owner's business.
+        own = caller.viewer in (None, adapter.tenant)
+        shared = list(adapter.shared_with) if own else [caller.viewer]
+        answer["visibility"] = shared if adapter.visibility == SHARED else adapter.visibility
+    return answer
 
 
 def _version_json(name: str, version: Version, library: Library, residency: dict[str, str]) -> dict[str, Any]:
@@ -183,11 +190,11 @@ def _removed_json(identity: str, kind: str, removed: Removed) -> dict[str, Any]:
 
 
 async def _adapter_response(
-    library: Library, name: str, status: int = 200, headers: dict[str, str] | None = None, **more: Any
+    library: Library, caller: Caller, name: str, status: int = 200, headers: dict[str, str] | None = None, **more: Any
 ) -> JSONResponse:
-    adapter = await library.catalogue.get_adapter(name)
+    adapter = await library.catalogue.get_adapter(name, caller.namespace, caller.viewer)
     residency = await library.residency([adapter.default.digest])
-    body = _adapter_json(adapter, library, residency) | more
+    body = _adapter_json(adapter, library, residency, caller) | more
     return JSONResponse(body, status, headers={"ETag": adapter.etag, **(headers or {})})
 
 
@@ -232,29 +239,33 @@ _FORM = {
 
 
 @router.post("", status_code=201, openapi_extra=_FORM)
-async def create_adapter(request: Request, library: Lib) -> Response:
+@allow("upload")
+async def create_adapter(request: Request, library: Lib, caller: CallerDep) -> Response:
     """Uploads a new adapter. 200 if the name has this content already, 409 if it has other content."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json":
         await _refuse_source(request)
-    return await _published(library, await library.upload(request))
+    return await _published(request, library, caller, await library.upload(request, tenant=caller.tenant))
 
 
 @router.put("/{name}", status_code=201, openapi_extra=_FORM)
+@allow("upload")
 async def put_adapter(
-    request: Request, name: str, library: Lib, condition: Cond, default: bool | None = None
+    request: Request, name: str, library: Lib, condition: Cond, caller: CallerDep, default: bool | None = None
 ) -> Response:
     """Uploads a version of an adapter and makes it the default unless `default=false`; creates the adapter if there
     is none. 200 with the version that has this content already, if one has."""
-    return await _published(
-        library, await library.upload(request, name=name, make_default=default, condition=condition)
+    published = await library.upload(
+        request, name=name, make_default=default, condition=condition, tenant=caller.tenant
     )
+    return await _published(request, library, caller, published)
 
 
-async def _published(library: Library, published: Published) -> Response:
+async def _published(request: Request, library: Library, caller: Caller, published: Published) -> Response:
     name, number = published.name, published.version
+    request.scope["state"]["target"] = f"{name} {number}"
     location = f"/v1/adapters/{name}/versions/{number}" if number > 1 else f"/v1/adapters/{name}"
     status = 201 if published.created else 200
-    return await _adapter_response(library, name, status, {"Location": location}, version=number)
+    return await _adapter_response(library, caller, name, status, {"Location": location}, version=number)
 
 
 async def _refuse_source(request: Request) -> None:
@@ -275,8 +286,10 @@ async def _refuse_source(request: Request) -> None:
 
 
 @router.get("")
+@allow("any")
 async def list_adapters(
     library: Lib,
+    caller: CallerDep,
     limit: Limit = 20,
     after: str | None = None,
     label: str | None = None,
@@ -284,30 +297,46 @@ async def list_adapters(
     state: Literal["ready", "incompatible"] | None = None,
 ) -> dict[str, Any]:
     """Adapters by name. `label`: `key` or `key=value`; `state`: whether the default version fits the base served."""
-    if owner not in (None, DEFAULT_TENANT):
+    if caller is auth.SINGLE_USER and owner not in (None, caller.tenant):
         return _list_json([], False)
+    if caller.namespace != caller.tenant:  # a tenant asks for what another one shares with it
+        if owner not in (None, caller.namespace):
+            return _list_json([], False)
+        owner = caller.namespace
     fingerprint = library.engine.manifest.fingerprint if state is not None else None
     page = await library.catalogue.list_adapters(
-        limit, after, label=label, fingerprint=fingerprint, other_base=state == "incompatible"
+        limit,
+        after,
+        label=label,
+        fingerprint=fingerprint,
+        other_base=state == "incompatible",
+        tenant=caller.tenant,
+        others=caller is not auth.SINGLE_USER,
+        viewer=caller.viewer,
+        owner=owner,
     )
     residency = await library.residency([adapter.default.digest for adapter in page.items])
-    return _list_json([_adapter_json(adapter, library, residency) for adapter in page.items], page.has_more)
+    return _list_json([_adapter_json(adapter, library, residency, caller) for adapter in page.items], page.has_more)
 
 
 @router.get("/{name}")
-async def get_adapter(name: str, library: Lib) -> Response:
+@allow("any")
+async def get_adapter(name: str, library: Lib, caller: CallerDep) -> Response:
     """One adapter; the ETag can be given as If-Match to whatever changes it."""
-    return await _adapter_response(library, name)
+    return await _adapter_response(library, caller, name)
 
 
 @router.patch("/{name}")
-async def change_adapter(name: str, body: AdapterPatch, library: Lib, condition: Cond) -> Response:
-    """Changes description, labels, default version, pinned."""
+@allow("manage")
+async def change_adapter(name: str, body: AdapterPatch, library: Lib, condition: Cond, caller: CallerDep) -> Response:
+    """Changes description, labels, default version, pinned; with tenants, visibility: "private", "public", or the list
+    of tenants that may see and use it."""
     given = body.model_fields_set
-    for later in ("visibility", "traffic"):
-        if later in given:
-            value = shown(getattr(body, later))
-            raise ApiError(400, f"{later!r} is not available yet (value {value}).", code="not_available", param=later)
+    later = ("visibility", "traffic") if caller is auth.SINGLE_USER else ("traffic",)
+    for field in later:
+        if field in given:
+            value = shown(getattr(body, field))
+            raise ApiError(400, f"{field!r} is not available yet (value {value}).", code="not_available", param=field)
     async with library.catalogue.write() as edits:
         await edits.change(
             name,
@@ -315,18 +344,35 @@ async def change_adapter(name: str, body: AdapterPatch, library: Lib, condition:
             new_labels=check_labels(body.labels) if "labels" in given else None,
             default_version=body.default_version if "default_version" in given else None,
             pinned=body.pinned if "pinned" in given else None,
+            visibility=_visibility(body.visibility) if "visibility" in given else None,
+            tenant=caller.tenant,
             condition=condition,
         )
     if "pinned" in given and body.pinned:
-        library.engine.prefetch([(await library.catalogue.find_version(name)).digest])
-    return await _adapter_response(library, name)
+        library.engine.prefetch([(await library.catalogue.find_version(name, None, caller.tenant)).digest])
+    return await _adapter_response(library, caller, name)
+
+
+def _visibility(value: Any) -> str | list[str]:
+    """Raises ApiError 400. Whether there are such tenants is not asked: nobody can find out by it."""
+    if value in (PRIVATE, PUBLIC):
+        return str(value)
+    if (
+        isinstance(value, list)
+        and len(value) <= MAX_GRANTS
+        and all(isinstance(tenant, str) and valid_name(tenant) for tenant in value)
+    ):
+        return value
+    message = f'\'visibility\' should be "private", "public" or a list of at most {MAX_GRANTS} tenants'
+    raise ApiError(400, f"{message} (value {shown(value)}).", code="invalid_visibility", param="visibility")
 
 
 @router.delete("/{name}")
-async def delete_adapter(name: str, library: Lib, condition: Cond) -> dict[str, Any]:
+@allow("manage")
+async def delete_adapter(name: str, library: Lib, condition: Cond, caller: CallerDep) -> dict[str, Any]:
     """Deletes an adapter with all its versions. Running requests finish. Says which stored bytes become free."""
     async with library.catalogue.write() as edits:
-        removed = await edits.remove_adapter(name, condition=condition)
+        removed = await edits.remove_adapter(name, caller.tenant, condition)
     library.reclaim(removed)
     return _removed_json(name, "adapter", removed)
 
@@ -335,46 +381,59 @@ async def delete_adapter(name: str, library: Lib, condition: Cond) -> dict[str, 
 
 
 @router.get("/{name}/versions")
-async def list_versions(name: str, library: Lib, limit: Limit = 20, after: str = "0") -> dict[str, Any]:
+@allow("any")
+async def list_versions(
+    name: str, library: Lib, caller: CallerDep, limit: Limit = 20, after: str = "0"
+) -> dict[str, Any]:
     """Versions by number. `after`: a number, or an id of this list."""
     number = after.rpartition("@")[2]
     if not (number.isascii() and number.isdigit() and len(number) < 10):
         raise ApiError(
             400, f"after is a version's number or id (value {shown(after)}).", code="invalid_cursor", param="after"
         )
-    page = await library.catalogue.list_versions(name, limit, int(number))
+    page = await library.catalogue.list_versions(name, limit, int(number), caller.namespace, caller.viewer)
     residency = await library.residency([version.digest for version in page.items])
     return _list_json([_version_json(name, version, library, residency) for version in page.items], page.has_more)
 
 
+async def _version(library: Library, caller: Caller, name: str, version: str) -> Version:
+    return await library.catalogue.get_version(name, _selector(name, version), caller.namespace, caller.viewer)
+
+
 @router.get("/{name}/versions/{version}")
-async def get_version(name: str, version: str, library: Lib) -> dict[str, Any]:
+@allow("any")
+async def get_version(name: str, version: str, library: Lib, caller: CallerDep) -> dict[str, Any]:
     """One version, by number or alias."""
-    found = await library.catalogue.get_version(name, _selector(name, version))
+    found = await _version(library, caller, name, version)
     return _version_json(name, found, library, await library.residency([found.digest]))
 
 
 @router.delete("/{name}/versions/{version}")
-async def delete_version(name: str, version: int, library: Lib, condition: Cond) -> dict[str, Any]:
+@allow("manage")
+async def delete_version(name: str, version: int, library: Lib, condition: Cond, caller: CallerDep) -> dict[str, Any]:
     """Deletes a version; its number is never used again. 409 for the default while there are others, and for one with
     aliases. The adapter goes with its last version."""
     async with library.catalogue.write() as edits:
-        removed = await edits.remove_version(name, version, condition=condition)
+        removed = await edits.remove_version(name, version, caller.tenant, condition)
     library.reclaim(removed)
     return _removed_json(f"{name}@{version}", "adapter.version", removed)
 
 
 @router.get("/{name}/versions/{version}/files")
-async def list_files(name: str, version: str, library: Lib) -> dict[str, Any]:
+@allow("any")
+async def list_files(name: str, version: str, library: Lib, caller: CallerDep) -> dict[str, Any]:
     """The files of a version."""
-    found = await library.catalogue.get_version(name, _selector(name, version))
+    found = await _version(library, caller, name, version)
     return _list_json([_file_json(found, file.filename) for file in found.files], False)
 
 
 @router.get("/{name}/versions/{version}/files/{filename}", response_class=FileResponse)
-async def get_file(request: Request, name: str, version: str, filename: str, library: Lib) -> Response:
+@allow("upload", "manage")
+async def get_file(
+    request: Request, name: str, version: str, filename: str, library: Lib, caller: CallerDep
+) -> Response:
     """The bytes as they were uploaded. The ETag is their sha256; ranges work."""
-    found = await library.catalogue.get_version(name, _selector(name, version))
+    found = await _version(library, caller, name, version)
     file = next((file for file in found.files if file.filename == filename), None)
     missing = ApiError(404, f"Version {found.number} of {name!r} has no file {shown(filename)}.", code="file_not_found")
     if file is None:
@@ -382,7 +441,7 @@ async def get_file(request: Request, name: str, version: str, filename: str, lib
     headers = {"ETag": f'"{file.sha256}"', "Cache-Control": "private, no-cache"}
     if _matches(request.headers.get("if-none-match", ""), headers["ETag"]):
         return Response(status_code=304, headers=headers)
-    path = await library.sound_file(name, found, file)
+    path = await library.sound_file(name, found, file, caller.namespace)
     try:
         stat = await asyncio.to_thread(os.stat, path)
     except FileNotFoundError:
@@ -395,30 +454,35 @@ async def get_file(request: Request, name: str, version: str, filename: str, lib
 
 
 @router.put("/{name}/aliases/{alias}")
-async def put_alias(name: str, alias: str, body: AliasTarget, library: Lib, condition: Cond) -> Response:
+@allow("manage")
+async def put_alias(
+    name: str, alias: str, body: AliasTarget, library: Lib, condition: Cond, caller: CallerDep
+) -> Response:
     """Points an alias to a version: `name@alias` in requests. 201 when the alias is new."""
     if not valid_alias(alias):
         message = f"An alias is {ALIAS_RULE} (value {shown(alias)})."
         raise ApiError(400, message, code="invalid_alias", param="alias")
     async with library.catalogue.write() as edits:
-        new = await edits.set_alias(name, alias, body.version, condition=condition)
+        new = await edits.set_alias(name, alias, body.version, caller.tenant, condition)
     answer = {"id": f"{name}@{alias}", "object": "adapter.alias", "alias": alias, "version": body.version}
     return JSONResponse(answer, 201 if new else 200)
 
 
 @router.delete("/{name}/aliases/{alias}")
-async def delete_alias(name: str, alias: str, library: Lib, condition: Cond) -> dict[str, Any]:
+@allow("manage")
+async def delete_alias(name: str, alias: str, library: Lib, condition: Cond, caller: CallerDep) -> dict[str, Any]:
     """Removes an alias; the version stays."""
     async with library.catalogue.write() as edits:
-        await edits.remove_alias(name, alias, condition=condition)
+        await edits.remove_alias(name, alias, caller.tenant, condition)
     return {"id": f"{name}@{alias}", "object": "adapter.alias", "deleted": True}
 
 
 # ---------------------------------------------------------------- residency
 
 
-async def _wanted(library: Library, name: str, version: str | None) -> Resolved:
-    found = await library.catalogue.find_version(name, None if version is None else _selector(name, version))
+async def _wanted(library: Library, caller: Caller, name: str, version: str | None) -> Resolved:
+    selector = None if version is None else _selector(name, version)
+    found = await library.catalogue.find_version(name, selector, caller.namespace, caller.viewer)
     found.require_base(library.engine.manifest.fingerprint)
     if not library.engine.ready.is_set():
         raise EngineUnavailable("it is not ready")
@@ -438,10 +502,13 @@ async def _residency_response(library: Library, found: Resolved, status: int) ->
 
 
 @router.post("/{name}/load", status_code=202)
-async def load_adapter(name: str, library: Lib, version: str | None = None, wait: bool = False) -> Response:
+@allow("manage")
+async def load_adapter(
+    name: str, library: Lib, caller: CallerDep, version: str | None = None, wait: bool = False
+) -> Response:
     """Brings a version (the default one, a number or an alias) to the device: 202 at once, or with `wait` 200 when it
     is there."""
-    found = await _wanted(library, name, version)
+    found = await _wanted(library, caller, name, version)
     if wait:
         await library.engine.load(found.digest)
     else:
@@ -450,10 +517,13 @@ async def load_adapter(name: str, library: Lib, version: str | None = None, wait
 
 
 @router.post("/{name}/unload", status_code=202)
-async def unload_adapter(name: str, library: Lib, version: str | None = None, wait: bool = False) -> Response:
+@allow("manage")
+async def unload_adapter(
+    name: str, library: Lib, caller: CallerDep, version: str | None = None, wait: bool = False
+) -> Response:
     """Drops a version from the device's and the host's memory when no request uses it any more: 202 at once, or with
     `wait` 200 when it is done. The next request that names it brings it back."""
-    found = await _wanted(library, name, version)
+    found = await _wanted(library, caller, name, version)
     if wait:
         await library.engine.unload(found.digest)
     else:

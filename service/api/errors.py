@@ -29,9 +29,11 @@ from service.engine.errors import EngineCallFailed, EngineCallTimedOut, EngineEr
 from service.store.errors import (
     CatalogueError,
     CatalogueUnavailable,
+    CatalogueUnusable,
     Conflict,
     NotFound,
     PreconditionFailed,
+    QuotaReached,
     UnstorableText,
 )
 
@@ -131,6 +133,7 @@ def as_api_error(exc: Exception) -> ApiError:
             status = 412 if isinstance(exc, PreconditionFailed) else 400 if isinstance(exc, UnstorableText) else status
             if isinstance(exc, CatalogueUnavailable):
                 return ApiError(exc.status, str(exc), code=exc.code, retry_after_s=exc.retry_after_s)
+            status = exc.status if isinstance(exc, QuotaReached) else status
             return ApiError(status, str(exc), code=exc.code, param=exc.param)
         case EngineRefused():
             return _from_refusal(exc)
@@ -251,6 +254,9 @@ async def answer(request: Request, exc: Exception) -> Response:
     error = as_api_error(exc)
     if error.status == 500:
         log.get(__name__).error("request failed", exc_info=exc)
+    elif isinstance(exc, (CatalogueUnusable, StoreUnavailable)):
+        reason = exc.reason if isinstance(exc, CatalogueUnusable) else exc.detail
+        log.get(__name__).warning("what keeps the adapters cannot be used", reason=reason)
     request.scope.setdefault("state", {})["error_code"] = error.code
     return error.response()
 

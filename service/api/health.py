@@ -11,13 +11,15 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from service import __version__
+from service.api.auth import Route, allow
 from service.api.deps import ServicesDep
 from service.store.errors import CatalogueError
 
-router = APIRouter(tags=["operation"])
+router = APIRouter(tags=["operation"], route_class=Route)
 
 
 @router.get("/", include_in_schema=False)
+@allow("any")
 async def index(request: Request, services: ServicesDep) -> dict[str, Any]:
     """Where to go from here."""
     return {
@@ -34,16 +36,20 @@ async def index(request: Request, services: ServicesDep) -> dict[str, Any]:
 
 
 @router.get("/health", summary="The process lives")
+@allow("open")
 async def health() -> dict[str, str]:
     return {"status": "ok"}
 
 
 @router.get("/ready", summary="The model is loaded and the engine answers")
+@allow("open")
 async def ready(services: ServicesDep) -> Response:
     """200, or 503 with the reason while requests would fail."""
     engine = services.engine
     if engine.healthy:
-        return JSONResponse({"status": "ready", "model": services.base_name})
+        # Whoever has no key is told no more than a load balancer needs.
+        model = {} if services.settings.multi_tenant else {"model": services.base_name}
+        return JSONResponse({"status": "ready", **model})
     if engine.last_ready is None:
         reason = "the engine is starting"
     elif not engine.ready.is_set():
@@ -54,6 +60,7 @@ async def ready(services: ServicesDep) -> Response:
 
 
 @router.get("/metrics", summary="Figures for Prometheus", response_class=Response)
+@allow("admin")
 async def metrics(services: ServicesDep) -> Response:
     merges = None
     with contextlib.suppress(CatalogueError):  # without its database the service has all the other figures
@@ -64,6 +71,7 @@ async def metrics(services: ServicesDep) -> Response:
 
 
 @router.get("/version", summary="What is running")
+@allow("any")
 async def version(services: ServicesDep) -> dict[str, Any]:
     hello = services.engine.last_ready
     engine = None

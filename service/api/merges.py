@@ -15,11 +15,11 @@ from pydantic import AfterValidator, Field, StrictInt, StrictStr
 
 from adapters.merge_request import MAX_SOURCES, METHODS, MIN_SHARD_BYTES
 from service.api.adapters import Limit, Route, _list_json, _matches
+from service.api.auth import CallerDep, allow
 from service.api.errors import ApiError, shown
 from service.api.schemas import Model, Strict, _text
 from service.merges import Merges, Wanted
 from service.store.merges import Job, State
-from service.store.tables import DEFAULT_TENANT
 
 router = APIRouter(prefix="/v1/merges", tags=["merges"], route_class=Route)
 
@@ -74,11 +74,6 @@ def get_merges(request: Request) -> Merges:
     return merges
 
 
-def get_tenant() -> str:
-    """Whose merges these are."""
-    return DEFAULT_TENANT
-
-
 def get_key(
     idempotency_key: Annotated[
         str | None,
@@ -99,7 +94,6 @@ def get_key(
 
 
 MergesDep = Annotated[Merges, Depends(get_merges)]
-Tenant = Annotated[str, Depends(get_tenant)]
 Key = Annotated[str | None, Depends(get_key)]
 
 
@@ -132,19 +126,21 @@ def merge_json(job: Job) -> dict[str, Any]:
 
 
 @router.post("", status_code=202)
-async def create_merge(body: MergeRequest, merges: MergesDep, tenant: Tenant, key: Key) -> Response:
+@allow("upload")
+async def create_merge(body: MergeRequest, merges: MergesDep, caller: CallerDep, key: Key) -> Response:
     """Queues a merge. 200 with the merge as it is now if this Idempotency-Key has started it already."""
-    job, new = await merges.submit(body.wanted(), key, tenant)
+    job, new = await merges.submit(body.wanted(), key, caller.tenant, caller.viewer)
     return JSONResponse(merge_json(job), 202 if new else 200, {"Location": f"/v1/merges/{job.id}"})
 
 
 @router.get("")
+@allow("upload", "manage")
 async def list_merges(
-    merges: MergesDep, tenant: Tenant, limit: Limit = 20, after: str | None = None, state: State | None = None
+    merges: MergesDep, caller: CallerDep, limit: Limit = 20, after: str | None = None, state: State | None = None
 ) -> dict[str, Any]:
     """Merges, the newest first. `after`: the id of one of them."""
     async with merges.library.catalogue.merges() as table:
-        page = await table.page(limit, after, state, tenant)
+        page = await table.page(limit, after, state, caller.tenant)
     return _list_json([merge_json(job) for job in page.items], page.has_more)
 
 
@@ -154,32 +150,36 @@ async def _job(merges: Merges, identity: str, tenant: str) -> Job:
 
 
 @router.get("/{merge}")
-async def get_merge(merge: str, merges: MergesDep, tenant: Tenant) -> dict[str, Any]:
+@allow("upload", "manage")
+async def get_merge(merge: str, merges: MergesDep, caller: CallerDep) -> dict[str, Any]:
     """One merge: queued, running, succeeded, failed (`error` says why) or cancelled."""
-    return merge_json(await _job(merges, merge, tenant))
+    return merge_json(await _job(merges, merge, caller.tenant))
 
 
 @router.delete("/{merge}")
-async def delete_merge(merge: str, merges: MergesDep, tenant: Tenant) -> dict[str, Any]:
+@allow("upload", "manage")
+async def delete_merge(merge: str, merges: MergesDep, caller: CallerDep) -> dict[str, Any]:
     """Cancels a merge that is queued or running, and answers with it. Any other is deleted, a checkpoint with its
     files; an adapter that it made stays."""
-    cancelled = await merges.delete(merge, tenant)
+    cancelled = await merges.delete(merge, caller.tenant)
     if cancelled is not None:
         return merge_json(cancelled)
     return {"id": merge, "object": "merge", "deleted": True}
 
 
 @router.get("/{merge}/files")
-async def list_merge_files(merge: str, merges: MergesDep, tenant: Tenant) -> dict[str, Any]:
+@allow("upload", "manage")
+async def list_merge_files(merge: str, merges: MergesDep, caller: CallerDep) -> dict[str, Any]:
     """The files of a checkpoint; none before it is complete."""
-    files = (await _job(merges, merge, tenant)).files
+    files = (await _job(merges, merge, caller.tenant)).files
     return _list_json([{"id": file["name"], "object": "merge.file", **file} for file in files], False)
 
 
 @router.get("/{merge}/files/{filename}", response_class=FileResponse)
-async def get_merge_file(request: Request, merge: str, filename: str, merges: MergesDep, tenant: Tenant) -> Response:
+@allow("upload", "manage")
+async def get_merge_file(request: Request, merge: str, filename: str, merges: MergesDep, caller: CallerDep) -> Response:
     """One file of a checkpoint. The ETag is its sha256; ranges work, so a download can be resumed."""
-    job = await _job(merges, merge, tenant)
+    job = await _job(merges, merge, caller.tenant)
     file = next((file for file in job.files if file["name"] == filename), None)
     missing = ApiError(404, f"Merge {job.id} has no file {shown(filename)}.", code="file_not_found")
     if file is None:

@@ -12,6 +12,7 @@ from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
 from service import log
+from service.api.auth import SINGLE_USER, Caller, CallerDep, Route, allow, caller_of, limit_error
 from service.api.deps import EventStream, Services, ServicesDep, unless_gone
 from service.api.errors import ApiError, as_api_error, invalid
 from service.api.formats import DONE, ChatFormat, CompletionFormat, Format, error_event
@@ -22,7 +23,7 @@ from service.engine.messages import AdapterRef, Limits, SamplingParams
 from service.store.errors import NotFound
 from service.store.records import Adapter
 
-router = APIRouter(tags=["inference"])
+router = APIRouter(tags=["inference"], route_class=Route)
 
 COMPLETION_MAX_TOKENS = 16
 """OpenAI's default for completions; a chat answer may be as long as the context allows."""
@@ -39,8 +40,10 @@ class Target:
 
 
 @router.post("/v1/completions", summary="Complete prompts")
+@allow("infer", metered=True)
 async def completions(body: CompletionRequest, request: Request, services: ServicesDep) -> Response:
-    target = await resolve(services, body)
+    caller = caller_of(request)
+    target = await resolve(services, body, caller)
     prompts = [prompt for prompt in body.prompt if isinstance(prompt, list)]
     texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
     if texts:
@@ -51,7 +54,7 @@ async def completions(body: CompletionRequest, request: Request, services: Servi
     vocabulary = services.engine.manifest.vocab_size
     for i, ids in enumerate(prompts):
         check_ids(ids, vocabulary, f"prompt[{i}]" if len(prompts) > 1 else "prompt")
-    max_tokens = COMPLETION_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    max_tokens = _granted(caller, body.max_tokens, COMPLETION_MAX_TOKENS)
     # The engine makes at least one token, also where the prompt is only to be scored.
     sampling = _sampling(services, body, max(1, max_tokens), logprobs=body.logprobs, echo=body.echo)
     check_lengths(prompts, sampling, body.n, limits, "prompt")
@@ -60,27 +63,34 @@ async def completions(body: CompletionRequest, request: Request, services: Servi
         echo = texts or [
             services.tokenizer.decode(ids, skip_special_tokens=body.skip_special_tokens) for ids in prompts
         ]
-    job = _job(body, target, prompts, sampling)
+    job = _job(body, caller, target, prompts, sampling)
     job.continues, job.echo, job.score_only = True, echo, max_tokens == 0
     return await _respond(request, services, body, job, target, CompletionFormat)
 
 
 @router.post("/v1/chat/completions", summary="Answer a conversation")
+@allow("infer", metered=True)
 async def chat_completions(body: ChatRequest, request: Request, services: ServicesDep) -> Response:
-    target = await resolve(services, body)
+    caller = caller_of(request)
+    target = await resolve(services, body, caller)
     ids = await chat_prompt(services, body)
     limits = services.engine.limits
     check_ids(ids, services.engine.manifest.vocab_size, "messages")
-    max_tokens = body.max_completion_tokens or body.max_tokens or max(1, capacity(limits) - len(ids))
+    asked = body.max_completion_tokens or body.max_tokens
+    max_tokens = _granted(caller, asked, max(1, capacity(limits) - len(ids)))
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     sampling = _sampling(services, body, max_tokens, logprobs=logprobs)
     check_lengths([ids], sampling, body.n, limits, "messages")
-    return await _respond(request, services, body, _job(body, target, [ids], sampling), target, ChatFormat)
+    return await _respond(request, services, body, _job(body, caller, target, [ids], sampling), target, ChatFormat)
 
 
 @router.get("/v1/models", summary="The base model and every adapter")
+@allow("any")
 async def list_models(
-    services: ServicesDep, limit: Annotated[int | None, Query(ge=1, le=1000)] = None, after: str | None = None
+    services: ServicesDep,
+    caller: CallerDep,
+    limit: Annotated[int | None, Query(ge=1, le=1000)] = None,
+    after: str | None = None,
 ) -> dict[str, Any]:
     """All of them, unless `limit` is given: OpenAI's clients do not page here. The base model comes first."""
     data: list[dict[str, Any]] = []
@@ -92,20 +102,28 @@ async def list_models(
     more = True
     while more and (limit is None or len(data) < limit):
         count = _MODELS_AT_ONCE if limit is None else limit - len(data)
-        page = await services.catalogue.list_adapters(count, after, fingerprint=fingerprint)
-        data += [_adapter_model(services, adapter) for adapter in page.items]
+        page = await services.catalogue.list_adapters(
+            count,
+            after,
+            fingerprint=fingerprint,
+            tenant=caller.tenant,
+            others=caller is not SINGLE_USER,
+            viewer=caller.viewer,
+        )
+        data += [_adapter_model(services, caller, adapter) for adapter in page.items]
         more = page.has_more
-        after = page.items[-1].name if page.items else after
+        after = data[-1]["id"] if page.items else after
     first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
     return {"object": "list", "data": data, "first_id": first, "last_id": last, "has_more": more}
 
 
 @router.get("/v1/models/{model:path}", summary="One model")
-async def get_model(model: str, services: ServicesDep) -> dict[str, Any]:
+@allow("any")
+async def get_model(model: str, services: ServicesDep, caller: CallerDep) -> dict[str, Any]:
     if model == services.base_name:
         return _base_model(services)
     try:
-        found = await services.catalogue.resolve(model)
+        found = await services.catalogue.resolve(model, caller.namespace, caller.viewer)
     except NotFound as exc:
         raise _unknown_model(model, "model", exc) from exc
     if (ready := services.engine.last_ready) is not None:
@@ -113,7 +131,7 @@ async def get_model(model: str, services: ServicesDep) -> dict[str, Any]:
     return _model(services, model, found.created_at, services.base_name)
 
 
-async def resolve(services: Services, body: Sampled) -> Target:
+async def resolve(services: Services, body: Sampled, caller: Caller) -> Target:
     """The adapters of a request; the engine starts to fetch them while the prompt is still being tokenised."""
     require_engine(services)
     wanted: Sequence[AdapterWeight] = body.adapters or ()
@@ -130,17 +148,27 @@ async def resolve(services: Services, body: Sampled) -> Target:
     names: list[str] = []
     for i, adapter in enumerate(wanted):
         try:
-            found = await services.catalogue.resolve(adapter.name)
+            found = await services.catalogue.resolve(adapter.name, caller.namespace, caller.viewer)
         except NotFound as exc:
             raise _unknown_model(adapter.name, f"adapters[{i}].name" if composed else "model", exc) from exc
         found.require_base(services.engine.manifest.fingerprint)
         # The same adapter twice is one with the sum of its weights.
         weights[found.digest] = weights.get(found.digest, 0.0) + adapter.weight
-        names.append(f"{found.name}@{found.version}")
+        names.append(f"{caller.says(found.tenant, found.name)}@{found.version}")
     adapters = tuple(AdapterRef(digest, weight) for digest, weight in weights.items() if weight != 0.0)
     if adapters:
         services.engine.prefetch(adapter.digest for adapter in adapters)
     return Target(adapters, ", ".join(names))
+
+
+def _granted(caller: Caller, asked: int | None, default: int) -> int:
+    """Tokens that the answer may have. Raises ApiError 422 for more than the tenant's limit."""
+    most = caller.limits.max_tokens
+    if most is None:
+        return default if asked is None else asked
+    if asked is not None and asked > most:
+        raise limit_error(422, caller, "max_tokens", most, f"; the request asks for {asked}")
+    return min(default, most) if asked is None else asked
 
 
 def _unknown_model(model: str, param: str, exc: NotFound) -> ApiError:
@@ -192,7 +220,7 @@ def _sampling(
     )
 
 
-def _job(body: Sampled, target: Target, prompts: list[list[int]], sampling: SamplingParams) -> Job:
+def _job(body: Sampled, caller: Caller, target: Target, prompts: list[list[int]], sampling: SamplingParams) -> Job:
     return Job(
         # Not the x-request-id, which is the client's and may come twice.
         request_id=uuid.uuid4().hex,
@@ -200,6 +228,10 @@ def _job(body: Sampled, target: Target, prompts: list[list[int]], sampling: Samp
         sampling=sampling,
         n=body.n,
         adapters=target.adapters,
+        salt=caller.salt,
+        tenant=caller.tenant,
+        weight=caller.weight,
+        priority=body.priority,
         stop=body.stop,
         include_stop=body.include_stop_str_in_output,
         skip_special_tokens=body.skip_special_tokens,
@@ -275,8 +307,8 @@ def _base_model(services: Services) -> dict[str, Any]:
     return _model(services, services.base_name, services.started_at, None)
 
 
-def _adapter_model(services: Services, adapter: Adapter) -> dict[str, Any]:
-    return _model(services, adapter.name, adapter.created_at, services.base_name)
+def _adapter_model(services: Services, caller: Caller, adapter: Adapter) -> dict[str, Any]:
+    return _model(services, caller.says(adapter.tenant, adapter.name), adapter.created_at, services.base_name)
 
 
 def _model(services: Services, name: str, created: float, parent: str | None) -> dict[str, Any]:

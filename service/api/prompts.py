@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import APIRouter
 
+from service.api.auth import Route, allow
 from service.api.deps import Services, ServicesDep
 from service.api.errors import invalid
 from service.api.schemas import ChatRequest, DetokenizeRequest, Message, TokenizeRequest
@@ -15,13 +16,14 @@ from service.chat_template import ChatTemplateError
 from service.engine.errors import EngineUnavailable
 from service.engine.messages import Limits
 
-router = APIRouter(tags=["tokens"])
+router = APIRouter(tags=["tokens"], route_class=Route)
 
 # Rendering and encoding so much takes under a millisecond; more goes to a thread.
 _INLINE_CHARACTERS = 2048
 
 
 @router.post("/tokenize", summary="Token ids of a text or of a conversation")
+@allow("any", metered=True)
 async def tokenize(body: TokenizeRequest, services: ServicesDep) -> dict[str, Any]:
     tokenizer = services.tokenizer
     if body.messages is not None:
@@ -42,6 +44,7 @@ async def tokenize(body: TokenizeRequest, services: ServicesDep) -> dict[str, An
 
 
 @router.post("/detokenize", summary="The text of token ids")
+@allow("any", metered=True)
 async def detokenize(body: DetokenizeRequest, services: ServicesDep) -> dict[str, Any]:
     check_ids(body.tokens or [0], services.tokenizer.vocab_size, "tokens")
     text = await asyncio.to_thread(services.tokenizer.decode, body.tokens, skip_special_tokens=body.skip_special_tokens)

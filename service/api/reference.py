@@ -10,6 +10,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 
+from service.api.auth import RULES, Rule
 from service.store.names import ALIAS, NAME
 
 Json = dict[str, Any]
@@ -41,12 +42,22 @@ FAILURES: dict[str, tuple[int, ...]] = {
     "delete_alias": _CHANGE,
     "load_adapter": (400, 404, 409, 503),
     "unload_adapter": (400, 404, 409, 503),
-    "create_merge": (*_BODY, 404, 409, 422, 429, 503, 507),
+    "create_merge": (*_BODY, 403, 404, 409, 422, 429, 503, 507),
     "list_merges": (400, 404),
     "get_merge": _NAMED,
     "delete_merge": _NAMED,
     "list_merge_files": _NAMED,
     "get_merge_file": (404, 416),
+    "create_tenant": (*_BODY, 409),
+    "list_tenants": (400,),
+    "get_tenant": _NAMED,
+    "change_tenant": (*_BODY, 404),
+    "delete_tenant": (404, 409),
+    "create_key": (*_BODY, 404),
+    "list_keys": (400, 404),
+    "get_key": _NAMED,
+    "delete_key": _NAMED,
+    "list_audit": (400,),
     "health": (),
     "ready": (),
     "metrics": (),
@@ -132,6 +143,8 @@ PARAMETERS: dict[str, Any] = {
     "filename": "adapter_config.json",
     "merge": "merge-0123456789abcdef01234567",
     "alias": "prod",
+    "tenant": "acme",
+    "key": "0123456789abcdef",
 }
 """Example of each path parameter. `pirate` comes with `make serve`."""
 
@@ -176,6 +189,11 @@ def examples(base: str) -> dict[str, dict[str, Json]]:
                 "sources": [{"adapter": "pirate@1"}, {"adapter": "headline"}]},
         },
         "put_alias": {"Version 1": {"version": 1}},
+        "create_tenant": {
+            "A tenant with limits": {"name": "acme", "weight": 2, "limits": {"requests_per_minute": 600}},
+        },
+        "change_tenant": {"Fewer requests at once": {"limits": {"concurrent_requests": 8}}},
+        "create_key": {"For an application": {"scopes": ["infer"], "description": "the web shop"}},
     }  # fmt: skip
 
 
@@ -208,18 +226,18 @@ def operation_id(route: APIRoute) -> str:
     return route.name
 
 
-def install(app: FastAPI, base: str) -> None:
+def install(app: FastAPI, base: str, *, with_keys: bool = False) -> None:
     """Makes `app.openapi()` the document of this module, built when it is first asked for."""
 
     def openapi() -> Json:
         if app.openapi_schema is None:
-            app.openapi_schema = _document(app, base)
+            app.openapi_schema = _document(app, base, with_keys)
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-def _document(app: FastAPI, base: str) -> Json:
+def _document(app: FastAPI, base: str, with_keys: bool) -> Json:
     document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
     schemas = document["components"]["schemas"]
     for unused in ("HTTPValidationError", "ValidationError"):
@@ -229,7 +247,33 @@ def _document(app: FastAPI, base: str) -> Json:
     for path in document["paths"].values():
         for operation in path.values():
             _complete(operation, bodies.get(operation["operationId"]))
+            if with_keys:
+                _secure(operation, RULES[operation["operationId"]])
+    if with_keys:
+        document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     return document
+
+
+def _secure(operation: Json, rule: Rule) -> None:
+    """What a key has to do with it: `x-loraplex-rule` names what a caller needs (service/api/auth.py)."""
+    operation["x-loraplex-rule"] = rule.words
+    operation["security"] = [] if rule.open else [{"key": []}]
+    if rule.open:
+        return
+    codes = (400, 401, 403, 404, *((422, 429) if rule.metered else ()))
+    operation["responses"].update({str(code): _failure(code) for code in codes})
+    operation["responses"] = dict(sorted(operation["responses"].items()))
+    operation["parameters"].append({
+        "name": "tenant", "in": "query", "schema": {"type": "string"},
+        "description": "Whose names are meant, other than the key's own; with the admin key: who acts.",
+    })  # fmt: skip
+
+
+def _failure(code: int) -> Json:
+    return {
+        "description": HTTPStatus(code).phrase,
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
+    }
 
 
 def _complete(operation: Json, bodies: dict[str, Json] | None) -> None:
@@ -239,10 +283,7 @@ def _complete(operation: Json, bodies: dict[str, Json] | None) -> None:
     for status, response in SUCCESSES.get(name, {}).items():
         responses[status] = dict(response)
     for code in FAILURES[name]:
-        responses[str(code)] = {
-            "description": HTTPStatus(code).phrase,
-            "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
-        }
+        responses[str(code)] = _failure(code)
     if bodies is not None:
         content = operation["requestBody"]["content"]["application/json"]
         content["examples"] = {title: {"summary": title, "value": value} for title, value in bodies.items()}

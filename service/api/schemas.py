@@ -212,6 +212,8 @@ class Sampled(Strict):
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     skip_special_tokens: bool = True
+    priority: int = Field(0, ge=-100, le=100)
+    """Higher goes first, among the same tenant's requests."""
 
     @model_validator(mode="before")
     @classmethod

@@ -110,9 +110,10 @@ class Catalogue:
     def database(self) -> Database:
         return self._database
 
-    async def resolve(self, model: str, tenant: str = DEFAULT_TENANT, viewer: str | None = None) -> Resolved:
-        """What `adapter`, `adapter@3`, `adapter@alias` or `owner/adapter...` means now to `viewer` (None: to one who
-        sees everything); a plain name is `tenant`'s. Raises AdapterNotFound, VersionNotFound."""
+    async def resolve(self, model: str, tenant: str = DEFAULT_TENANT, viewer: str | None = "") -> Resolved:
+        """What `adapter`, `adapter@3`, `adapter@alias` or `owner/adapter...` means now to `viewer` (empty: to `tenant`;
+        None: to one who sees everything); a plain name is `tenant`'s. Raises AdapterNotFound, VersionNotFound."""
+        viewer = tenant if viewer == "" else viewer
         given, text = split_model(model)
         tenant, name = split_owner(given, tenant)
         if not valid_name(name) or not valid_name(tenant):

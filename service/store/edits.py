@@ -10,6 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from service.store import quotas
 from service.store.blob_book import BlobBook
 from service.store.errors import AdapterNotFound, AliasNotFound, PreconditionFailed, VersionInUse, VersionNotFound
 from service.store.merges import MergeTable, require_no_merge
@@ -55,6 +56,10 @@ class Edits:
             return False, None
         statement = sa.select(versions.c.number).where(versions.c.adapter_id == row.id, versions.c.digest == digest)
         return True, await self._connection.scalar(statement)
+
+    async def require_room(self, name: str, new: NewVersion, tenant: str = DEFAULT_TENANT) -> None:
+        """Raises QuotaReached if the tenant may not keep this as one more version of the adapter."""
+        await quotas.require_room(self._connection, tenant, name, new)
 
     async def publish(self, name: str, new: NewVersion, *, default: bool, tenant: str = DEFAULT_TENANT) -> int:
         """Adds a version, and the adapter with it if there is none; returns its number.

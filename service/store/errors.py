@@ -14,6 +14,7 @@ CatalogueError
 │   ├── VersionInUse         the version is the default, or an alias points to it
 │   └── WrongBase            the version was made for another base model
 ├── PreconditionFailed       If-Match / If-None-Match does not hold
+├── QuotaReached             a limit of the tenant is in the way
 ├── UnstorableText           text that the database cannot hold
 └── CatalogueUnavailable
     ├── CatalogueFull        the disk is full
@@ -138,6 +139,17 @@ class UnstorableText(CatalogueError):  # noqa: N818
 
     def __init__(self) -> None:
         super().__init__("A text of the request has the character U+0000, which cannot be stored.")
+
+
+class QuotaReached(CatalogueError):  # noqa: N818
+    """A limit of the tenant (service/limits.py) is in the way. `status`: of the HTTP error; `param`: the limit."""
+
+    code = "limit_exceeded"
+
+    def __init__(self, name: str, limit: int, detail: str, *, status: int = 413) -> None:
+        super().__init__(f"This would exceed the tenant's limit {name} of {limit}: {detail}.")
+        self.param = name
+        self.status = status
 
 
 class CatalogueUnavailable(CatalogueError):  # noqa: N818

@@ -1,0 +1,243 @@
+"""/v1/tenants and /v1/audit, for the admin key: who may use the server, with which keys, and how much of it."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import Field, StrictBool, StrictInt, StrictStr
+
+from service.api.adapters import Lib, Limit, _list_json
+from service.api.auth import Guards, Route, allow
+from service.api.errors import ApiError, shown
+from service.api.schemas import Strict
+from service.limits import LIMITS
+from service.store.names import NAME_RULE, valid_name
+from service.store.tenants import Action, Key, Tenant
+
+router = APIRouter(tags=["tenants"], route_class=Route)
+
+MAX_WEIGHT = 1000.0
+_Limit = Annotated[StrictInt | None, Field(ge=0, lt=2**63)]
+
+
+class LimitsPatch(Strict):
+    """Limits of one tenant. One that is not named stays, null lifts it."""
+
+    requests_per_minute: _Limit = None
+    """Inference requests; 429."""
+    tokens_per_minute: _Limit = None
+    """Tokens of prompts and answers, charged when a request ends; 429 while those of the last minute reach it."""
+    concurrent_requests: _Limit = None
+    """Inference requests being answered; 429."""
+    adapters: _Limit = None
+    """413."""
+    stored_bytes: _Limit = None
+    """Of the files of all versions of all adapters; 413."""
+    resident_bytes: _Limit = None
+    """Of adapters on the device."""
+    max_rank: _Limit = None
+    """Of an adapter; 422."""
+    max_tokens: _Limit = None
+    """Of one answer; 422 where more is asked for."""
+
+    def given(self) -> dict[str, int | None]:
+        return {name: getattr(self, name) for name in LIMITS if name in self.model_fields_set}
+
+
+class TenantCreate(Strict):
+    """POST /v1/tenants."""
+
+    name: StrictStr = Field(max_length=256)
+    weight: float = Field(1.0, gt=0, le=MAX_WEIGHT)
+    """Share of the device against other tenants' while they compete for it."""
+    limits: LimitsPatch = LimitsPatch()
+
+
+class TenantPatch(Strict):
+    """PATCH /v1/tenants/{tenant}; what is not given stays."""
+
+    weight: float = Field(1.0, gt=0, le=MAX_WEIGHT)
+    limits: LimitsPatch = LimitsPatch()
+    disabled: StrictBool = False
+    """Its keys are refused with 403; what it has is kept, and requests that run end as they would."""
+
+
+class KeyCreate(Strict):
+    """POST /v1/tenants/{tenant}/keys."""
+
+    scopes: list[Literal["infer", "upload", "manage"]] = Field(min_length=1, max_length=3)
+    expires_at: Annotated[StrictInt, Field(ge=1, lt=2**53)] | None = None
+    """Seconds since 1970."""
+    description: StrictStr = Field("", max_length=1024)
+
+
+async def get_guards(request: Request) -> Guards:
+    guards: Guards = request.app.state.guards
+    return guards
+
+
+GuardsDep = Annotated[Guards, Depends(get_guards)]
+
+
+def _tenant_json(tenant: Tenant) -> dict[str, Any]:
+    return {
+        "id": tenant.id,
+        "object": "tenant",
+        "name": tenant.id,
+        "weight": tenant.weight,
+        "limits": {name: tenant.limits.get(name) for name in LIMITS},
+        "disabled": tenant.disabled,
+        "created": tenant.created_at,
+    }
+
+
+def _key_json(key: Key) -> dict[str, Any]:
+    return {
+        "id": key.id,
+        "object": "tenant.key",
+        "scopes": list(key.scopes),
+        "description": key.description,
+        "created": key.created_at,
+        "expires_at": key.expires_at,
+        "last_used_at": key.last_used_at,
+    }
+
+
+def _action_json(action: Action) -> dict[str, Any]:
+    return {
+        "id": str(action.number),
+        "object": "audit.action",
+        "at": action.at,
+        "actor": action.actor,
+        "tenant": action.tenant,
+        "action": action.action,
+        "target": action.target,
+        "status": action.status,
+        "request_id": action.request_id,
+    }
+
+
+@router.post("/v1/tenants", status_code=201)
+@allow("admin")
+async def create_tenant(request: Request, body: TenantCreate, guards: GuardsDep) -> Response:
+    """A new tenant. Its name is its id, and its adapters' namespace."""
+    if not valid_name(body.name):
+        message = f"A tenant's name is {NAME_RULE} (value {shown(body.name)})."
+        raise ApiError(400, message, code="invalid_name", param="name")
+    limits = {name: value for name, value in body.limits.given().items() if value is not None}
+    request.scope["state"]["target"] = body.name
+    tenant = await guards.tenants.create(body.name, body.weight, limits)
+    guards.keyring.forget()
+    return JSONResponse(_tenant_json(tenant), 201, {"Location": f"/v1/tenants/{tenant.id}"})
+
+
+@router.get("/v1/tenants")
+@allow("admin")
+async def list_tenants(guards: GuardsDep, limit: Limit = 20, after: str | None = None) -> dict[str, Any]:
+    """Tenants by name."""
+    page = await guards.tenants.list_tenants(limit, after)
+    return _list_json([_tenant_json(tenant) for tenant in page.items], page.has_more)
+
+
+@router.get("/v1/tenants/{tenant}")
+@allow("admin")
+async def get_tenant(tenant: str, guards: GuardsDep, library: Lib) -> dict[str, Any]:
+    """One tenant, with what it uses of its limits now."""
+    found = await guards.tenants.get(tenant)
+    count, stored = await library.catalogue.totals(tenant)
+    used = {**guards.limiter.used(found.number), "adapters": count, "stored_bytes": stored}
+    return {**_tenant_json(found), "used": used}
+
+
+@router.patch("/v1/tenants/{tenant}")
+@allow("admin")
+async def change_tenant(tenant: str, body: TenantPatch, guards: GuardsDep) -> dict[str, Any]:
+    """Changes weight, limits, disabled. It takes effect within a second, here at once."""
+    given = body.model_fields_set
+    changed = await guards.tenants.change(
+        tenant,
+        weight=body.weight if "weight" in given else None,
+        limits=body.limits.given() if "limits" in given else None,
+        disabled=body.disabled if "disabled" in given else None,
+    )
+    guards.keyring.forget()
+    return _tenant_json(changed)
+
+
+@router.delete("/v1/tenants/{tenant}")
+@allow("admin")
+async def delete_tenant(tenant: str, guards: GuardsDep, library: Lib) -> dict[str, Any]:
+    """Deletes a tenant with its keys, adapters and merges. Requests that run end as they would."""
+    removed = await guards.tenants.delete(tenant)
+    guards.keyring.forget()
+    for each in removed:
+        library.reclaim(each)
+    return {"id": tenant, "object": "tenant", "deleted": True, "adapters": len(removed)}
+
+
+@router.post("/v1/tenants/{tenant}/keys", status_code=201)
+@allow("admin")
+async def create_key(request: Request, tenant: str, body: KeyCreate, guards: GuardsDep) -> Response:
+    """A new key. This answer is the only one that shows it. Others stay valid, so that keys can be exchanged while
+    requests come."""
+    if body.expires_at is not None and body.expires_at <= time.time():
+        message = f"'expires_at' should be in the future (value {body.expires_at})."
+        raise ApiError(400, message, code="invalid_expiry", param="expires_at")
+    key, text = await guards.tenants.create_key(tenant, body.scopes, body.expires_at, body.description)
+    request.scope["state"]["target"] = f"{tenant} {key.id}"
+    location = f"/v1/tenants/{tenant}/keys/{key.id}"
+    headers = {"Location": location, "Cache-Control": "no-store"}
+    return JSONResponse({**_key_json(key), "key": text}, 201, headers)
+
+
+@router.get("/v1/tenants/{tenant}/keys")
+@allow("admin")
+async def list_keys(tenant: str, guards: GuardsDep, limit: Limit = 20, after: str | None = None) -> dict[str, Any]:
+    """A tenant's keys by id, without the secrets."""
+    page = await guards.tenants.list_keys(tenant, limit, after)
+    return _list_json([_key_json(key) for key in page.items], page.has_more)
+
+
+@router.get("/v1/tenants/{tenant}/keys/{key}")
+@allow("admin")
+async def get_key(tenant: str, key: str, guards: GuardsDep) -> dict[str, Any]:
+    """One key, by its id. `last_used_at` is entered at most once a minute."""
+    return _key_json(await guards.tenants.get_key(tenant, key))
+
+
+@router.delete("/v1/tenants/{tenant}/keys/{key}")
+@allow("admin")
+async def delete_key(tenant: str, key: str, guards: GuardsDep) -> dict[str, Any]:
+    """Revokes a key: within a second nobody is let in with it any more, in this process at once."""
+    await guards.tenants.delete_key(tenant, key)
+    guards.keyring.forget()
+    return {"id": key, "object": "tenant.key", "deleted": True}
+
+
+@router.get("/v1/audit")
+@allow("admin")
+async def list_audit(
+    guards: GuardsDep,
+    limit: Limit = 20,
+    after: Annotated[str | None, Query(pattern="^[0-9]{1,18}$")] = None,
+    tenant_id: str | None = None,
+) -> dict[str, Any]:
+    """What has been changed by whom, the newest first: uploads, and every management action that succeeded."""
+    page = await guards.tenants.list_actions(limit, None if after is None else int(after), tenant_id)
+    return _list_json([_action_json(action) for action in page.items], page.has_more)
+
+
+single_user = APIRouter(route_class=Route, include_in_schema=False)
+"""In place of the others where there is no admin key."""
+
+
+@single_user.api_route("/v1/tenants", methods=["GET", "POST"])
+@single_user.api_route("/v1/tenants/{rest:path}", methods=["GET", "POST", "PATCH", "DELETE"])
+@single_user.api_route("/v1/audit", methods=["GET"])
+@allow("open")
+async def no_tenants() -> Response:
+    message = "This server has one user and no tenants: it was started without LORAPLEX_ADMIN_KEY."
+    raise ApiError(404, message, code="single_user")
