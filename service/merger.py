@@ -22,6 +22,7 @@ import msgspec
 
 from adapters.blobs import fsync_folder
 from adapters.errors import AdapterRefused, LoraplexAdapterError
+from adapters.merge_request import METHODS
 from adapters.peft_config import CONFIG_NAME
 from service import log
 from service.api.errors import ApiError
@@ -230,7 +231,9 @@ class Merger:
         async def finish(edits: Edits, version: int) -> None:
             await edits.merges.succeed(job, version=version)
 
-        await self._workers.run(stand_back)  # reading the result again is no more urgent than making it
+        await self._workers.run(
+            stand_back, self._settings.merge_priority
+        )  # reading the result again is no more urgent than making it
         await self._library.publish(
             job.name, out / CONFIG_NAME, {WEIGHTS: out / WEIGHTS}, None,
             description=job.description or None, provenance=provenance(job), also=finish, tenant=job.tenant,
@@ -287,7 +290,9 @@ class Heard:
 
 def provenance(job: Job) -> dict[str, Any]:
     """What the version's spec says of its origin."""
-    return {"id": job.id, **job.options, "sources": [asdict(source) for source in job.sources]}
+    drawn = METHODS[str(job.options["method"])].prune == "random"
+    seed = {"seed": 0} if drawn else {}
+    return {"id": job.id, **seed, **job.options, "sources": [asdict(source) for source in job.sources]}
 
 
 def _move(out: Path, final: Path) -> None:

@@ -21,7 +21,7 @@ from adapters.blobs import INDEX_SUFFIX, Blobs
 from adapters.manifest import Manifest
 from adapters.merge_request import MergeOptions, MergeSource, check_merge
 from adapters.peft_config import CONFIG_NAME
-from service.api.errors import ApiError
+from service.api.errors import ApiError, shown
 from service.jobs import Workers
 from service.library import Library
 from service.settings import Settings
@@ -100,10 +100,12 @@ class Merges:
         self._folder = merges_dir(settings)
         self._folder.mkdir(parents=True, exist_ok=True)
 
-    async def submit(self, wanted: Wanted, key: str | None, tenant: str) -> tuple[Job, bool]:
-        """The queued job and True, or the one that this Idempotency-Key has started already and False.
+    async def submit(self, wanted: Wanted, key: str | None, tenant: str, viewer: str | None = None) -> tuple[Job, bool]:
+        """The queued job and True, or the one that this Idempotency-Key has started already and False. `viewer`: whose
+        eyes see the sources; None: everything.
 
-        Raises ApiError (400, 409, 422 with every reason, 429), NotFound, Conflict, EngineUnavailable, OSError ENOSPC.
+        Raises ApiError (400, 403 for another tenant's source, 409, 422 with every reason, 429), NotFound, Conflict,
+        EngineUnavailable, OSError ENOSPC.
         """
         if key is not None:
             async with self.library.catalogue.merges() as table:
@@ -113,7 +115,10 @@ class Merges:
         manifest = self.library.engine.manifest
         sources, size = [], 0
         for model, weight in wanted.sources:
-            found = await self.library.catalogue.resolve(model, tenant)
+            found = await self.library.catalogue.resolve(model, tenant, viewer)
+            if found.tenant != tenant:  # to use what others share is not to take it away
+                message = f"{shown(model)} belongs to another tenant; only adapters of your own can be merged."
+                raise ApiError(403, message, code="not_your_tenant", param="sources")
             found.require_base(manifest.fingerprint)
             size += found.bytes
             sources.append(Source(found.name, found.version, found.digest, weight))

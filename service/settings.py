@@ -84,6 +84,9 @@ class Settings(BaseSettings):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     api_workers: int = Field(1, ge=1, le=256)
+    merge_priority: Literal["idle", "low"] = "idle"
+    """idle: merges have only what nothing else on the machine wants, and stand still while it is fully busy. low: they
+    go on, and slow requests down where processors are short."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["json", "console"] = "console"
     max_positions: Count = 0
@@ -120,7 +123,7 @@ class Settings(BaseSettings):
     eager: bool = False
     prefix_caching: bool = True
 
-    @field_validator("log_level", "log_format", "device", "dtype", mode="before")
+    @field_validator("log_level", "log_format", "device", "dtype", "merge_priority", mode="before")
     @classmethod
     def _lower(cls, value: Any) -> Any:
         return value.lower() if isinstance(value, str) else value
