@@ -1,7 +1,7 @@
 """The process that does one merge and ends with it: `python -m service.merge_job FD TASK`. It loads torch.
 
-By default it runs only on what the processors have left over (SCHED_IDLE, nice 19, one thread). What it has to say goes to the
-file descriptor FD, one JSON object (Said) a line; TASK is the path of a Task as JSON.
+By default it runs only on what the processors have left over (SCHED_IDLE, nice 19, one thread). What it has to say goes
+to the file descriptor FD, one JSON object (Said) a line; TASK is the path of a Task as JSON.
 """
 
 from __future__ import annotations

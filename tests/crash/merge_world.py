@@ -1,0 +1,131 @@
+"""A base that can be merged into, adapters for it, and what merges of them have to give."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import numpy as np
+import psutil
+from safetensors.numpy import load, load_file, save_file
+
+from tests.crash.world import WORDS, Content, World
+from tests.service.launch import wait_for
+
+MERGER, JOB = "service.merger", "service.merge_job"
+Q = "model.layers.0.self_attn.q_proj"
+MERGE_S = 240.0
+FLAGS = ("--merge-priority", "low")
+"""With what others leave over alone, a merge may stand still on a busy machine."""
+
+
+def mergeable(world: World) -> World:
+    """Gives its base the weights of the simulated engine's manifest, and a large tensor that no adapter changes."""
+    rng = np.random.default_rng(7)
+    shapes = {
+        "model.embed_tokens.weight": (WORDS, 16), f"{Q}.weight": (16, 16),
+        "model.layers.0.mlp.down_proj.weight": (16, 32), "model.other.weight": (1024, 1024),
+        "lm_head.weight": (WORDS, 16),
+    }  # fmt: skip
+    tensors = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    save_file(tensors, world.base / "model.safetensors", metadata={"format": "pt"})
+    return world
+
+
+def delta(content: Content) -> np.ndarray:
+    """[16, 16]: alpha / r · B A."""
+    tensors = load(content.weights)
+    a, b = (tensors[f"base_model.model.{Q}.lora_{which}.weight"] for which in "AB")
+    return 8 / a.shape[0] * b @ a
+
+
+class Client:
+    """Merges of one running service."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.http = httpx.Client(base_url=world.url, timeout=60, trust_env=False)
+
+    def upload(self, name: str, seed: int, rank: int = 4) -> Content:
+        content = Content.make(seed, rank)
+        answer = self.http.put(f"/v1/adapters/{name}", files=content.form)
+        assert answer.status_code in (200, 201), answer.text
+        return content
+
+    def post(self, name: str, sources: dict[str, float], key: str | None = None, **options: Any) -> httpx.Response:
+        body = {"name": name, "sources": [{"adapter": a, "weight": w} for a, w in sources.items()], **options}
+        return self.http.post("/v1/merges", json=body, headers={"Idempotency-Key": key} if key else {})
+
+    def submit(self, name: str, sources: dict[str, float], **options: Any) -> str:
+        answer = self.post(name, sources, **options)
+        assert answer.status_code == 202, answer.text
+        assert answer.headers["location"] == f"/v1/merges/{answer.json()['id']}"
+        return str(answer.json()["id"])
+
+    def get(self, identity: str) -> dict[str, Any]:
+        answer = self.http.get(f"/v1/merges/{identity}")
+        assert answer.status_code == 200, answer.text
+        return answer.json()  # type: ignore[no-any-return]
+
+    def until(self, identity: str, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """The merge once it is as wanted; what is not answered (the service is being restarted) is asked again."""
+        seen: dict[str, Any] = {}
+
+        def there() -> bool:
+            try:
+                answer = self.http.get(f"/v1/merges/{identity}")
+            except httpx.TransportError:
+                return False
+            if answer.status_code != 200:
+                return False
+            seen.update(answer.json())
+            return wanted(seen)
+
+        try:
+            wait_for(there, MERGE_S)
+        except TimeoutError:
+            raise AssertionError(f"{seen}\n{self.world.running.log.read_text()}") from None
+        return seen
+
+    def ended(self, identity: str) -> dict[str, Any]:
+        return self.until(identity, lambda job: job["state"] in ("succeeded", "failed", "cancelled"))
+
+    def merger(self) -> psutil.Process:
+        """The merger, once it is there."""
+        wait_for(lambda: self.world.pids(MERGER), 60)
+        return psutil.Process(self.world.pids(MERGER)[0])
+
+    def job(self) -> psutil.Process:
+        """The process of the job that runs, stopped."""
+        found: list[psutil.Process] = []
+
+        def caught() -> bool:
+            for process in self.world.running.children(JOB):
+                process.suspend()
+                found.append(process)
+            return bool(found)
+
+        wait_for(caught, MERGE_S)
+        return found[0]
+
+    def folders(self) -> set[str]:
+        """What lies in the folder of merges, but for empty folders of the merger's own."""
+        root = self.world.data / "merges"
+        return {str(path.relative_to(root)) for path in root.rglob("*")} - {"work"}
+
+    def weights_of(self, identity: str) -> dict[str, np.ndarray]:
+        """All tensors of a finished checkpoint."""
+        tensors: dict[str, np.ndarray] = {}
+        for path in sorted((self.world.data / "merges" / identity).glob("*.safetensors")):
+            tensors |= load_file(path)
+        return tensors
+
+    def adapter_delta(self, name: str, version: int) -> np.ndarray:
+        """[16, 16], of a merged adapter."""
+        root = f"/v1/adapters/{name}/versions/{version}/files"
+        config = json.loads(self.http.get(f"{root}/adapter_config.json").content)
+        tensors = load(self.http.get(f"{root}/adapter_model.safetensors").content)
+        a, b = (tensors[f"base_model.model.{Q}.lora_{which}.weight"] for which in "AB")
+        return config["lora_alpha"] / config["r"] * b @ a
