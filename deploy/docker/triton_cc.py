@@ -44,7 +44,13 @@ def prepare() -> int:
         empty.write_text("")
         subprocess.run(["gcc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", stub, empty], check=True)
         command = ["gcc", source, "-O3", "-shared", "-fPIC", "-Wno-psabi", "-o", compiled(source)]
-        command += [f"-L{work}", "-l:libcuda.so.1", f"-I{backend / 'include'}", f"-I{sysconfig.get_paths()['include']}"]
+        command += [
+            f"-L{work}",
+            "-Wl,--no-as-needed",
+            "-l:libcuda.so.1",
+            f"-I{backend / 'include'}",
+            f"-I{sysconfig.get_paths()['include']}",
+        ]
         subprocess.run(command, check=True)
     return 0
 
