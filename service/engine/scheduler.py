@@ -183,7 +183,8 @@ class Scheduler:
         hog = max(self.tenants.serving.values(), key=lambda tenant: tenant.running, default=None)
         other = next((name for name in reversed(self._heard) if hog is None or name != hog.name), None)
         known = None if other is None else self.tenants.get(other)
-        if hog is None or known is None:
+        # The other's lead is bounded, so that in the long run the counters decide.
+        if hog is None or known is None or known.counter > hog.counter + 4 * self.max_prefill_tokens_per_step:
             return None
         share = hog.weight / (hog.weight + known.weight)
         return hog if hog.running > max(share, 0.5) * len(self.running) else None

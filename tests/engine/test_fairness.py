@@ -352,10 +352,10 @@ def test_a_flood_less_than_doubles_anothers_time_to_first_token(max_sequences: i
         line = Timeline(H200_8B, max_sequences=max_sequences, max_tokens_per_step=8192, max_prefill_tokens_per_step=512)
         if flood:
             line.closed_loop("flood", 200, 512, 128)
-        line.open_loop("other", (5.0 + k + k * 0.137 % 0.3 for k in range(15)), prompt, 128)
-        line.run(22.0)
+        line.open_loop("other", (5.0 + k + k * 0.137 % 0.3 for k in range(10)), prompt, 128)
+        line.run(16.0)
         times = [asked.ttft for asked in line.of("other")]
-        assert len(times) == 15
+        assert len(times) == 10
         return percentile(times, 0.99)
 
     assert ttft(flood=True) < 2.0 * ttft(flood=False)
@@ -490,7 +490,7 @@ def test_the_random_plays_reach_what_they_are_for() -> None:
         stage = Books(rng)
         for turn in range(60):
             if turn % 2:
-                stage.of(rng.choice("abc"), rng.randint(1, 20), priority=rng.choice([0, 1]))
+                stage.of(rng.choice("abc"), rng.choice([1, 2, 3, 30]), priority=rng.choice([0, 1]))
             stage.tick()
             for seq in [seq for seq in stage.scheduler.running if seq.num_generated >= 6]:
                 stage.scheduler.finish(seq)
