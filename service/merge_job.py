@@ -68,7 +68,7 @@ class Voice:
 
 def stand_back(priority: str) -> None:
     """From now on everything else goes first (idle), or most things do (low)."""
-    os.nice(10 if priority == "low" else 19)
+    os.nice(5 if priority == "low" else 19)
     if priority == "idle" and hasattr(os, "SCHED_IDLE"):
         with contextlib.suppress(OSError):  # not allowed in some containers: then nice has to do
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
@@ -80,7 +80,7 @@ def group_back(priority: str) -> None:
     with contextlib.suppress(OSError):  # no such groups here
         for _ in range(10):
             try:
-                Path("/proc/self/autogroup").write_text("10" if priority == "low" else "19")
+                Path("/proc/self/autogroup").write_text("5" if priority == "low" else "19")
                 return
             except BlockingIOError:  # one change in a tenth of a second, on the whole machine
                 time.sleep(0.2)
