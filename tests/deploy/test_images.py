@@ -69,7 +69,7 @@ def test_all_copies_come_from_the_context_or_a_stage() -> None:
 
 
 def test_the_model_that_is_baked_in_is_the_one_that_the_service_asks_for() -> None:
-    assert PACKAGE in " ".join(rest for _, rest in stages()["model-yes"])
+    assert PACKAGE in " ".join(rest for _, rest in stages()["model"])
 
 
 def test_the_image_carries_the_projects_version() -> None:
