@@ -28,7 +28,7 @@ Key = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="The server's JSON, for scripts.")]
 
 
-def options_of(ctx: typer.Context, url: str | None, key: str | None) -> dict[str, str | None]:
+def options_of(ctx: typer.Context, url: str | None, key: str | None) -> dict[str, Any]:
     """What was said after the command counts, then what was said before it; then the environment, for the client."""
     above = ctx.parent
     while above is not None:
@@ -71,13 +71,13 @@ def talks(command: Callable[..., Any]) -> Callable[..., None]:
         inspect.Parameter("url", keyword, default=None, annotation=Url),
         inspect.Parameter("key", keyword, default=None, annotation=Key),
     ]
-    del run.__wrapped__  # type: ignore[attr-defined]  # its signature is another
+    del run.__wrapped__  # its signature is another
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = hints
     return run
 
 
-def usable(kind: Callable[..., Any], options: dict[str, str | None], **more: Any) -> Any:
+def usable(kind: Callable[..., Any], options: dict[str, Any], **more: Any) -> Any:
     """A client; wrong options are wrong usage."""
     try:
         return kind(**options, **more)
