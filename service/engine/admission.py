@@ -253,7 +253,8 @@ class Admission:
         if other is None:
             return
         need = sum(self.residency.size_of(digest) for digest, state in states.items() if state == "host")
-        oldest, victims = self._scheduler.running[0], []
+        victims: list[Sequence] = []
+        oldest = self._scheduler.running[0]
         mine = sorted((seq for seq in self._scheduler.running if seq.tenant == other.name), key=rank, reverse=True)
         for seq in mine:
             if (other.running - len(victims) - 1) / other.weight < (tenant.running + 1) / tenant.weight:

@@ -23,6 +23,9 @@ TO_ENGINE: list[m.ToEngine] = [
             temperature=0.5, logit_bias={7: -1.5}, seed=2**62, stop_token_ids=(1, 2), logprobs=0, prompt_logprobs=5
         ),
         salt="tenant",
+        tenant="t-1",
+        tenant_weight=2.5,
+        priority=-3,
     ),
     m.Abort("r"),
     m.Abort("r", 3),
