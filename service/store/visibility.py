@@ -6,6 +6,8 @@ so that there is no difference in what is done, nor in what is answered, between
 
 from __future__ import annotations
 
+from typing import Any
+
 import sqlalchemy as sa
 
 from service.store.tables import adapter_grants, adapters
@@ -13,20 +15,22 @@ from service.store.tables import adapter_grants, adapters
 PRIVATE, SHARED, PUBLIC = "private", "shared", "public"
 MAX_GRANTS = 1000
 
-_granted = (
-    sa.select(adapter_grants.c.tenant)
-    .where(adapter_grants.c.adapter_id == adapters.c.id, adapter_grants.c.tenant == sa.bindparam("viewer"))
-    .correlate(adapters)
-    .exists()
-)
-VISIBLE = sa.or_(
-    adapters.c.tenant == sa.bindparam("viewer"),
-    adapters.c.visibility == PUBLIC,
-    sa.and_(adapters.c.visibility == SHARED, _granted),
-)
+
+def _visible(viewer: Any) -> sa.ColumnElement[bool]:
+    granted = (
+        sa.select(adapter_grants.c.tenant)
+        .where(adapter_grants.c.adapter_id == adapters.c.id, adapter_grants.c.tenant == viewer)
+        .correlate(adapters)
+        .exists()
+    )
+    shared = sa.and_(adapters.c.visibility == SHARED, granted)
+    return sa.or_(adapters.c.tenant == viewer, adapters.c.visibility == PUBLIC, shared)
+
+
+VISIBLE = _visible(sa.bindparam("viewer"))
 """For the parameter `viewer`, a tenant."""
 
 
 def visible_to(viewer: str | None) -> sa.ColumnElement[bool]:
     """A condition on `adapters`; None sees everything."""
-    return sa.true() if viewer is None else VISIBLE.params(viewer=viewer)
+    return sa.true() if viewer is None else _visible(viewer)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.service.inference_helpers import InferenceServer
+from tests.service.tenant_helpers import TenantServer
 
 
 @pytest.fixture(scope="session")
@@ -41,3 +42,14 @@ def adapters(server: InferenceServer, tmp_path_factory: pytest.TempPathFactory) 
     }
     assert server.http.put("/v1/adapters/first/aliases/old", json={"version": 1}).status_code in (200, 201)
     return digests
+
+
+@pytest.fixture(scope="session")
+def tenants(base_model_dir: Path) -> Iterator[TenantServer]:
+    """The application with an admin key."""
+    server = TenantServer(base_model_dir)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
