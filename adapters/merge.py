@@ -69,8 +69,8 @@ def merge_adapters(
     manifest's order, which is PEFT's. So PEFT on CPU gives the same adapter when torch.manual_seed(seed) is called
     after it has added the new adapter's layers (whose initialisation draws numbers too) and before it merges.
 
-    Memory: one module's tensors of all sources; for the *_svd methods that prune, (sources + 4)·d·k·4 bytes of the
-    largest module."""
+    Memory: one module's tensors of all sources; for the *_svd methods that prune, about (1.5·sources + 7)·d·k·4 bytes
+    of the largest module (measured: 2 sources 9.7, 6 sources 15.7), and each module costs a dense SVD."""
     opened = open_sources(sources, manifest, options, "adapter")
     plan = _plan(opened, manifest, options)
     generator = torch.Generator().manual_seed(options.seed or 0)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from adapters.merge_request import METHODS, MergeOptions, Method
 
-SLICE_VALUES = 1 << 22
+SLICE_VALUES = 1 << 18
 """Pruned tensors are added up in slices of so many values, whose temporaries then cost MBs, not several times d·k."""
 
 
