@@ -18,6 +18,11 @@ import uuid
 from pathlib import Path
 from urllib.parse import quote
 
+import obstore
+from obstore.store import S3Store
+
+from adapters.s3 import parse_url
+from service.store.database import WRITERS_LOCK
 from tests.ports import unused_port
 
 PASSWORD = "s3cr%40t/word"  # with what a URL has to escape
@@ -131,6 +136,10 @@ class Postgres:
         self.sql(f"CREATE DATABASE {name} TEMPLATE template_empty STRATEGY file_copy")
         return self.url(name)
 
+    def settle(self, url: str) -> None:
+        """Waits for what killed clients have sent to be done or undone: whoever writes holds this lock."""
+        self.sql(f"SELECT pg_advisory_xact_lock({WRITERS_LOCK})", url.rpartition("/")[2])
+
     def sql(self, statement: str, database: str = "postgres") -> list[object]:
         """One statement, on a connection of its own, from any thread or loop."""
         code = (
@@ -149,6 +158,18 @@ class Postgres:
         if done.returncode != 0:
             raise RuntimeError(done.stderr.strip().splitlines()[-1])
         return list(json.loads(done.stdout))
+
+
+def bucket(url: str) -> S3Store:
+    """What a blobs URL of `S3.create` names, for whoever looks past the code under test."""
+    name, prefix, options = parse_url(url)
+    endpoint, http = options.pop("endpoint"), {"allow_http": True}
+    return S3Store(name, prefix=prefix, endpoint=endpoint, client_options=http, region="us-east-1", **options)  # type: ignore[misc]
+
+
+def bucket_names(url: str) -> set[str]:
+    """The last parts of all keys."""
+    return {item["path"].rpartition("/")[2] for page in obstore.list(bucket(url)) for item in page}
 
 
 class S3:
@@ -181,18 +202,27 @@ class S3:
             self._process.send_signal(signal.SIGSTOP if frozen else signal.SIGCONT)
 
     def close(self) -> None:
+        self.stop()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def stop(self) -> None:
+        """What it has stored goes with it."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
-        shutil.rmtree(self._folder, ignore_errors=True)
+            self._process = None
 
     def create(self, prefix: str = "some/prefix") -> str:
         """URL of a new, empty bucket."""
-        bucket = f"test-{uuid.uuid4().hex}"
-        status, body = self._request("PUT", f"/{bucket}")
+        url = self.url(f"test-{uuid.uuid4().hex}", prefix)
+        self.create_again(url)
+        return url
+
+    def create_again(self, url: str) -> None:
+        """The bucket of this URL, after `stop` and `start`."""
+        status, body = self._request("PUT", f"/{parse_url(url)[0]}")
         if status != 200:
             raise RuntimeError(f"no bucket: {status} {body!r}")
-        return self.url(bucket, prefix)
 
     def url(self, bucket: str, prefix: str = "", port: int | None = None) -> str:
         endpoint = f"http://127.0.0.1:{port or self.port}"

@@ -10,7 +10,6 @@ one statement run without a transaction, which saves two round trips.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -29,8 +28,6 @@ from service.store.errors import (
     CatalogueUnusable,
     UnstorableText,
 )
-
-log = logging.getLogger(__name__)
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 REVISIONS = tuple(sorted(path.name.partition("_")[0] for path in (MIGRATIONS / "versions").glob("[0-9]*_*.py")))
@@ -194,9 +191,8 @@ def _says_gone(error: DBAPIError) -> bool:
 
 
 def _unreachable(error: BaseException) -> CatalogueUnusable:
-    """What the driver says (addresses, names of users) is for the log, not for clients."""
+    """What the driver says (addresses, names of users) is for the operator, not for clients."""
     reason = " ".join(str(error).split()) or type(error).__name__
-    log.warning("the database cannot be used: %s", reason)
     return CatalogueUnusable("the database does not answer", reason)
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import obstore
 import pytest
-from obstore.store import S3Store
 
 from adapters.blobs import AdapterRecord, Blobs, BlobStore, open_blobs
 from adapters.errors import (
@@ -23,8 +22,7 @@ from adapters.errors import (
     StoreUnavailable,
     capped,
 )
-from adapters.s3 import parse_url
-from tests.real_parts import S3
+from tests.real_parts import S3, bucket, bucket_names
 
 
 @pytest.fixture
@@ -55,19 +53,13 @@ class Backing:
         if not self._url:
             self._store.path(sha).write_bytes(data)
             return
-        obstore.put(self._bucket(), f"{sha[:2]}/{sha}", data)
+        obstore.put(bucket(self._url), f"{sha[:2]}/{sha}", data)
         self.blobs.forget(sha)
 
     def names(self) -> set[str]:
         if not self._url:
             return set(self._store)
-        return {item["path"].rpartition("/")[2] for page in obstore.list(self._bucket()) for item in page}
-
-    def _bucket(self) -> S3Store:
-        bucket, prefix, options = parse_url(self._url)
-        keys = {"access_key_id": options["access_key_id"], "secret_access_key": options["secret_access_key"]}
-        http = {"allow_http": True}
-        return S3Store(bucket, prefix=prefix, endpoint=options["endpoint"], client_options=http, region="x", **keys)
+        return bucket_names(self._url)
 
 
 @pytest.fixture(params=["local", "s3"])

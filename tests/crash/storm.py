@@ -12,13 +12,14 @@ A kill is one of
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,10 +61,21 @@ class Figures:
 
 
 class Storm:
-    """One service under fire. `clients` change adapters, `readers` use them."""
+    """One service under fire, or several on one database and one blob store. `clients` change adapters, `readers` use
+    them. `settle`: waits until what killed processes have asked of the database is done or undone."""
 
-    def __init__(self, world: World, seed: int, *, clients: int = 3, readers: int = 2) -> None:
+    def __init__(
+        self,
+        world: World,
+        seed: int,
+        *others: World,
+        clients: int = 3,
+        readers: int = 2,
+        settle: Callable[[], None] = lambda: None,
+    ) -> None:
         self.world = world
+        self.worlds = (world, *others)
+        self._settle = settle
         self.ledger = Ledger()
         self.figures = Figures()
         self._rng = random.Random(seed)
@@ -79,13 +91,15 @@ class Storm:
     def run(self, kills: int | None = None, seconds: float | None = None) -> None:
         """So many kills, or as many as fit the time; then everything is looked at once more."""
         until_s = None if seconds is None else time.monotonic() + seconds
-        self.world.start()
+        for world in self.worlds:
+            world.start()
         while (kills is None or self.figures.kills.total() < kills) and (until_s is None or time.monotonic() < until_s):
             self.round(_draw(self._rng, ROUNDS))
         self.round("none")
         wait_for(lambda: self.world.blobs() == self._needed(), 60)
-        if self.world.leftovers():
-            raise AssertionError(f"left behind: {self.world.leftovers()}")
+        for world in self.worlds:
+            if world.leftovers():
+                raise AssertionError(f"left behind: {world.leftovers()}")
 
     def round(self, kind: str) -> None:
         """Traffic, a kill or some in its midst, the way back, and the check."""
@@ -100,8 +114,10 @@ class Storm:
                 stop.set()
             for future in running:
                 future.result()
-        self.check()
-        if kind in ("service", "stop"):
+        self._settle()
+        for world in self.worlds:
+            self.check(world)
+        if kind in ("service", "stop") and len(self.worlds) == 1:
             # The start has swept, before it took the first request.
             if self.world.blobs() != self._needed():
                 raise AssertionError(f"blobs: {self.world.blobs() ^ self._needed()}")
@@ -110,23 +126,24 @@ class Storm:
 
     def _strike(self, kind: str, stop: threading.Event) -> None:
         """Kills, and waits until the service serves again. Traffic goes on meanwhile."""
-        world = self.world
+        world = self._rng.choice(self.worlds)
         if kind in ("service", "stop"):
             if kind == "service":
                 world.kill_everything()
             elif (code := world.stop()) != 0:
                 raise AssertionError(f"exit code {code}:\n{world.logs[-1]}")
-            stop.set()  # or clients would count refused connections
+            if len(self.worlds) == 1:
+                stop.set()  # or clients would count refused connections
             started = time.monotonic()
             world.start()
             self._note([kind], time.monotonic() - started)
         elif kind == "hang":
-            self._strike_parts(["hang"])
+            self._strike_parts(world, ["hang"])
         elif kind == "partial":
-            self._strike_parts([_draw(self._rng, PARTS) for _ in range(self._rng.choice([1, 2, 3]))])
+            self._strike_parts(world, [_draw(self._rng, PARTS) for _ in range(self._rng.choice([1, 2, 3]))])
 
-    def _strike_parts(self, kinds: list[str]) -> None:
-        world, started, victims = self.world, time.monotonic(), []
+    def _strike_parts(self, world: World, kinds: list[str]) -> None:
+        started, victims = time.monotonic(), []
         struck = []
         for kind in kinds:
             processes = list(world.workers() if kind == "worker" else world.running.children(MODULE[kind]))
@@ -144,13 +161,20 @@ class Storm:
         name = "+".join(sorted(set(kinds)))
         self.figures.slowest[name] = max(seconds, self.figures.slowest.get(name, 0.0))
         if seconds > BACK_S:
-            raise AssertionError(f"{name}: {seconds:.0f} s without service")
+            raise AssertionError(f"{name}: {seconds:.0f} s without service; until then {self.figures.slowest}")
+
+    @contextlib.contextmanager
+    def connections(self) -> Iterator[list[httpx.Client]]:
+        """One to each service; every request goes over any of them."""
+        with contextlib.ExitStack() as stack:
+            clients = [httpx.Client(base_url=world.url, timeout=60, trust_env=False) for world in self.worlds]
+            yield [stack.enter_context(client) for client in clients]
 
     # ------------------------------------------------------------ the check
 
-    def check(self) -> None:
+    def check(self, world: World) -> None:
         """Nobody else is at work: what the service has is what the ledger says, to the byte."""
-        with httpx.Client(base_url=self.world.url, timeout=60, trust_env=False) as http:
+        with httpx.Client(base_url=world.url, timeout=60, trust_env=False) as http:
             listed: dict[str, dict[str, Any]] = {entry["name"]: entry for entry in pages(http, "/v1/adapters")}
             for name in sorted(listed.keys() | self.ledger.possible.keys()):
                 self.ledger.seen(name, self._observed(http, listed[name]) if name in listed else None)
@@ -203,12 +227,12 @@ class _Client:
         self._names = [f"c{number}-{i}" for i in range(3)]
 
     def run(self, stop: threading.Event) -> None:
-        with httpx.Client(base_url=self._storm.world.url, timeout=60, trust_env=False) as http:
+        with self._storm.connections() as connections:
             while not stop.is_set():
                 certain = [name for name in self._names if self._storm.ledger.certain(name) is not None]
                 if not certain:
                     return
-                self._act(http, self._rng.choice(certain))
+                self._act(self._rng.choice(connections), self._rng.choice(certain))
 
     def _act(self, http: httpx.Client, name: str) -> None:
         ledger = self._storm.ledger
@@ -290,9 +314,9 @@ class _Reader:
         self._rng = rng
 
     def run(self, stop: threading.Event) -> None:
-        with httpx.Client(base_url=self._storm.world.url, timeout=60, trust_env=False) as http:
+        with self._storm.connections() as connections:
             while not stop.is_set():
-                outcome = self._ask(http)
+                outcome = self._ask(self._rng.choice(connections))
                 self._storm.figures.answers[outcome] += 1
                 if outcome != "200":
                     time.sleep(0.02)

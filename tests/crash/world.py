@@ -21,6 +21,7 @@ from adapters.peft_config import CONFIG_NAME
 from service.engine.messages import AdapterRef, SamplingParams
 from service.engine.simulated import expected
 from service.tokenizer import Tokenizer
+from tests.real_parts import bucket_names
 from tests.service.launch import Launched, wait_for
 
 WORDS = 1000
@@ -83,9 +84,21 @@ def _sha256(data: bytes) -> str:
 
 
 class World:
-    """The data folder of one service, and the service while it runs."""
+    """The data folder of one service, and the service while it runs. `database`, `blobs_url`: where its state lies, if
+    not there."""
 
-    def __init__(self, folder: Path, port: int, *flags: str, api_workers: int = 1, engine: str = "{}") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        port: int,
+        *flags: str,
+        api_workers: int = 1,
+        engine: str = "{}",
+        database: str = "",
+        blobs_url: str = "",
+    ) -> None:
+        self._env = {"LORAPLEX_DATABASE_URL": database, "LORAPLEX_BLOBS_URL": blobs_url}
+        self._blobs_url = blobs_url
         self.folder = folder
         self.data = folder / "data"
         self.data.mkdir(parents=True, exist_ok=True)
@@ -111,7 +124,7 @@ class World:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self, prefix: Sequence[str] = (), **env: str) -> None:
-        self.service = Launched(self.data, self.port, *self._flags, prefix=prefix, **env)
+        self.service = Launched(self.data, self.port, *self._flags, prefix=prefix, **self._env, **env)
         wait_for(self.ready, 120)
         self.running.family()
 
@@ -170,12 +183,15 @@ class World:
     # ------------------------------------------------------------ what lies on the disk
 
     def blobs(self) -> set[str]:
+        if self._blobs_url:
+            return bucket_names(self._blobs_url)
         return {path.name for path in (self.data / "blobs").glob("??/*")}
 
     def leftovers(self) -> list[Path]:
         """What is left of uploads and writes that did not end."""
         spool = [path for path in (self.data / "uploads").glob("*/*") if path.name != "lock"]
-        return [*spool, *(self.data / "blobs" / "tmp").iterdir()]
+        stores = (self.data / "blobs", self.data / "cache" / "blobs")
+        return [*spool, *(path for store in stores for path in store.glob("tmp/*"))]
 
     def answer(self, prompt: list[int], count: int, digest: str | None) -> str:
         """What the service has to answer with temperature 0."""
