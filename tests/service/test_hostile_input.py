@@ -28,6 +28,7 @@ MAX_UPLOAD = 32 << 20
 REFUSED = (422, "adapter_refused", None)
 MULTIPART = (400, "invalid_multipart")
 ADAPTERS = "/v1/adapters"
+MERGES = "/v1/merges"
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 FORM = "Content-Type: multipart/form-data; boundary=xx"
 JSON = "Content-Type: application/json"
@@ -261,6 +262,51 @@ NAMES = [
          400, "invalid_cursor", "after", ('"x"',)),
 ]  # fmt: skip
 
+
+def bad_merge(name: str, change: dict[str, Any], status: int, code: str | None, param: str | None, *said: str) -> Case:
+    """A merge that is sound but for one field."""
+    body = {"name": "refused", "sources": [{"adapter": "known", "weight": 1.0}], **change}
+    return Case(name, post_json(MERGES, body), status, code, param, said)
+
+
+def known(**source: Any) -> dict[str, Any]:
+    return {"sources": [{"adapter": "known", **source}]}
+
+
+MERGES_CASES = [
+    bad_merge("a merge of nothing", {"sources": []}, 400, None, "sources", "'sources'"),
+    bad_merge("a merge of 100,000 adapters", {"sources": [{"adapter": "known"}] * 20_000}, 400, None, "sources", "64"),
+    bad_merge("a merge of text", {"sources": "known"}, 400, None, "sources", "'sources'", '"known"'),
+    bad_merge("a merge with a weight that is text", known(weight="x"), 400, None, "sources[0].weight", '"x"'),
+    bad_merge("a merge with a weight of 1e300", known(weight=1e300), 400, None, "sources[0].weight", "1000"),
+    Case("a merge with a weight that is no number",
+         post_json(MERGES, b'{"name": "refused", "sources": [{"adapter": "known", "weight": NaN}]}'),
+         400, None, "sources[0].weight", ("finite",)),
+    bad_merge("a merge of an unknown adapter", {"sources": [{"adapter": "../known"}]},
+              404, "adapter_not_found", None, "../known"),
+    bad_merge("a merge of an unknown version", {"sources": [{"adapter": "known@99"}]},
+              404, "version_not_found", None, "99"),
+    bad_merge("a merge into a path", {"name": "../../etc"}, 400, "invalid_name", "name", "../../etc"),
+    bad_merge("a merge into the base model's name", {"name": BASE}, 409, "name_reserved", "name", BASE),
+    bad_merge("a merge by an unknown method", {"method": "rm -rf"}, 400, None, "method", "rm -rf"),
+    bad_merge("a merge with an unknown field", {"out": "/etc"}, 400, "unknown_field", "out", "/etc"),
+    bad_merge("a merge of density 2", {"method": "ties", "density": 2}, 400, None, "density", "2"),
+    bad_merge("a merge that lacks its density", {"method": "ties"}, 422, "merge_refused", None, "density"),
+    bad_merge("a merge with what its method does not read", {"seed": 1, "density": 0.5}, 422, "merge_refused", None,
+              "seed", "density"),
+    bad_merge("a merge of rank 10^9", {"method": "svd", "svd_rank": 10**9}, 422, "merge_refused", None, "svd_rank"),
+    bad_merge("a checkpoint in shards of a byte", {"into": "checkpoint", "max_shard_bytes": 1}, 400, None,
+              "max_shard_bytes", "1"),
+    Case("a merge with a key of 300 characters",
+         call("POST", MERGES, json={"name": "refused", **known()}, headers={"idempotency-key": "k" * 300}),
+         400, "invalid_idempotency_key", "Idempotency-Key", ("255",)),
+    Case("a merge that is no object", post_json(MERGES, b"[1]"), 400, None, "body", ()),
+    Case("a merge nested deeply", post_json(MERGES, DEEP), 400, "invalid_json", None, ("nested too deeply",)),
+    Case("an unknown merge", call("GET", f"{MERGES}/%2e%2e%2fx"), 404, None, None, ()),
+    Case("a merge's file outside", call("GET", f"{MERGES}/merge-0/files/%2e%2e"), 404, "merge_not_found", None, ()),
+    Case("merges after one that is not there", call("GET", f"{MERGES}?after=x"), 404, "merge_not_found", None, ("x",)),
+]  # fmt: skip
+
 BODIES = [
     Case("no config", call("POST", ADAPTERS, data={"name": "refused"}, files=[("weights", ("w", weights()))]),
          400, "missing_field", "config", ("config",)),
@@ -419,7 +465,7 @@ INFERENCE = [
     Case("nothing to tokenise", post_json("/tokenize", {}), 400, None, "prompt", ("'prompt'",)),
 ]  # fmt: skip
 
-CASES = [*FILES, *CONFIGS, *NAMES, *BODIES, *INFERENCE]
+CASES = [*FILES, *CONFIGS, *NAMES, *BODIES, *MERGES_CASES, *INFERENCE]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

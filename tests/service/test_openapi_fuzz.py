@@ -68,7 +68,7 @@ def test_every_example_is_answered(fuzzed: InferenceServer, document: dict[str, 
             assert body["examples"], path
         for example in body.get("examples", {}).values():
             answer = fuzzed.http.request(method, path.format(**parameters), json=example["value"])
-            assert answer.status_code in (200, 201), (path, example, answer.text)
+            assert answer.status_code in (200, 201, 202), (path, example, answer.text)
             tried += 1
     assert tried >= 12
     for path in ("/docs", "/redoc"):
