@@ -4,7 +4,7 @@ Two threads. The main thread runs the steps. The I/O thread reads the ROUTER soc
 heartbeats tell of a step that hangs, and hands everything else over. What passes between them lies in two
 queue.SimpleQueue; each side sleeps on its own wake-up (the queue itself, a socket pair in the poller).
 
-Between two steps the main thread uses the socket itself, under a lock. The I/O thread would have to win the
+Between two steps the main thread sends on the socket itself, under a lock. The I/O thread would have to win the
 interpreter's lock for it, several times and up to 5 ms each, from a main thread that prepares the next step.
 
 SIGTERM and SIGINT drain: new requests are refused, those accepted get DRAIN_S seconds, then the process exits with 0.
@@ -76,7 +76,7 @@ Build = Callable[[EngineConfig, Callable[[bytes, FromEngine], None], Callable[[]
 
 
 class Postman(threading.Thread):
-    """The I/O thread, and its socket, which the main thread may use as well (flush, receive)."""
+    """The I/O thread, and its socket, on which the main thread sends as well (flush)."""
 
     def __init__(self, address: str, hello: Ready, inbox: Inbox, client_timeout_s: float, drain_s: float) -> None:
         super().__init__(name="engine-io", daemon=True)
@@ -121,11 +121,6 @@ class Postman(threading.Thread):
             missed = int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN
         if missed:
             self._wake()
-
-    def receive(self) -> None:
-        """Takes what has come into the inbox, without waiting for the thread to do so."""
-        with self._lock:
-            self._receive_all()
 
     def close(self) -> None:
         """Send what is left and end the thread."""
@@ -282,7 +277,6 @@ class EngineProcess:
         self.inbox.put((b"", _Stop(reason)))
 
     def _handle_all(self) -> None:
-        self._postman.receive()
         with contextlib.suppress(queue.Empty):
             while True:
                 self._handle(*self.inbox.get_nowait())
