@@ -86,20 +86,23 @@ def body() -> tuple[int, Callable[[], Iterator[bytes]]]:
     return sum(map(len, parts)) + position + len(tail), pieces
 
 
-@pytest.fixture
-def wide(tmp_path: Path, base_model_dir: Path, free_port: Callable[[], int]) -> Iterator[Server]:
+@pytest.fixture(params=["local", "s3"])
+def wide(
+    request: pytest.FixtureRequest, tmp_path: Path, base_model_dir: Path, free_port: Callable[[], int]
+) -> Iterator[Server]:
     data = tmp_path / "data"
     manifest = tmp_path / "manifest.json"
     manifest.write_bytes(msgspec.json.encode(BASE))
     engine = Engine(data)
-    server = Server(data, free_port(), manifest=manifest, model=str(base_model_dir))
+    store = {"blobs_url": request.getfixturevalue("s3").create()} if request.param == "s3" else {}
+    server = Server(data, free_port(), manifest=manifest, model=str(base_model_dir), **store)
     try:
         yield server.start()
     finally:
         server.close()
         engine.stop()
-        for blob in (data / "blobs").rglob("*"):
-            if blob.is_file():
+        for blob in data.rglob("*"):
+            if blob.is_file() and len(blob.name) == 64:
                 blob.unlink()  # pytest keeps the last runs' folders
 
 
