@@ -109,7 +109,6 @@ class Timeline:
     def open_loop(self, tenant: str, every: Iterator[float], prompt: int, output: int, **more: object) -> None:
         """A request at each of the times, whatever became of the last."""
 
-
         def send(when: float) -> None:
             # The engine takes messages between steps; the client has waited since `when`.
             self.ask(tenant, prompt, output, **more).sent = when
