@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from adapters.errors import BlobDamaged, LoraplexAdapterError
+from adapters.occupancy import Occupancy
 from adapters.regions import Region, RegionAllocator, align
 from adapters.tiers import ArenaTier, BlockInfo, Completion, Fence, Loader, Stage
 
@@ -84,6 +85,7 @@ class Placement:
             ("loads", "load_failures", "damaged", "load_seconds", "evictions_device", "evictions_host", "moved_bytes"),
             0.0,
         )
+        self.occupancy = Occupancy(clock)
         self._free_rows = list(range(arena.rows - 1, -1, -1))
         self._compact_bytes = compact_bytes
         self._clock = clock
@@ -204,6 +206,7 @@ class Placement:
             block.on_device = block.fresh = True
             self.on_device[block.digest] = block
             self.counters["loads"] += 1
+            self.occupancy.arrived(block.digest, block.nbytes)
         return block
 
     def _begin(self, block: Block, stage: Stage) -> None:
@@ -249,6 +252,7 @@ class Placement:
         self.arena.free(block.region)
         self._free_rows.append(block.row)
         del self.on_device[block.digest]
+        self.occupancy.left(block.digest)
         block.region = block.row = None
         block.on_device = False
         self.counters["evictions_device"] += count

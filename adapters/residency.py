@@ -183,6 +183,10 @@ class Residency:
             return "host"
         return "loading" if digest in self._prefetches or self._queue.is_needed(digest) else "absent"
 
+    def take_occupancy(self) -> dict[str, tuple[int, float]]:
+        """{digest: (loads to the device, bytes there times seconds)} since the last call."""
+        return self._placement.occupancy.take()
+
     # ------------------------------------------------------------ progress
 
     def poll(self) -> bool:

@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from service import __version__, log
-from service.api import adapters, errors, health, merges, openai, prompts, reference, tenants
+from service.api import adapters, errors, health, merges, openai, prompts, reference, tenants, usage
 from service.api.auth import Gate, Guards, Keyring
 from service.api.body import BodyLimit
 from service.api.deps import RequestScope, Services
@@ -25,8 +25,10 @@ from service.metrics import Metrics
 from service.settings import Settings
 from service.store.catalogue import Catalogue
 from service.store.tenants import Tenants
+from service.store.usage import UsageTable
 from service.tokenizer import Tokenizer
 from service.uploads import Spool
+from service.usage import UsageRecorder, collect_occupancy
 
 DESCRIPTION = "One frozen base model, thousands of LoRA adapters beside it, different ones in every batch."
 
@@ -63,7 +65,15 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(RequestScope)
     errors.install(app)
     with_tenants = tenants.router if settings.multi_tenant else tenants.single_user
-    for router in (openai.router, adapters.router, merges.router, with_tenants, prompts.router, health.router):
+    for router in (
+        openai.router,
+        adapters.router,
+        merges.router,
+        with_tenants,
+        usage.router,
+        prompts.router,
+        health.router,
+    ):
         app.include_router(router)
     reference.install(app, settings.base_name(), with_keys=settings.multi_tenant)
     return app
@@ -104,16 +114,20 @@ async def _open(app: FastAPI, settings: Settings, stack: AsyncExitStack) -> None
     await library.recover()
 
     if settings.multi_tenant:
-        table = Tenants(catalogue.database)
-        keyring = Keyring(table, settings.admin_key.get_secret_value())
+        rows = Tenants(catalogue.database)
+        keyring = Keyring(rows, settings.admin_key.get_secret_value())
         keyring.start()
         stack.push_async_callback(keyring.close)
         limiter = Limiter(settings.run_dir / "limits")
         stack.callback(limiter.close)
-        app.state.guards = Guards(keyring, limiter, table)
+        app.state.guards = Guards(keyring, limiter, rows)
     app.state.library = library
     app.state.merges = Merges(library, workers, settings)
-    app.state.services = Services(settings, base_name, tokenizer, engine, catalogue, metrics)
+    table = UsageTable(catalogue.database, settings.usage_days)
+    recorder = UsageRecorder(table.write, lambda recorder: collect_occupancy(recorder, engine, catalogue))
+    recorder.start()
+    stack.push_async_callback(recorder.close)
+    app.state.services = Services(settings, base_name, tokenizer, engine, catalogue, metrics, recorder, table)
     logger.info("API process started", model=base_name, data_dir=str(settings.data_dir))
 
 

@@ -117,6 +117,8 @@ class Settings(BaseSettings):
     """A body that gains less than 500 bytes a second for so long, and is not complete, gets 408."""
     write_timeout_s: float = Field(60.0, gt=0)
     """A client that takes nothing of what is written to it for so long is disconnected."""
+    usage_days: int = Field(400, ge=1)
+    """How long the sums of GET /v1/usage are kept."""
     threads: Count = 0
     """CPU threads of the engine; 0: all cores."""
     deterministic: bool = False

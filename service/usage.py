@@ -15,6 +15,10 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from service.engine.client import EngineClient
+from service.engine.errors import EngineError
+from service.store.catalogue import Catalogue
+from service.store.errors import CatalogueError
 from service.store.usage import HOUR_S, Counts, Key
 
 log = logging.getLogger(__name__)
@@ -59,12 +63,17 @@ class Meter:
 
 
 class UsageRecorder:
-    """The meters of one process. `write` adds sums to the database; `clock` gives seconds since 1970."""
+    """The meters of one process. `write` adds sums to the database; `collect` adds (`add`) what no request stands for,
+    and is called before each write; `clock` gives seconds since 1970."""
 
     def __init__(
-        self, write: Callable[[Mapping[Key, Counts]], Awaitable[None]], clock: Callable[[], float] = time.time
+        self,
+        write: Callable[[Mapping[Key, Counts]], Awaitable[None]],
+        collect: Callable[[UsageRecorder], Awaitable[None]] | None = None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._write = write
+        self._collect = collect
         self._clock = clock
         self._open: set[Meter] = set()
         self._sums: dict[Key, Counts] = {}
@@ -124,4 +133,21 @@ class UsageRecorder:
         while not self._closing.is_set():
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._closing.wait(), INTERVAL_S)
+            if self._collect is not None:
+                await self._collect(self)
             await self.flush()
+
+
+DELETED = "(deleted)"
+"""For an adapter that is no longer in the catalogue; no tenant's."""
+
+
+async def collect_occupancy(recorder: UsageRecorder, engine: EngineClient, catalogue: Catalogue) -> None:
+    """Adds what the engine counted of loads and of device memory, under the adapters' owners. Whichever process asks
+    first gets a figure; without an engine, or a database, it waits for the next time or is lost with them."""
+    with contextlib.suppress(EngineError, CatalogueError):
+        taken = await engine.take_occupancy()
+        owners = await catalogue.owners(taken) if taken else {}
+        for digest, (loads, byte_seconds) in taken.items():
+            tenant, name = owners.get(digest, ("", DELETED))
+            recorder.add(tenant, "", name, Counts(loads=loads, byte_hours=byte_seconds / HOUR_S))

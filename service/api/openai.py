@@ -20,8 +20,10 @@ from service.api.generation import Generation, Job, Piece
 from service.api.prompts import capacity, chat_prompt, check_characters, check_ids, require_engine
 from service.api.schemas import AdapterWeight, ChatRequest, CompletionRequest, Sampled
 from service.engine.messages import AdapterRef, Limits, SamplingParams
+from service.metrics import Metrics
 from service.store.errors import NotFound
 from service.store.records import Adapter
+from service.usage import Meter
 
 router = APIRouter(tags=["inference"], route_class=Route)
 
@@ -37,6 +39,8 @@ class Target:
     adapters: tuple[AdapterRef, ...]
     label: str
     """For the header x-loraplex-adapter: `name@version`, several separated by commas; empty for the base."""
+    account: str
+    """What its use is entered under: the names without versions, in order, joined with "+"."""
 
 
 @router.post("/v1/completions", summary="Complete prompts")
@@ -146,6 +150,7 @@ async def resolve(services: Services, body: Sampled, caller: Caller) -> Target:
         raise invalid("adapters", f"'adapters' has {len(wanted)} entries, the limit is {most}.")
     weights: dict[str, float] = {}
     names: list[str] = []
+    account: set[str] = set()
     for i, adapter in enumerate(wanted):
         try:
             found = await services.catalogue.resolve(adapter.name, caller.namespace, caller.viewer)
@@ -154,11 +159,13 @@ async def resolve(services: Services, body: Sampled, caller: Caller) -> Target:
         found.require_base(services.engine.manifest.fingerprint)
         # The same adapter twice is one with the sum of its weights.
         weights[found.digest] = weights.get(found.digest, 0.0) + adapter.weight
-        names.append(f"{caller.says(found.tenant, found.name)}@{found.version}")
+        said = caller.says(found.tenant, found.name)
+        names.append(f"{said}@{found.version}")
+        account.add(said)
     adapters = tuple(AdapterRef(digest, weight) for digest, weight in weights.items() if weight != 0.0)
     if adapters:
         services.engine.prefetch(adapter.digest for adapter in adapters)
-    return Target(adapters, ", ".join(names))
+    return Target(adapters, ", ".join(names), "+".join(sorted(account)))
 
 
 def _granted(caller: Caller, asked: int | None, default: int) -> int:
@@ -253,20 +260,38 @@ async def _respond(
         job.request_id, body.model, len(job.prompts) * job.n, services.tokenizer, with_usage=with_usage
     )
     headers = {"x-loraplex-adapter": target.label} if target.label else {}
-    generation = Generation(job, services.engine, services.tokenizer, services.metrics)
+    caller = caller_of(request)
+    meter = services.recorder.open(caller.tenant, caller.key_id or "", target.account)
+    generation = Generation(job, services.engine, services.tokenizer, _Observers(services.metrics, meter))
+    meter.tokens = generation.usage
     if not body.stream:
         try:
             await unless_gone(request, _gather(generation, answer))
         finally:
-            _account(services, state, generation)
+            _account(services, state, generation, meter)
         return Response(answer.whole(generation.usage), 200, headers, "application/json")
     try:
         # The status is not sent before the engine has taken the request, so that a full queue is a 429.
         first = await unless_gone(request, generation.__anext__())
     except BaseException:
-        _account(services, state, generation)
+        _account(services, state, generation, meter)
         raise
-    return EventStream(_events(services, state, generation, first, answer, with_usage), headers)
+    return EventStream(_events(services, state, generation, meter, first, answer, with_usage), headers)
+
+
+@dataclass(slots=True)
+class _Observers:
+    """Tokens are told to the metrics and to the tenant's account."""
+
+    metrics: Metrics
+    meter: Meter
+
+    def first_token(self, seconds: float) -> None:
+        self.metrics.first_token(seconds)
+        self.meter.first_token(seconds)
+
+    def tokens_done(self, tokens: int, seconds: float) -> None:
+        self.metrics.tokens_done(tokens, seconds)
 
 
 async def _gather(generation: Generation, answer: Format) -> None:
@@ -278,7 +303,13 @@ async def _gather(generation: Generation, answer: Format) -> None:
 
 
 async def _events(
-    services: Services, state: dict[str, Any], generation: Generation, first: Piece, answer: Format, with_usage: bool
+    services: Services,
+    state: dict[str, Any],
+    generation: Generation,
+    meter: Meter,
+    first: Piece,
+    answer: Format,
+    with_usage: bool,
 ) -> AsyncGenerator[bytes, None]:
     try:
         yield answer.events(first)
@@ -292,10 +323,11 @@ async def _events(
         yield error_event(error.body())
     finally:
         await generation.aclose()
-        _account(services, state, generation)
+        _account(services, state, generation, meter)
 
 
-def _account(services: Services, state: dict[str, Any], generation: Generation) -> None:
+def _account(services: Services, state: dict[str, Any], generation: Generation, meter: Meter) -> None:
+    services.recorder.close_meter(meter)
     usage = generation.usage
     state["prompt_tokens"], state["completion_tokens"] = usage.prompt_tokens, usage.completion_tokens
     services.metrics.prompt_tokens.inc(usage.prompt_tokens)

@@ -45,6 +45,7 @@ FAILURES: dict[str, tuple[int, ...]] = {
     "create_merge": (*_BODY, 403, 404, 409, 422, 429, 503, 507),
     "list_merges": (400, 404),
     "get_merge": _NAMED,
+    "get_usage": (400,),
     "delete_merge": _NAMED,
     "list_merge_files": _NAMED,
     "get_merge_file": (404, 416),

@@ -34,6 +34,7 @@ HELP = {
     "header_timeout_s": "Seconds that the head of a request may take.",
     "body_timeout_s": "Seconds until a body that does not come on gets 408.",
     "write_timeout_s": "Seconds until a client that does not read is disconnected.",
+    "usage_days": "Days for which the figures of /v1/usage are kept.",
     "threads": "CPU threads of the engine; 0: all cores.",
     "deterministic": "Tokens do not depend on what else is in the batch (CPU only so far).",
     "eager": "CUDA: no compiled layers and no graphs; starts sooner, decodes several times slower.",

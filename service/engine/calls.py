@@ -6,9 +6,19 @@ from collections.abc import Callable, Iterable
 
 from adapters.errors import LoraplexAdapterError
 from adapters.residency import Residency, Unload
-from service.engine.messages import FromEngine, LoadAdapter, Prefetch, QueryResidency, Reply, UnloadAdapter
+from service.engine.messages import (
+    FromEngine,
+    LoadAdapter,
+    Prefetch,
+    QueryResidency,
+    Reply,
+    TakeOccupancy,
+    UnloadAdapter,
+)
 
 MAX_HINTS = 1024
+
+Call = Prefetch | LoadAdapter | UnloadAdapter | QueryResidency | TakeOccupancy
 
 
 class Calls:
@@ -23,7 +33,7 @@ class Calls:
         """Of deleted adapters, while accepted requests still name them."""
         self._hinted: set[str] = set()
 
-    def handle(self, client: bytes, message: Prefetch | LoadAdapter | UnloadAdapter | QueryResidency) -> None:
+    def handle(self, client: bytes, message: Call) -> None:
         match message:
             case Prefetch(digests):
                 self.residency.prefetch(digests)
@@ -39,6 +49,8 @@ class Calls:
                     self._unloads.append((client, call_id, self.residency.unload(digest)))
             case QueryResidency(call_id, digests):
                 self._send(client, Reply(call_id, value={each: self.residency.state(each) for each in digests}))
+            case TakeOccupancy(call_id):
+                self._send(client, Reply(call_id, value=dict(self.residency.take_occupancy())))
 
     @property
     def expecting(self) -> bool:

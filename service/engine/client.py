@@ -42,6 +42,7 @@ from service.engine.messages import (
     Refused,
     Reply,
     Submit,
+    TakeOccupancy,
     ToEngine,
     UnloadAdapter,
     decode_from_engine,
@@ -307,8 +308,13 @@ class EngineClient:
         """{digest: "absent" | "loading" | "host" | "device" | "failed"}."""
         return await self._call(QueryResidency(_call_id(), tuple(digests)), timeout_s) or {}
 
+    async def take_occupancy(self, timeout_s: float = 10.0) -> dict[str, tuple[int, float]]:
+        """{digest: (loads to the device, bytes there times seconds)} since anybody last asked."""
+        taken = await self._call(TakeOccupancy(_call_id()), timeout_s) or {}
+        return {digest: (loads, seconds) for digest, (loads, seconds) in taken.items()}
+
     async def _call(
-        self, message: LoadAdapter | UnloadAdapter | QueryResidency, timeout_s: float
+        self, message: LoadAdapter | UnloadAdapter | QueryResidency | TakeOccupancy, timeout_s: float
     ) -> dict[str, Any] | None:
         """Raises EngineCallFailed, EngineCallTimedOut, EngineUnavailable."""
         if not self.ready.is_set():

@@ -108,6 +108,13 @@ class QueryResidency(msgspec.Struct, tag="residency"):
     digests: tuple[str, ...]
 
 
+class TakeOccupancy(msgspec.Struct, tag="occupancy"):
+    """Reply.value: {digest: [loads to the device, bytes there times seconds]} since the last such call of any API
+    process: each figure is given once."""
+
+    call_id: str
+
+
 # ---------------------------------------------------------------- engine -> API process
 
 
@@ -197,7 +204,7 @@ class Reply(msgspec.Struct, tag="reply"):
     value: dict[str, Any] | None = None
 
 
-ToEngine = Ping | Submit | Abort | Prefetch | LoadAdapter | UnloadAdapter | QueryResidency
+ToEngine = Ping | Submit | Abort | Prefetch | LoadAdapter | UnloadAdapter | QueryResidency | TakeOccupancy
 FromEngine = Ready | Heartbeat | Outputs | Refused | Reply
 
 encode = msgspec.msgpack.Encoder().encode

@@ -6,7 +6,7 @@ Writes are in service/store/edits.py.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -243,6 +243,17 @@ class Catalogue:
         """(adapters of the tenant, bytes of all their versions)."""
         async with self._database.read() as connection:
             return await totals(connection, tenant)
+
+    async def owners(self, digests: Iterable[str]) -> dict[str, tuple[str, str]]:
+        """(tenant, name) of the adapter with each content; of several with the same, the oldest."""
+        statement = (
+            sa.select(versions.c.digest, adapters.c.tenant, adapters.c.name)
+            .join_from(versions, adapters, _of_adapter)
+            .where(versions.c.digest.in_(list(digests)))
+            .order_by(adapters.c.id.desc())
+        )
+        async with self._database.read() as connection:
+            return {row.digest: (row.tenant, row.name) for row in await connection.execute(statement)}
 
     async def pinned_digests(self, fingerprint: str) -> tuple[str, ...]:
         """Default versions of the pinned adapters made for this base."""

@@ -259,7 +259,7 @@ usage = sa.Table(
     # Empty: no key (a server without tenants, or what no request asked for: loads).
     sa.Column("key", _name(64), primary_key=True),
     # `name`, `owner/name` of somebody else's, several of a mix joined with "+"; empty: the base model.
-    sa.Column("adapter", _name(1024), primary_key=True),
+    sa.Column("adapter", _name(1600), primary_key=True),
     sa.Column("requests", sa.BigInteger, nullable=False),
     sa.Column("prompt_tokens", sa.BigInteger, nullable=False),
     sa.Column("cached_tokens", sa.BigInteger, nullable=False),

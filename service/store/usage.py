@@ -95,7 +95,7 @@ async def read(
     if groups:
         names = [sa.literal_column(name) for name in group_by] if "day" in group_by else groups
         statement = statement.group_by(*names).order_by(*names).limit(limit).offset(offset)
-    return [_plain(row._mapping) for row in (await connection.execute(statement)).all()]
+    return [_plain(row._asdict()) for row in (await connection.execute(statement)).all()]
 
 
 def _plain(row: Mapping[str, Any]) -> dict[str, Any]:

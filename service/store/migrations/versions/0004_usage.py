@@ -21,7 +21,7 @@ def upgrade() -> None:
         sa.Column("hour", sa.BigInteger, primary_key=True, autoincrement=False),
         sa.Column("tenant", _name(96), primary_key=True),
         sa.Column("key", _name(64), primary_key=True),
-        sa.Column("adapter", _name(1024), primary_key=True),
+        sa.Column("adapter", _name(1600), primary_key=True),
         sa.Column("requests", sa.BigInteger, nullable=False),
         sa.Column("prompt_tokens", sa.BigInteger, nullable=False),
         sa.Column("cached_tokens", sa.BigInteger, nullable=False),
