@@ -212,7 +212,7 @@ def _revision(connection: sa.Connection) -> str | None:
     """The schema's; None: there is no schema yet. CatalogueTooNew for one that is not known here."""
     if not sa.inspect(connection).has_table("alembic_version"):
         return None
-    found = connection.scalar(sa.text("SELECT version_num FROM alembic_version"))
+    found: str | None = connection.scalar(sa.text("SELECT version_num FROM alembic_version"))
     if found is not None and found not in REVISIONS:
         raise CatalogueTooNew(found)
     return found
