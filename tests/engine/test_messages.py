@@ -33,6 +33,7 @@ TO_ENGINE: list[m.ToEngine] = [
     m.LoadAdapter("c", "d"),
     m.UnloadAdapter("c", "d", forget=True),
     m.QueryResidency("c", ("d", "e")),
+    m.TakeOccupancy("c"),
 ]
 FROM_ENGINE: list[m.FromEngine] = [
     m.Ready("id", MANIFEST, m.Limits(64, 8, 16, 16, 100, 8, 512, 1 << 40), "cpu", {"torch": "2"}),
@@ -40,6 +41,7 @@ FROM_ENGINE: list[m.FromEngine] = [
     m.Outputs([m.Delta("r", 0, [1, 2]), m.Delta("r", 1, [3], "stop", [ENTRY], [None, ENTRY], 16)]),
     m.Refused("r", "queue_full", "later", 1.5),
     m.Reply("c", None, {"d": "device"}),
+    m.Reply("c", None, {"d": [1, 2.5]}),
     m.Reply("c", "it is broken"),
 ]
 
