@@ -125,6 +125,7 @@ def test_every_route_is_in_the_readme(service: Launched) -> None:
     called = re.sub(r"(/v1/adapters/)news", r"\1{name}", commands)
     called = called.replace("/versions/1/files/adapter_config.json", "/versions/{version}/files/{filename}")
     called = re.sub(r"/versions/\d", "/versions/{version}", called).replace("/aliases/next", "/aliases/{alias}")
+    called = called.replace("/$merge/files/config.json", "/{merge}/files/{filename}").replace("/$merge", "/{merge}")
     called = called.replace("/v1/models/pirate", "/v1/models/{model}")
     for path in service.http.get("/openapi.json").json()["paths"]:
         pattern = re.escape(re.sub(r"\{model\w*(:path)?\}", "{model}", path))
