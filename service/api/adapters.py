@@ -434,6 +434,9 @@ async def get_file(
 ) -> Response:
     """The bytes as they were uploaded. The ETag is their sha256; ranges work."""
     found = await _version(library, caller, name, version)
+    if caller.viewer not in (None, caller.namespace):
+        message = f"{name!r} belongs to another tenant, which lets it be used; its files are the owner's alone."
+        raise ApiError(403, message, code="not_your_tenant", param="tenant")
     file = next((file for file in found.files if file.filename == filename), None)
     missing = ApiError(404, f"Version {found.number} of {name!r} has no file {shown(filename)}.", code="file_not_found")
     if file is None:

@@ -53,3 +53,14 @@ def tenants(base_model_dir: Path) -> Iterator[TenantServer]:
         yield server
     finally:
         server.stop()
+
+
+@pytest.fixture(scope="session")
+def slow_tenants(base_model_dir: Path) -> Iterator[TenantServer]:
+    """The same with an engine whose steps take 20 ms."""
+    server = TenantServer(base_model_dir, engine_options={"step_s": 0.02})
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()

@@ -37,6 +37,9 @@ class Cast:
         self.scoped = {scope: server.key("alpha", scope) for scope in SCOPES}
         with server.client(self.alpha_key) as client:
             assert upload(client, SECRET, 1).status_code == 201
+            merge = client.post("/v1/merges", json={"name": "mixed", "sources": [{"adapter": SECRET, "weight": 0.5}]})
+            assert merge.status_code == 202, merge.text
+            self.merge: str = merge.json()["id"]
         expires_at = int(time.time()) + 2
         self.expired = server.key("alpha", expires_at=expires_at)
         self.deleted = server.key("alpha")
@@ -194,6 +197,27 @@ def test_another_tenants_adapter_is_not_there(cast: Cast, operations: list[tuple
         assert answers[0][0] == (404 if method == "GET" else 403), (method, path, answers)
         seen.add(method)
     assert seen == {"GET", "PUT", "PATCH", "DELETE", "POST"}
+
+
+def test_another_tenants_merge_is_not_there(cast: Cast, operations: list[tuple[str, str, dict[str, Any]]]) -> None:
+    key = [("Authorization", f"Bearer {cast.beta_key}")]
+    seen = 0
+    for method, path, operation in operations:
+        if "{merge}" not in path:
+            continue
+        queries: tuple[dict[str, str], ...] = ({}, {"tenant": "alpha"})
+        for query in queries:
+            hidden = send(cast.server, method, address(path, operation, merge=cast.merge), key, **query)
+            missing = send(cast.server, method, address(path, operation, merge="nothing"), key, **query)
+            assert hidden.status_code == missing.status_code == (403 if query and method == "DELETE" else 404), path
+            assert hidden.text.replace(cast.merge, "ID") == missing.text.replace("nothing", "ID")
+            seen += 1
+    assert seen >= 8
+    with cast.server.client(cast.beta_key) as client:
+        for tenant in ("", "?tenant=alpha"):
+            assert client.get(f"/v1/merges{tenant}").json()["data"] == []
+    with cast.server.client(cast.alpha_key) as client:
+        assert [each["id"] for each in client.get("/v1/merges").json()["data"]] == [cast.merge]
 
 
 def test_another_tenants_adapter_in_requests(cast: Cast) -> None:

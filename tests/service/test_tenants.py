@@ -1,0 +1,465 @@
+"""Tenants, keys, namespaces, sharing, limits and the audit log, over HTTP with a simulated engine."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from service.store.tenants import KEY
+
+from .inference_helpers import BASE, InferenceServer
+from .tenant_helpers import ADMIN, TenantServer, complete, key_id, upload, wait_for
+
+
+def names(answer: httpx.Response) -> list[str]:
+    return [each["id"] for each in answer.json()["data"]]
+
+
+# ---------------------------------------------------------------- modes
+
+
+def test_a_server_without_an_admin_key_has_one_user(server: InferenceServer) -> None:
+    assert server.http.get("/v1/models").status_code == 200
+    for method, path in (("GET", "/v1/tenants"), ("POST", "/v1/tenants/x/keys"), ("GET", "/v1/audit")):
+        answer = server.http.request(method, path)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "single_user")
+        assert "LORAPLEX_ADMIN_KEY" in answer.text
+    assert "x-loraplex-rule" not in server.http.get("/openapi.json").text
+    assert server.http.get("/ready").json() == {"status": "ready", "model": BASE}
+
+
+def test_who_has_no_key_is_told_no_more_than_a_load_balancer_needs(tenants: TenantServer) -> None:
+    assert tenants.bare.get("/health").json() == {"status": "ok"}
+    assert tenants.bare.get("/ready").json() == {"status": "ready"}
+
+
+def test_answers_have_security_headers_and_no_cors(tenants: TenantServer) -> None:
+    for client, path in ((tenants.bare, "/health"), (tenants.bare, "/v1/models"), (tenants.http, "/v1/models")):
+        answer = client.get(path, headers={"Origin": "https://evil.example"})
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert answer.headers["x-frame-options"] == "DENY"
+        assert answer.headers["referrer-policy"] == "no-referrer"
+        assert not [name for name in answer.headers if name.startswith("access-control")]
+    preflight = {"Origin": "https://evil.example", "Access-Control-Request-Method": "POST"}
+    assert tenants.bare.options("/v1/completions", headers=preflight).status_code == 401
+
+
+# ---------------------------------------------------------------- tenants
+
+
+def test_a_tenants_life(tenants: TenantServer) -> None:
+    http = tenants.http
+    made = http.post("/v1/tenants", json={"name": "life", "weight": 2, "limits": {"adapters": 3, "max_rank": None}})
+    assert made.status_code == 201
+    assert made.headers["location"] == "/v1/tenants/life"
+    body = made.json()
+    assert (body["id"], body["weight"], body["disabled"], body["limits"]["adapters"]) == ("life", 2, False, 3)
+    assert http.post("/v1/tenants", json={"name": "life"}).status_code == 409
+    assert http.get("/v1/tenants/life").json()["used"]["adapters"] == 0
+    changed = http.patch("/v1/tenants/life", json={"limits": {"max_tokens": 5, "adapters": None}})
+    assert (changed.json()["limits"]["max_tokens"], changed.json()["limits"]["adapters"]) == (5, None)
+    assert changed.json()["weight"] == 2
+    first = http.get("/v1/tenants", params={"limit": 1}).json()
+    assert first["has_more"]
+    assert "life" in names(http.get("/v1/tenants", params={"limit": 1000}))
+    assert names(http.get("/v1/tenants", params={"limit": 1, "after": "lifd"})) == ["life"]
+    assert http.delete("/v1/tenants/life").json()["deleted"]
+    for method in ("GET", "PATCH", "DELETE"):
+        answer = http.request(method, "/v1/tenants/life", json={} if method == "PATCH" else None)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "tenant_not_found")
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param"),
+    [
+        ({"name": "no spaces"}, 400, "name"),
+        ({"name": "a/b"}, 400, "name"),
+        ({"name": "admin"}, 409, "name"),
+        ({"name": "default"}, 409, "name"),
+        ({"name": "w", "weight": 0}, 400, "weight"),
+        ({"name": "w", "limits": {"adapters": -1}}, 400, "limits.adapters"),
+        ({"name": "w", "limits": {"adaptors": 1}}, 400, "limits.adaptors"),
+        ({"name": "w", "colour": 1}, 400, "colour"),
+    ],
+)
+def test_what_no_tenant_can_be(tenants: TenantServer, body: dict[str, Any], status: int, param: str) -> None:
+    answer = tenants.http.post("/v1/tenants", json=body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (status, param), answer.text
+
+
+def test_the_default_tenant_stays(tenants: TenantServer) -> None:
+    assert tenants.http.get("/v1/tenants/default").status_code == 200
+    assert tenants.http.delete("/v1/tenants/default").json()["error"]["code"] == "tenant_reserved"
+
+
+def test_deleting_a_tenant_takes_everything_and_leaves_nothing_to_the_next(tenants: TenantServer) -> None:
+    with tenants.member() as (other, second):
+        first = tenants.tenant("phoenix")
+        key = tenants.key(first)
+        with tenants.client(key) as client:
+            for seed in (1, 2):
+                assert upload(client, f"ash-{seed}", seed).status_code == 201
+            client.patch("/v1/adapters/ash-1", json={"visibility": "public"})
+            upload(second, "gift", 9)
+            second.patch("/v1/adapters/gift", json={"visibility": ["phoenix"]})
+            assert complete(client, f"{other}/gift").status_code == 200
+            assert complete(second, "phoenix/ash-1").status_code == 200
+            assert tenants.http.delete("/v1/tenants/phoenix").json()["adapters"] == 2
+            assert client.get("/v1/models").status_code == 401
+        assert complete(second, "phoenix/ash-1").status_code == 404
+        tenants.tenant("phoenix")
+        with tenants.client(tenants.key("phoenix")) as client:
+            assert names(client.get("/v1/adapters")) == []
+            assert complete(client, f"{other}/gift").status_code == 404
+            assert upload(client, "ash-1", 1).json()["version"] == 1
+        tenants.http.delete("/v1/tenants/phoenix")
+
+
+# ---------------------------------------------------------------- keys
+
+
+def test_a_key_is_shown_once_and_kept_as_a_hash(tenants: TenantServer) -> None:
+    tenant = tenants.tenant()
+    made = tenants.http.post(f"/v1/tenants/{tenant}/keys", json={"scopes": ["manage", "infer"], "description": "web"})
+    body = made.json()
+    assert KEY.fullmatch(body["key"])
+    assert len(bytes.fromhex(body["key"].split("_")[2])) >= 16
+    assert made.headers["location"] == f"/v1/tenants/{tenant}/keys/{body['id']}"
+    assert made.headers["cache-control"] == "no-store"
+    shown = tenants.http.get(made.headers["location"]).json()
+    assert shown == {**{key: value for key, value in body.items() if key != "key"}, "last_used_at": None}
+    assert (shown["scopes"], shown["description"]) == (["infer", "manage"], "web")
+    secret = body["key"].split("_")[2]
+    listed = tenants.http.get(f"/v1/tenants/{tenant}/keys").text
+    assert secret not in listed
+    assert "hash" not in listed
+    stored = tenants.settings.data_dir
+    for path in stored.glob("catalogue.sqlite3*"):
+        assert secret.encode() not in path.read_bytes()
+    with tenants.client(body["key"]) as client:
+        client.get("/v1/models")
+    wait_for(lambda: tenants.http.get(made.headers["location"]).json()["last_used_at"])
+
+
+def test_keys_are_exchanged_while_requests_come(tenants: TenantServer) -> None:
+    tenant = tenants.tenant()
+    old, new = tenants.key(tenant), tenants.key(tenant)
+    with tenants.client(old) as before, tenants.client(new) as after:
+        assert before.get("/v1/models").status_code == after.get("/v1/models").status_code == 200
+        assert sorted(names(tenants.http.get(f"/v1/tenants/{tenant}/keys"))) == sorted([key_id(old), key_id(new)])
+        assert tenants.http.delete(f"/v1/tenants/{tenant}/keys/{key_id(old)}").status_code == 200
+        assert before.get("/v1/models").status_code == 401  # at once, in this process
+        assert after.get("/v1/models").status_code == 200
+    assert tenants.http.delete(f"/v1/tenants/{tenant}/keys/{key_id(old)}").status_code == 404
+    assert tenants.http.get(f"/v1/tenants/default/keys/{key_id(new)}").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"scopes": []}, "scopes"),
+        ({"scopes": ["infer", "root"]}, "scopes[1]"),
+        ({"scopes": ["infer"], "expires_at": 5}, "expires_at"),
+        ({}, "scopes"),
+    ],
+)
+def test_what_no_key_can_be(tenants: TenantServer, body: dict[str, Any], param: str) -> None:
+    answer = tenants.http.post("/v1/tenants/default/keys", json=body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
+
+
+def test_what_one_process_revokes_another_refuses_within_a_second(tenants: TenantServer) -> None:
+    """Keys, disabled tenants and new limits; rows are read again once they are a second old."""
+    with tenants.another_process() as url:
+        tenant = tenants.tenant()
+        first, second = tenants.key(tenant), tenants.key(tenant)
+
+        def status(key: str) -> int:
+            return httpx.get(f"{url}/v1/models", headers={"Authorization": f"Bearer {key}"}, timeout=60).status_code
+
+        assert status(first) == status(second) == 200
+        tenants.http.delete(f"/v1/tenants/{tenant}/keys/{key_id(first)}")
+        wait_for(lambda: status(first) == 401)
+        assert status(second) == 200
+        tenants.http.patch(f"/v1/tenants/{tenant}", json={"disabled": True})
+        wait_for(lambda: status(second) == 403)
+        tenants.http.patch(f"/v1/tenants/{tenant}", json={"disabled": False})
+        wait_for(lambda: status(second) == 200)
+        tenants.http.delete(f"/v1/tenants/{tenant}")
+        wait_for(lambda: status(second) == 401)
+
+
+# ---------------------------------------------------------------- namespaces
+
+
+def test_the_same_name_in_two_tenants_is_two_adapters(tenants: TenantServer) -> None:
+    with tenants.member() as (one, first), tenants.member() as (two, second):
+        assert upload(first, "pirate", 1).status_code == 201
+        assert upload(second, "pirate", 2).status_code == 201
+        digests = [client.get("/v1/adapters/pirate/versions/1").json()["spec"]["sha256"] for client in (first, second)]
+        assert digests[0] != digests[1]
+        for client, tenant, digest in ((first, one, digests[0]), (second, two, digests[1])):
+            expected = tenants.expected_text("one two", 3, {digest: 1.0})
+            for model in ("pirate", f"{tenant}/pirate", "pirate@1"):
+                answer = complete(client, model)
+                assert answer.json()["choices"][0]["text"] == expected
+                assert answer.headers["x-loraplex-adapter"] == "pirate@1"
+            assert names(client.get("/v1/models")) == [BASE, "pirate"]
+            assert names(client.get("/v1/adapters")) == ["pirate"]
+            assert client.get("/v1/adapters/pirate").json()["owner"] == tenant
+            assert complete(client, BASE).status_code == 200
+        assert first.delete("/v1/adapters/pirate").status_code == 200
+        assert complete(first, "pirate").status_code == 404
+        assert complete(second, "pirate").status_code == 200
+        assert upload(first, BASE, 1).json()["error"]["code"] == "name_reserved"
+
+
+def test_the_admin_acts_as_any_tenant(tenants: TenantServer) -> None:
+    with tenants.member() as (tenant, client):
+        assert upload(tenants.http, "placed", 5, tenant=tenant).status_code == 201
+        assert client.get("/v1/adapters/placed").json()["owner"] == tenant
+        assert names(tenants.http.get("/v1/models", params={"tenant": tenant})) == [BASE, "placed"]
+        assert complete(tenants.http, f"{tenant}/placed").status_code == 200
+        assert f"{tenant}/placed" in names(tenants.http.get("/v1/adapters", params={"limit": 1000}))
+        assert tenants.http.patch("/v1/adapters/placed", json={"pinned": True}).status_code == 404
+        changed = tenants.http.patch(f"/v1/adapters/placed?tenant={tenant}", json={"description": "x"})
+        assert changed.json()["description"] == "x"
+        assert tenants.http.delete(f"/v1/adapters/placed?tenant={tenant}").status_code == 200
+        assert names(client.get("/v1/adapters")) == []
+    unknown = tenants.http.get("/v1/models?tenant=nobody-at-all")
+    assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "tenant_not_found")
+    assert tenants.http.get("/v1/models?tenant=a&tenant=b").status_code == 400
+
+
+def test_sharing(tenants: TenantServer) -> None:
+    with tenants.member() as (owner, own), tenants.member() as (friend, near), tenants.member() as (_, far):
+        upload(own, "voice", 1)
+        upload(own, "quiet", 2)
+        upload(near, "voice", 3)
+        full = f"{owner}/voice"
+        for client in (near, far):
+            assert complete(client, full).status_code == 404
+        granted = own.patch("/v1/adapters/voice", json={"visibility": [friend, "not-a-tenant"]})
+        assert granted.json()["visibility"] == sorted([friend, "not-a-tenant"])
+        assert complete(near, full).headers["x-loraplex-adapter"] == f"{owner}/voice@1"
+        assert complete(near, f"{full}@1").status_code == 200
+        assert complete(far, full).status_code == 404
+        # What one sees, pages, and knows of the others.
+        assert names(near.get("/v1/models")) == [BASE, "voice", full]
+        assert names(near.get("/v1/adapters?limit=1")) == ["voice"]
+        assert names(near.get("/v1/adapters?limit=1&after=voice")) == [full]
+        assert names(near.get(f"/v1/adapters?after={full}")) == []
+        assert (
+            names(near.get(f"/v1/adapters?owner={owner}")) == [full]
+        assert names(near.get(f"/v1/adapters?tenant={owner}")) == [full]
+        )
+        assert near.get(f"/v1/adapters/voice?tenant={owner}").json()["visibility"] == [friend]
+        assert near.get(f"/v1/models/{full}").json()["id"] == full
+        # To use it is not to take it away, nor to change it.
+        file = "/versions/1/files/adapter_config.json"
+        assert own.get(f"/v1/adapters/voice{file}").status_code == 200
+        for method, path in (
+            ("DELETE", ""), ("PATCH", ""), ("POST", "/unload"), ("PUT", "/aliases/a"), ("GET", file),
+        ):  # fmt: skip
+            body = {} if method == "PATCH" else {"version": 1} if method == "PUT" else None
+            answer = near.request(method, f"/v1/adapters/voice{path}?tenant={owner}", json=body)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (403, "not_your_tenant"), path
+        # A mix of adapters of several owners, each by the same rule.
+        digests = {client.get("/v1/adapters/voice/versions/1").json()["spec"]["sha256"]: 0.5 for client in (own, near)}
+        parts = [{"name": full, "weight": 0.5}, {"name": "voice", "weight": 0.5}]
+        mixed = complete(near, BASE, adapters=parts)
+        assert mixed.json()["choices"][0]["text"] == tenants.expected_text("one two", 3, digests)
+        hidden = complete(near, BASE, adapters=[*parts, {"name": f"{owner}/quiet", "weight": 1.0}])
+        assert (hidden.status_code, hidden.json()["error"]["param"]) == (404, "adapters[2].name")
+        # To everybody, and back.
+        assert own.patch("/v1/adapters/voice", json={"visibility": "public"}).json()["visibility"] == "public"
+        assert complete(far, full).status_code == 200
+        assert far.get(f"/v1/adapters/voice?tenant={owner}").json()["visibility"] == "public"
+        assert own.patch("/v1/adapters/voice", json={"visibility": "private"}).status_code == 200
+        for client in (near, far):
+            assert complete(client, full).status_code == 404
+        for wrong in ("everybody", 1, None, [1], ["a b"]):
+            assert own.patch("/v1/adapters/voice", json={"visibility": wrong}).status_code == 400
+
+
+def test_tenants_do_not_find_each_others_prompts_in_the_cache(tenants: TenantServer) -> None:
+    prompt = list(range(100, 300))
+
+    def cached(client: httpx.Client) -> int:
+        usage = complete(client, BASE, prompt=prompt).json()["usage"]
+        found: int = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
+        return found
+
+    with tenants.member() as (_, first), tenants.member() as (_, second):
+        assert cached(first) == 0
+        assert cached(first) > 0
+        assert cached(second) == 0
+
+
+# ---------------------------------------------------------------- limits
+
+
+def refused(answer: httpx.Response, status: int, name: str) -> None:
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (status, "limit_exceeded", name), answer.text
+    assert name in error["message"]
+    assert (int(answer.headers["retry-after"]) >= 1) if status == 429 else "retry-after" not in answer.headers
+
+
+def test_requests_and_tokens_per_minute(tenants: TenantServer) -> None:
+    with tenants.member(limits={"requests_per_minute": 3}) as (tenant, client):
+        for _ in range(3):
+            assert complete(client, BASE).status_code == 200
+        refused(complete(client, BASE), 429, "requests_per_minute")
+        refused(client.post("/v1/completions", content=b"{"), 429, "requests_per_minute")
+        assert client.get("/v1/models").status_code == 200  # only inference is counted
+        tenants.http.patch(f"/v1/tenants/{tenant}", json={"limits": {"requests_per_minute": 4}})
+        assert complete(client, BASE).status_code == 200
+        refused(complete(client, BASE), 429, "requests_per_minute")
+    with tenants.member(limits={"tokens_per_minute": 40}) as (tenant, client):
+        usage = complete(client, BASE, prompt=[5] * 30, max_tokens=9, ignore_eos=True).json()["usage"]
+        assert usage["total_tokens"] == 39
+        wait_for(lambda: tenants.http.get(f"/v1/tenants/{tenant}").json()["used"]["tokens_per_minute"] == 39)
+        assert complete(client, BASE, stream=True).status_code == 200
+        wait_for(lambda: tenants.http.get(f"/v1/tenants/{tenant}").json()["used"]["tokens_per_minute"] > 40)
+        refused(complete(client, BASE), 429, "tokens_per_minute")
+
+
+def test_processes_count_together(tenants: TenantServer) -> None:
+    """Sixty requests at once to two processes: exactly as many pass as may."""
+    with tenants.another_process() as url, tenants.member(limits={"requests_per_minute": 25}) as (_, client):
+        statuses: list[int] = []
+
+        def ask(base: str) -> None:
+            with httpx.Client(base_url=base, headers=client.headers, timeout=60) as own:
+                for _ in range(15):
+                    statuses.append(complete(own, BASE, max_tokens=1).status_code)
+
+        threads = [threading.Thread(target=ask, args=(base,)) for base in (tenants.url, url) * 2]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(statuses) == [200] * 25 + [429] * 35
+
+
+def test_concurrent_requests(slow_tenants: TenantServer) -> None:
+    """A stream that runs counts until it ends, or its client leaves."""
+    server = slow_tenants
+    with server.member(limits={"concurrent_requests": 1}) as (tenant, client):
+
+        def running() -> int:
+            found: int = server.http.get(f"/v1/tenants/{tenant}").json()["used"]["concurrent_requests"]
+            return found
+
+        body = {"model": BASE, "prompt": "x", "max_tokens": 400, "stream": True, "ignore_eos": True}
+        with client.stream("POST", "/v1/completions", json=body) as stream:
+            assert stream.status_code == 200
+            lines = stream.iter_lines()  # kept: one that is let go closes the stream
+            next(lines)
+            refused(complete(client, BASE), 429, "concurrent_requests")
+            assert running() == 1
+            with server.member() as (_, other):
+                assert complete(other, BASE).status_code == 200
+        wait_for(lambda: running() == 0)
+        assert complete(client, BASE).status_code == 200
+        wait_for(lambda: running() == 0)
+        assert complete(client, "nothing").status_code == 404
+        wait_for(lambda: running() == 0)
+
+
+def test_what_a_tenant_may_keep(tenants: TenantServer) -> None:
+    with tenants.member(limits={"adapters": 1, "max_rank": 4}) as (tenant, client):
+        refused(upload(client, "big", 1, rank=8), 422, "max_rank")
+        assert upload(client, "one", 1).status_code == 201
+        refused(upload(client, "two", 2), 413, "adapters")
+        assert upload(client, "one", 2).status_code == 201  # a version is no adapter more
+        assert upload(client, "one", 1).status_code == 200
+        stored = tenants.http.get(f"/v1/tenants/{tenant}").json()["used"]["stored_bytes"]
+        assert stored > 0
+        limits = {"adapters": None, "stored_bytes": stored + stored // 4}
+        tenants.http.patch(f"/v1/tenants/{tenant}", json={"limits": limits})
+        refused(upload(client, "two", 3), 413, "stored_bytes")
+        client.delete("/v1/adapters/one/versions/1")
+        assert upload(client, "two", 3).status_code == 201
+        refused(upload(tenants.http, "three", 4, tenant=tenant), 413, "stored_bytes")
+        assert names(client.get("/v1/adapters")) == ["one", "two"]
+
+
+def test_max_tokens(tenants: TenantServer) -> None:
+    with tenants.member(limits={"max_tokens": 5}) as (_, client):
+        refused(complete(client, BASE, max_tokens=6), 422, "max_tokens")
+        assert complete(client, BASE, max_tokens=5, ignore_eos=True).json()["usage"]["completion_tokens"] == 5
+        body = {"model": BASE, "messages": [{"role": "user", "content": "x"}], "ignore_eos": True}
+        answer = client.post("/v1/chat/completions", json=body)
+        assert answer.json()["usage"]["completion_tokens"] == 5  # what is not asked for is not refused, it is cut
+        refused(client.post("/v1/chat/completions", json={**body, "max_tokens": 9}), 422, "max_tokens")
+
+
+# ---------------------------------------------------------------- audit and logs
+
+
+def test_every_change_is_in_the_audit_log_and_no_key_is_in_any_log(tenants: TenantServer) -> None:
+    with tenants.member() as (tenant, client):
+        key = client.headers["authorization"].removeprefix("Bearer ")
+        upload(client, "noted", 1)
+        client.patch("/v1/adapters/noted", json={"visibility": "public"})
+        client.patch("/v1/adapters/missing", json={"pinned": True})  # failed: nothing was changed
+        client.get("/v1/adapters/noted")
+        complete(client, "noted")
+        request_id = client.delete("/v1/adapters/noted", headers={"x-request-id": "by-hand"}).headers["x-request-id"]
+        tenants.http.get("/v1/adapters", params={"tenant": tenant})
+        tenants.http.patch(f"/v1/tenants/{tenant}", json={"disabled": True})
+        actions = tenants.http.get("/v1/audit", params={"tenant_id": tenant}).json()["data"]
+        assert [(each["action"], each["actor"], each["target"]) for each in reversed(actions)] == [
+            ("put_adapter", key_id(key), "noted 1"),
+            ("change_adapter", key_id(key), "noted"),
+            ("delete_adapter", key_id(key), "noted"),
+        ]
+        assert actions[0]["request_id"] == request_id == "by-hand"
+        newest = tenants.http.get("/v1/audit?limit=3").json()
+        assert newest["has_more"]
+        assert (newest["data"][0]["action"], newest["data"][0]["target"]) == ("change_tenant", tenant)
+        older = tenants.http.get("/v1/audit", params={"limit": 1, "after": newest["last_id"]}).json()["data"]
+        assert int(older[0]["id"]) < int(newest["last_id"])
+        kinds = {each["action"] for each in tenants.http.get("/v1/audit?limit=1000").json()["data"]}
+        assert {"create_tenant", "create_key"} <= kinds
+
+        wrong = f"{key[:-1]}{'0' if key[-1] != '0' else '1'}"
+        tenants.bare.get("/v1/models", headers={"Authorization": f"Bearer {wrong}"})
+        tenants.bare.get(f"/v1/models?api_key={key}")
+        for text in (tenants.log_path.read_text(), json.dumps(actions)):
+            for secret in (key.split("_")[2], wrong.split("_")[2], ADMIN):
+                assert secret not in text
+        lines = [json.loads(line) for line in tenants.log_path.read_text().splitlines() if line.startswith("{")]
+        assert [line for line in lines if line.get("tenant") == tenant and line.get("key") == key_id(key)]
+        assert [line for line in lines if line.get("event") == "management action" and line["actor"] == key_id(key)]
+
+
+# ---------------------------------------------------------------- another configuration
+
+
+def test_origins_that_may_call_from_a_browser(base_model_dir: Path) -> None:
+    server = TenantServer(base_model_dir, cors_origins="https://one.example, https://two.example/")
+    try:
+        server.start(engine=False)
+        preflight = {
+            "Origin": "https://two.example",
+            "Access-Control-Request-Method": "POST",
+            "Access-Control-Request-Headers": "authorization,content-type",
+        }
+        answer = server.bare.options("/v1/completions", headers=preflight)
+        assert answer.status_code == 200
+        assert answer.headers["access-control-allow-origin"] == "https://two.example"
+        answer = server.bare.get("/v1/models", headers={"Origin": "https://one.example"})
+        assert answer.status_code == 401
+        assert answer.headers["access-control-allow-origin"] == "https://one.example"
+        answer = server.http.get("/v1/models", headers={"Origin": "https://three.example"})
+        assert "access-control-allow-origin" not in answer.headers
+    finally:
+        server.stop()
