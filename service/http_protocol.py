@@ -27,7 +27,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 from starlette.types import Receive, Scope, Send
@@ -160,7 +160,8 @@ class LimitedProtocol(HttpToolsProtocol):
             self.app = _too_many_connections
         super().on_headers_complete()
         if self.cycle is not None and self.cycle.scope is self.scope:  # its application starts in the next iteration
-            self.scope.setdefault("extensions", {})[WRITE] = partial(_write, self.cycle)
+            extensions = cast(dict[str, Any], self.scope.setdefault("extensions", {}))
+            extensions[WRITE] = partial(_write, self.cycle)
         self._unread = 0
         self._awaits_head = False
         self._start_span()
