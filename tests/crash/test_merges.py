@@ -72,7 +72,7 @@ def killed(make_world: Callable[..., World]) -> Killed:
 
 ADAPTER = {
     "claimed": (MERGER, "open", "/task.json", 1, False),
-    "writing": (JOB, "open", "/out/adapter_config.json", 1, False),
+    "writing": (JOB, "open", "/out/", 2, False),
     "storing": (MERGER, "os.rename", "/out/", 2, False),
     "storing, the whole service": (MERGER, "os.rename", "/out/", 1, True),
     "committed": (MERGER, "shutil.rmtree", "/work/merge-", 1, False),
