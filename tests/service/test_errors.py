@@ -308,6 +308,7 @@ EXAMPLES: dict[type[Exception], tuple[Exception, int]] = {
     adapter_errors.BlobDamaged: (adapter_errors.BlobDamaged("d", "size"), 500),
     TooManyAdapters: (TooManyAdapters("d", 2, 1), 400),
     adapter_errors.AdapterUnavailable: (adapter_errors.AdapterUnavailable("d", "x"), 503),
+    adapter_errors.StoreUnavailable: (adapter_errors.StoreUnavailable("no answer"), 503),
     store_errors.AdapterNotFound: (store_errors.AdapterNotFound("a"), 404),
     store_errors.VersionNotFound: (store_errors.VersionNotFound("a", 3), 404),
     store_errors.AliasNotFound: (store_errors.AliasNotFound("a", "b"), 404),
@@ -324,6 +325,9 @@ EXAMPLES: dict[type[Exception], tuple[Exception, int]] = {
     store_errors.CatalogueBusy: (store_errors.CatalogueBusy(), 503),
     store_errors.CatalogueDamaged: (store_errors.CatalogueDamaged("x"), 500),
     store_errors.CatalogueUnusable: (store_errors.CatalogueUnusable("x"), 503),
+    store_errors.CatalogueTooNew: (store_errors.CatalogueTooNew("9999"), 503),
+    store_errors.ClaimLost: (store_errors.ClaimLost(), 503),
+    store_errors.UnstorableText: (store_errors.UnstorableText(), 400),
 }
 
 
