@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Header, Request, Response
 from fastapi.responses import FileResponse, JSONResponse
@@ -25,7 +25,10 @@ router = APIRouter(prefix="/v1/merges", tags=["merges"], route_class=Route)
 
 MAX_KEY_CHARACTERS = 255
 
-Method = Literal[tuple(METHODS)]  # type: ignore[valid-type]
+if TYPE_CHECKING:
+    Method = str
+else:
+    Method = Literal[tuple(METHODS)]
 
 
 class MergeSource(Strict):
