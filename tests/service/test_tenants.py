@@ -254,10 +254,8 @@ def test_sharing(tenants: TenantServer) -> None:
         assert names(near.get("/v1/adapters?limit=1")) == ["voice"]
         assert names(near.get("/v1/adapters?limit=1&after=voice")) == [full]
         assert names(near.get(f"/v1/adapters?after={full}")) == []
-        assert (
-            names(near.get(f"/v1/adapters?owner={owner}")) == [full]
-        assert names(near.get(f"/v1/adapters?tenant={owner}")) == [full]
-        )
+        for query in (f"owner={owner}", f"tenant={owner}"):
+            assert names(near.get(f"/v1/adapters?{query}")) == [full]
         assert near.get(f"/v1/adapters/voice?tenant={owner}").json()["visibility"] == [friend]
         assert near.get(f"/v1/models/{full}").json()["id"] == full
         # To use it is not to take it away, nor to change it.
