@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +66,10 @@ class Killed:
 
 
 @pytest.fixture
-def killed(make_world: Callable[..., World]) -> Killed:
-    return Killed(make_world)
+def killed(make_world: Callable[..., World]) -> Iterator[Killed]:
+    made = Killed(make_world)
+    yield made
+    made.client.http.close()
 
 
 ADAPTER = {
