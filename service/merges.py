@@ -155,6 +155,11 @@ class Merges:
         await asyncio.to_thread(remove_folder, self._folder / job.id)
         return None
 
+    def remove_files(self, identities: Iterable[str]) -> None:
+        """Of merges whose rows are gone; for a thread."""
+        for identity in identities:
+            remove_folder(self._folder / identity)
+
     def file(self, job: Job, name: str) -> Path:
         """Where a file of the finished checkpoint lies, or lay; `name` is one of `job.files`."""
         return self._folder / job.id / name

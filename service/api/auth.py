@@ -6,8 +6,8 @@ body is read: 401 to whoever has no valid key. Then the route asks whether that 
 nothing is refused.
 
 A key's row is read again once it is CACHE_S old: so a key that is revoked, a tenant that is disabled, and new limits
-take effect within a second in every process of every instance, in the one that was told at once. To read it for each
-request would cost 0.4 ms each.
+take effect within a second in every process of every instance, in the one that was told at once. To read it took
+1.0 ms, to find it 18 us (SQLite, two busy cores).
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import Annotated, Any, Literal
 
@@ -12,6 +13,7 @@ from pydantic import Field, StrictBool, StrictInt, StrictStr
 from service.api.adapters import Lib, Limit, _list_json
 from service.api.auth import Guards, Route, allow
 from service.api.errors import ApiError, shown
+from service.api.merges import MergesDep
 from service.api.schemas import Strict
 from service.limits import LIMITS
 from service.store.names import NAME_RULE, valid_name
@@ -169,12 +171,13 @@ async def change_tenant(tenant: str, body: TenantPatch, guards: GuardsDep) -> di
 
 @router.delete("/v1/tenants/{tenant}")
 @allow("admin")
-async def delete_tenant(tenant: str, guards: GuardsDep, library: Lib) -> dict[str, Any]:
+async def delete_tenant(tenant: str, guards: GuardsDep, library: Lib, merges: MergesDep) -> dict[str, Any]:
     """Deletes a tenant with its keys, adapters and merges. Requests that run end as they would."""
-    removed = await guards.tenants.delete(tenant)
+    removed, jobs = await guards.tenants.delete(tenant)
     guards.keyring.forget()
     for each in removed:
         library.reclaim(each)
+    await asyncio.to_thread(merges.remove_files, jobs)
     return {"id": tenant, "object": "tenant", "deleted": True, "adapters": len(removed)}
 
 

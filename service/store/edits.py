@@ -219,7 +219,7 @@ class Edits:
         """Deletes the adapter with all its versions. Raises AdapterNotFound, VersionInUse (by a merge)."""
         row = await self._existing(name, tenant, condition)
         await require_no_merge(self._connection, tenant, name)
-        removed = await self._remove_versions(versions.c.adapter_id == row.id, aliases.c.adapter_id == row.id)
+        removed = await self._remove_versions(versions.c.adapter_id == row.id, aliases.c.adapter_id == row.id, tenant)
         await self._connection.execute(sa.delete(labels).where(labels.c.adapter_id == row.id))
         await self._connection.execute(sa.delete(adapter_grants).where(adapter_grants.c.adapter_id == row.id))
         await self._connection.execute(sa.delete(adapters).where(adapters.c.id == row.id))
@@ -251,11 +251,13 @@ class Edits:
             raise VersionInUse(
                 f"Version {number} is the default of adapter {name!r}, which has others. Change the default first."
             )
-        removed = await self._remove_versions(versions.c.id == version.id, sa.false())
+        removed = await self._remove_versions(versions.c.id == version.id, sa.false(), tenant)
         await self._touch(row.id)
         return removed
 
-    async def _remove_versions(self, which: sa.ColumnElement[bool], which_aliases: sa.ColumnElement[bool]) -> Removed:
+    async def _remove_versions(
+        self, which: sa.ColumnElement[bool], which_aliases: sa.ColumnElement[bool], tenant: str
+    ) -> Removed:
         run = self._connection.execute
         gone = (await run(sa.select(versions.c.number, versions.c.digest).where(which))).all()
         ids = sa.select(versions.c.id).where(which)
@@ -270,11 +272,13 @@ class Edits:
         names = {**dict.fromkeys(unique, False), **dict.fromkeys(digests.values(), True)}
         free = await self.blobs.unneeded(names)
         await self.blobs.discard({sha: names[sha] for sha in free})
+        # Told by the tenant's own files alone: or it could find out what another one has uploaded.
+        kept = set(await self._connection.scalars(_files_of(tenant).where(files.c.sha256.in_(unique))))
         return Removed(
             digests=digests,
             unused=frozenset(free),
-            freed_files=sum(sha in free for sha in unique),
-            freed_bytes=sum(file.bytes for sha, file in unique.items() if sha in free),
+            freed_files=sum(sha not in kept for sha in unique),
+            freed_bytes=sum(file.bytes for sha, file in unique.items() if sha not in kept),
         )
 
     async def referenced(self) -> set[str]:
@@ -282,6 +286,15 @@ class Edits:
         records = await self._connection.scalars(sa.select(versions.c.digest))
         contents = await self._connection.scalars(sa.select(files.c.sha256))
         return set(records) | set(contents)
+
+
+def _files_of(tenant: str) -> sa.Select[tuple[str]]:
+    return (
+        sa.select(files.c.sha256)
+        .join_from(files, versions, files.c.version_id == versions.c.id)
+        .join(adapters, versions.c.adapter_id == adapters.c.id)
+        .where(adapters.c.tenant == tenant)
+    )
 
 
 def _require(condition: Condition, row: sa.Row[Any] | None, name: str) -> None:

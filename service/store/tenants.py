@@ -21,7 +21,17 @@ from service.store.database import Database
 from service.store.edits import Edits
 from service.store.errors import KeyNotFound, TenantExists, TenantNotFound, TenantReserved
 from service.store.records import Page, Removed
-from service.store.tables import DEFAULT_TENANT, adapter_grants, adapters, audit, counters, tenant_keys, tenants
+from service.store.tables import (
+    DEFAULT_TENANT,
+    adapter_grants,
+    adapters,
+    audit,
+    counters,
+    merge_sources,
+    merges,
+    tenant_keys,
+    tenants,
+)
 
 SCOPES = ("infer", "upload", "manage")
 RESERVED = frozenset({"admin", "all", "everybody", "loraplex", "none", "null", "private", "public", "shared", "system"})
@@ -199,15 +209,22 @@ class Tenants:
                 await connection.execute(sa.update(tenants).where(tenants.c.number == row.number).values(**values))
             return _tenant((await connection.execute(_TENANT, {"tenant": tenant})).one())
 
-    async def delete(self, tenant: str) -> list[Removed]:
-        """Deletes the tenant with its keys and adapters, and what others had shared with it. Whoever is given the same
-        name later begins with nothing. Raises TenantNotFound, TenantReserved."""
+    async def delete(self, tenant: str) -> tuple[list[Removed], list[str]]:
+        """Deletes the tenant with its keys, adapters and merges, and what others had shared with it. Whoever is given
+        the same name later begins with nothing. (what its adapters leave behind, ids of its merges). Raises
+        TenantNotFound, TenantReserved."""
         if tenant == DEFAULT_TENANT:
             raise TenantReserved(tenant)
         async with self._database.write() as connection:
             row = (await connection.execute(_TENANT, {"tenant": tenant})).one_or_none()
             if row is None:
                 raise TenantNotFound(tenant)
+            own = merges.c.tenant == tenant
+            jobs = (await connection.scalars(sa.select(merges.c.id).where(own))).all()
+            numbers = sa.select(merges.c.number).where(own)
+            # A merge that runs finds that it is no more, and ends.
+            await connection.execute(sa.delete(merge_sources).where(merge_sources.c.merge_number.in_(numbers)))
+            await connection.execute(sa.delete(merges).where(own))
             edits = Edits(connection)
             names = (await connection.scalars(sa.select(adapters.c.name).where(adapters.c.tenant == tenant))).all()
             removed = [await edits.remove_adapter(name, tenant) for name in names]
@@ -215,7 +232,7 @@ class Tenants:
             await connection.execute(sa.delete(adapter_grants).where(adapter_grants.c.tenant == tenant))
             await connection.execute(sa.delete(tenant_keys).where(tenant_keys.c.tenant_number == row.number))
             await connection.execute(sa.delete(tenants).where(tenants.c.number == row.number))
-        return removed
+        return removed, list(jobs)
 
     # ------------------------------------------------------------ keys
 

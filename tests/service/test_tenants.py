@@ -109,12 +109,14 @@ def test_deleting_a_tenant_takes_everything_and_leaves_nothing_to_the_next(tenan
             second.patch("/v1/adapters/gift", json={"visibility": ["phoenix"]})
             assert complete(client, f"{other}/gift").status_code == 200
             assert complete(second, "phoenix/ash-1").status_code == 200
+            source = {"adapter": "ash-2", "weight": 0.5}
+            assert client.post("/v1/merges", json={"name": "mixed", "sources": [source]}).status_code == 202
             assert tenants.http.delete("/v1/tenants/phoenix").json()["adapters"] == 2
             assert client.get("/v1/models").status_code == 401
         assert complete(second, "phoenix/ash-1").status_code == 404
         tenants.tenant("phoenix")
         with tenants.client(tenants.key("phoenix")) as client:
-            assert names(client.get("/v1/adapters")) == []
+            assert names(client.get("/v1/adapters")) == names(client.get("/v1/merges")) == []
             assert complete(client, f"{other}/gift").status_code == 404
             assert upload(client, "ash-1", 1).json()["version"] == 1
         tenants.http.delete("/v1/tenants/phoenix")
@@ -217,6 +219,17 @@ def test_the_same_name_in_two_tenants_is_two_adapters(tenants: TenantServer) -> 
         assert complete(first, "pirate").status_code == 404
         assert complete(second, "pirate").status_code == 200
         assert upload(first, BASE, 1).json()["error"]["code"] == "name_reserved"
+
+
+def test_what_a_deletion_frees_does_not_tell_what_others_have(tenants: TenantServer) -> None:
+    with tenants.member() as (_, first), tenants.member() as (_, second):
+        for name in ("same", "again"):
+            upload(first, name, 77)
+        upload(second, "same", 77)
+        assert first.delete("/v1/adapters/same").json()["freed"] == {"files": 0, "bytes": 0}  # `again` has them too
+        freed = first.delete("/v1/adapters/again").json()["freed"]
+        assert freed["files"] == 2
+        assert second.delete("/v1/adapters/same").json()["freed"] == freed
 
 
 def test_the_admin_acts_as_any_tenant(tenants: TenantServer) -> None:
