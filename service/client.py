@@ -20,7 +20,8 @@ from types import TracebackType
 
 import httpx
 
-from service.wire import adapters, inference, merges, operation
+from service.wire import adapters, inference, merges, operation, tenants
+from service.wire import usage as metering
 from service.wire.binding import AsyncPart, SyncPart, acall, alisting, astreaming, call, listing, streaming
 from service.wire.drivers import AsyncDriver, SyncDriver
 from service.wire.errors import (
@@ -66,6 +67,7 @@ from service.wire.records import (
 )
 from service.wire.server import DEFAULT_URL, Server
 from service.wire.streams import AsyncStream, Stream
+from service.wire.tenant_records import AuditAction, NewKey, Tenant, TenantKey, UsageRow
 
 TIMEOUT_S = 600.0
 MAX_RETRIES = 3
@@ -104,10 +106,30 @@ class Merges(SyncPart):
     download = call(merges.download)
 
 
+class Tenants(SyncPart):
+    """`client.tenants`, with the admin key"""
+
+    create = call(tenants.create)
+    list = listing(tenants.every)
+    get = call(tenants.get)
+    update = call(tenants.update)
+    delete = call(tenants.delete)
+
+
+class Keys(SyncPart):
+    """`client.keys`, of tenants, with the admin key"""
+
+    create = call(tenants.create_key)
+    list = listing(tenants.keys)
+    get = call(tenants.get_key)
+    delete = call(tenants.delete_key)
+
+
 class Loraplex(SyncPart):
     """A client that blocks. Several threads may share it.
 
     url: default LORAPLEX_URL, else http://127.0.0.1:8000. key: default LORAPLEX_KEY; sent as Authorization: Bearer.
+    tenant: for the admin, on whose behalf; for others, whose adapters a plain name means (what that tenant shares).
     timeout_s: the longest wait for the server's next bytes; a whole answer is one such wait. Raises ValueError for a
     URL or a key that cannot be one.
     """
@@ -117,14 +139,17 @@ class Loraplex(SyncPart):
         url: str | None = None,
         key: str | None = None,
         *,
+        tenant: str | None = None,
         timeout_s: float = TIMEOUT_S,
         max_retries: int = MAX_RETRIES,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
-        super().__init__(SyncDriver(Server(url, key, timeout_s, max_retries), transport))
+        super().__init__(SyncDriver(Server(url, key, timeout_s, max_retries, tenant), transport))
         self.url = self._driver.server.url
         self.adapters = Adapters(self._driver)
         self.merges = Merges(self._driver)
+        self.tenants = Tenants(self._driver)
+        self.keys = Keys(self._driver)
 
     complete = call(inference.complete)
     complete_stream = streaming(inference.complete_stream)
@@ -138,6 +163,9 @@ class Loraplex(SyncPart):
     ready = call(operation.ready)
     wait_until_ready = call(operation.wait_until_ready)
     version = call(operation.version)
+    usage = listing(metering.usage)
+    usage_csv = call(metering.usage_csv)
+    audit = listing(tenants.audit)
 
     def close(self) -> None:
         self._driver.close()
@@ -182,6 +210,25 @@ class AsyncMerges(AsyncPart):
     download = acall(merges.download)
 
 
+class AsyncTenants(AsyncPart):
+    """`client.tenants`, with the admin key"""
+
+    create = acall(tenants.create)
+    list = alisting(tenants.every)
+    get = acall(tenants.get)
+    update = acall(tenants.update)
+    delete = acall(tenants.delete)
+
+
+class AsyncKeys(AsyncPart):
+    """`client.keys`, of tenants, with the admin key"""
+
+    create = acall(tenants.create_key)
+    list = alisting(tenants.keys)
+    get = acall(tenants.get_key)
+    delete = acall(tenants.delete_key)
+
+
 class AsyncLoraplex(AsyncPart):
     """Like Loraplex, for asyncio and trio: calls are awaited, lists and streams are read with `async for`, and
     `await client.chat_stream(...)` gives the stream."""
@@ -191,14 +238,17 @@ class AsyncLoraplex(AsyncPart):
         url: str | None = None,
         key: str | None = None,
         *,
+        tenant: str | None = None,
         timeout_s: float = TIMEOUT_S,
         max_retries: int = MAX_RETRIES,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        super().__init__(AsyncDriver(Server(url, key, timeout_s, max_retries), transport))
+        super().__init__(AsyncDriver(Server(url, key, timeout_s, max_retries, tenant), transport))
         self.url = self._driver.server.url
         self.adapters = AsyncAdapters(self._driver)
         self.merges = AsyncMerges(self._driver)
+        self.tenants = AsyncTenants(self._driver)
+        self.keys = AsyncKeys(self._driver)
 
     complete = acall(inference.complete)
     complete_stream = astreaming(inference.complete_stream)
@@ -212,6 +262,9 @@ class AsyncLoraplex(AsyncPart):
     ready = acall(operation.ready)
     wait_until_ready = acall(operation.wait_until_ready)
     version = acall(operation.version)
+    usage = alisting(metering.usage)
+    usage_csv = acall(metering.usage_csv)
+    audit = alisting(tenants.audit)
 
     async def close(self) -> None:
         await self._driver.close()
@@ -226,10 +279,11 @@ class AsyncLoraplex(AsyncPart):
 
 
 __all__ = [
-    "DEFAULT_URL", "Adapter", "AdapterVersion", "Adapters", "Alias", "Answer", "ApiError", "AsyncAdapters",
-    "AsyncLoraplex", "AsyncMerges", "AsyncStream", "BadRequest", "Choice", "Chunk", "Conflict", "ConnectionFailed",
-    "DamagedFile", "Forbidden", "LocalFileError", "Loraplex", "LoraplexError", "Merge", "MergeFailed", "MergeFile",
-    "MergeSource", "Merges", "Model", "NotFound", "ProtocolError", "RateLimited", "Refused", "Removed", "Residency",
-    "ServerError", "ServerVersion", "Spec", "StoredFile", "Stream", "StreamCut", "TimedOut", "Tokens", "TooLarge",
-    "Unauthorized", "Unavailable", "Uploaded", "Usage",
+    "DEFAULT_URL", "Adapter", "AdapterVersion", "Adapters", "Alias", "Answer", "ApiError", "AsyncAdapters", "AsyncKeys",
+    "AsyncLoraplex", "AsyncMerges", "AsyncStream", "AsyncTenants", "AuditAction", "BadRequest", "Choice", "Chunk",
+    "Conflict", "ConnectionFailed", "DamagedFile", "Forbidden", "Keys", "LocalFileError", "Loraplex", "LoraplexError",
+    "Merge", "MergeFailed", "MergeFile", "MergeSource", "Merges", "Model", "NewKey", "NotFound", "ProtocolError",
+    "RateLimited", "Refused", "Removed", "Residency", "ServerError", "ServerVersion", "Spec", "StoredFile", "Stream",
+    "StreamCut", "Tenant", "TenantKey", "Tenants", "TimedOut", "Tokens", "TooLarge", "Unauthorized", "Unavailable",
+    "Uploaded", "Usage", "UsageRow",
 ]  # fmt: skip

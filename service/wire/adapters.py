@@ -1,12 +1,13 @@
-"""/v1/adapters. `adapter` arguments that take a version are `name`, `name@3` or `name@alias`."""
+"""/v1/adapters. `adapter` arguments that take a version are `name`, `name@3` or `name@alias`; another tenant's
+adapter is `owner/name` everywhere."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import quote
 
 from service.wire import downloads
@@ -26,10 +27,11 @@ def at(*parts: object, root: str = _ROOT) -> str:
     return "/".join((root, *quoted))
 
 
-def split(adapter: str) -> tuple[str, str | None]:
-    """`name@version` as name and version (number or alias)."""
-    name, _, version = adapter.partition("@")
-    return name, version or None
+def split(adapter: str) -> tuple[dict[str, str | None], str, str | None]:
+    """`owner/name@version` as the parameter that says whose, the name, and the version (number or alias)."""
+    full, _, version = adapter.partition("@")
+    owner, slash, name = full.rpartition("/")
+    return {"tenant": owner} if slash else {}, name, version or None
 
 
 def upload(
@@ -46,7 +48,9 @@ def upload(
     adapter; the new version becomes the default unless `default` is False. The same bytes again change nothing.
     The files are read as they are sent, in constant memory; `progress(bytes sent, bytes in all)`."""
     headers = {} if if_match is None else {"If-Match": if_match}
-    return (yield from _upload(folder, description, labels, progress, {}, "PUT", at(name), headers, default))
+    owner, name, _ = split(name)
+    params = {**owner, "default": default}
+    return (yield from _upload(folder, description, labels, progress, {}, "PUT", at(name), headers, params))
 
 
 def create(
@@ -58,7 +62,8 @@ def create(
     progress: Progress | None = None,
 ) -> Flow[Uploaded]:
     """Like upload, but for a new adapter only: Conflict if `name` has other content already."""
-    return (yield from _upload(folder, description, labels, progress, {"name": name}, "POST", _ROOT, {}, None))
+    owner, name, _ = split(name)
+    return (yield from _upload(folder, description, labels, progress, {"name": name}, "POST", _ROOT, {}, owner))
 
 
 def _upload(
@@ -70,7 +75,7 @@ def _upload(
     method: str,
     path: str,
     headers: Mapping[str, str],
-    default: bool | None,
+    params: Mapping[str, str | bool | None],
 ) -> Flow[Uploaded]:
     parts = yield from run(lambda: peft_folder(Path(folder)))
     if description is not None:
@@ -80,8 +85,7 @@ def _upload(
     # Adapters are content-addressed: the same bytes sent twice are one version, so this may be tried again.
     reply = yield from send(
         Request(
-            method=method, path=path, headers=headers, params={"default": default},
-            upload=Upload(parts, fields, progress),
+            method=method, path=path, headers=headers, params=params, upload=Upload(parts, fields, progress)
         )
     )  # fmt: skip
     body = reply.json()
@@ -97,27 +101,29 @@ def _adapter(reply: Reply) -> Adapter:
 def every(
     *, label: str | None = None, state: str | None = None, owner: str | None = None, after: str | None = None
 ) -> PageOf[Adapter]:
-    """All adapters by name. `label`: `key` or `key=value`; `state`: "ready" or "incompatible"; `after`: only those
-    whose names come later."""
+    """All adapters that you may use: your own by name, then others' by owner and name. `label`: `key` or `key=value`;
+    `state`: "ready" or "incompatible"; `owner`: that tenant's alone; `after`: only those that come later."""
     return pages(_ROOT, Adapter.read, limit=PAGE, label=label, state=state, owner=owner, first=after)
 
 
 def get(name: str) -> Flow[Adapter]:
     """One adapter with its `etag`. Raises NotFound."""
-    return _adapter((yield from send(Request(path=at(name)))))
+    owner, name, _ = split(name)
+    return _adapter((yield from send(Request(path=at(name), params=owner))))
 
 
 def versions(name: str) -> PageOf[AdapterVersion]:
     """The versions of an adapter, by number."""
-    return pages(at(name, "versions"), AdapterVersion.read, limit=PAGE)
+    owner, name, _ = split(name)
+    return pages(at(name, "versions"), AdapterVersion.read, limit=PAGE, **owner)
 
 
 def version(adapter: str) -> Flow[AdapterVersion]:
     """One version: of `name@3` or `name@alias`; of `name`, the default one."""
-    name, number = split(adapter)
+    owner, name, number = split(adapter)
     if number is None:
-        number = str((yield from get(name)).default_version)
-    return AdapterVersion.read((yield from json_of("GET", at(name, "versions", number))))
+        number = str((yield from get(adapter)).default_version)
+    return AdapterVersion.read((yield from json_of("GET", at(name, "versions", number), params=owner)))
 
 
 def files(adapter: str) -> Flow[tuple[StoredFile, ...]]:
@@ -132,9 +138,10 @@ def download(
     are not fetched again, half ones go on where they were; LocalFileError for one with other content, unless
     `overwrite`."""
     found = yield from version(adapter)
+    owner, _, _ = split(adapter)
     root = at(found.adapter, "versions", found.version, "files")
     remotes = [Remote(file.filename, file.bytes, file.sha256) for file in found.files]
-    return (yield from downloads.fetch_all(root, remotes, Path(folder), overwrite, progress))
+    return (yield from downloads.fetch_all(root, remotes, Path(folder), overwrite, progress, owner))
 
 
 def update(
@@ -144,19 +151,23 @@ def update(
     labels: Mapping[str, str] | None = None,
     default_version: int | None = None,
     pinned: bool | None = None,
+    visibility: Literal["private", "public"] | Sequence[str] | None = None,
     if_match: str | None = None,
 ) -> Flow[Adapter]:
-    """Changes what is given. `labels` replaces all labels. `if_match`: only if the adapter still has this etag."""
+    """Changes what is given. `labels` replaces all labels. `visibility`: "private", "public" (every tenant may see and
+    use it), or the tenants who may. `if_match`: only if the adapter still has this etag."""
+    owner, name, _ = split(name)
     given: dict[str, Any] = {
         "description": description,
         "labels": None if labels is None else dict(labels),
         "default_version": default_version,
         "pinned": pinned,
+        "visibility": visibility if visibility is None or isinstance(visibility, str) else list(visibility),
     }
     reply = yield from send(
         Request(
             method="PATCH", path=at(name), json={key: value for key, value in given.items() if value is not None},
-            headers={} if if_match is None else {"If-Match": if_match},
+            headers={} if if_match is None else {"If-Match": if_match}, params=owner,
         )
     )  # fmt: skip
     return _adapter(reply)
@@ -164,23 +175,28 @@ def update(
 
 def set_alias(name: str, alias: str, version: int) -> Flow[Alias]:
     """`name@alias` means this version from now on."""
-    return Alias.read((yield from json_of("PUT", at(name, "aliases", alias), json={"version": version})))
+    owner, name, _ = split(name)
+    body = {"version": version}
+    return Alias.read((yield from json_of("PUT", at(name, "aliases", alias), json=body, params=owner)))
 
 
 def delete_alias(name: str, alias: str) -> Flow[None]:
     """The version that it names stays."""
-    yield from send(Request(method="DELETE", path=at(name, "aliases", alias)))
+    owner, name, _ = split(name)
+    yield from send(Request(method="DELETE", path=at(name, "aliases", alias), params=owner))
 
 
 def delete(name: str, *, if_match: str | None = None) -> Flow[Removed]:
     """An adapter with all its versions. Running requests finish."""
     headers = {} if if_match is None else {"If-Match": if_match}
-    return Removed.read((yield from json_of("DELETE", at(name), headers=headers)))
+    owner, name, _ = split(name)
+    return Removed.read((yield from json_of("DELETE", at(name), headers=headers, params=owner)))
 
 
 def delete_version(name: str, version: int) -> Flow[Removed]:
     """One version. Conflict for the default one while there are others, and for one with aliases."""
-    return Removed.read((yield from json_of("DELETE", at(name, "versions", version))))
+    owner, name, _ = split(name)
+    return Removed.read((yield from json_of("DELETE", at(name, "versions", version), params=owner)))
 
 
 def load(adapter: str, *, wait: bool = True) -> Flow[Residency]:
@@ -194,6 +210,6 @@ def unload(adapter: str, *, wait: bool = True) -> Flow[Residency]:
 
 
 def _move(adapter: str, verb: str, wait: bool) -> Flow[Residency]:
-    name, number = split(adapter)
-    params = {"version": number, "wait": wait}
+    owner, name, number = split(adapter)
+    params = {**owner, "version": number, "wait": wait}
     return Residency.read((yield from json_of("POST", at(name, verb), params=params)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
@@ -16,9 +16,15 @@ _READ_TIMEOUT_S = 60.0
 
 
 def fetch_all(
-    root: str, remotes: Sequence[Remote], folder: Path, overwrite: bool, progress: Progress | None
+    root: str,
+    remotes: Sequence[Remote],
+    folder: Path,
+    overwrite: bool,
+    progress: Progress | None,
+    params: Mapping[str, str | None] | None = None,
 ) -> Flow[list[Path]]:
-    """The files below the path `root` into `folder`. Raises LocalFileError, DamagedFile, and what requests raise."""
+    """The files below the path `root` into `folder`; `params`: of every request. Raises LocalFileError,
+    DamagedFile, and what requests raise."""
     total, before = sum(remote.bytes for remote in remotes), 0
 
     def report(size: int) -> None:
@@ -36,19 +42,20 @@ def fetch_all(
     for sink, remote in zip(sinks, remotes, strict=True):
         if sink in missing:
             with sink:
-                yield from _fetch(f"{root}/{quote(remote.name, safe='')}", sink)
+                yield from _fetch(f"{root}/{quote(remote.name, safe='')}", params or {}, sink)
         before += remote.bytes
         report(0)
     return [sink.path for sink in sinks]
 
 
-def _fetch(path: str, sink: FileSink) -> Flow[None]:
+def _fetch(path: str, params: Mapping[str, str | None], sink: FileSink) -> Flow[None]:
     fruitless = 0
     had = yield from run(sink.open)
     while not sink.complete:
         request = Request(
-            path=path, headers={"Range": f"bytes={sink.size}-"} if sink.size else {}, timeout_s=_READ_TIMEOUT_S
-        )
+            path=path, params=params, headers={"Range": f"bytes={sink.size}-"} if sink.size else {},
+            timeout_s=_READ_TIMEOUT_S,
+        )  # fmt: skip
         try:
             yield Save(request, sink)
         except (ConnectionFailed, Unavailable) as error:

@@ -45,6 +45,10 @@ def _all(read: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
     return items
 
 
+def _text_or_all(value: Any) -> str | tuple[str, ...]:
+    return value if isinstance(value, str) else _all(str)(value)
+
+
 # ---------------------------------------------------------------- adapters
 
 
@@ -65,9 +69,11 @@ class Spec(Record):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adapter(Record):
     """An adapter; `spec` and `residency` ("device", "host", "disk", ...) are its default version's. `etag` can be
-    given as `if_match` to whatever changes it."""
+    given as `if_match` to whatever changes it. `id`: what you call it, `owner/name` if it is another tenant's.
+    `visibility`: "private", "public", or the tenants that it is shared with; None on a server without tenants."""
 
     name: str
+    id: str = ""
     default_version: int
     versions: tuple[int, ...] = _as(_all(int))
     aliases: Mapping[str, int]
@@ -76,6 +82,7 @@ class Adapter(Record):
     description: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
     pinned: bool = False
+    visibility: str | tuple[str, ...] | None = _as(_text_or_all, None)
     residency: str | None = None
     compatible: bool | None = None
     state: str | None = None

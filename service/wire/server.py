@@ -22,18 +22,22 @@ CONNECT_TIMEOUT_S = 10.0
 class Server:
     """Where the server is and how to speak to it; checked once.
 
-    url: None: LORAPLEX_URL, or this machine's port 8000. key: None: LORAPLEX_KEY, or none.
+    url: None: LORAPLEX_URL, or this machine's port 8000. key: None: LORAPLEX_KEY, or none. tenant: whose adapters,
+    merges and use requests are about, unless they say so themselves.
     timeout_s: of every wait for the server's next bytes; a long answer that is not streamed is one such wait.
     Raises ValueError for a URL or a key that cannot be one.
     """
 
-    def __init__(self, url: str | None, key: str | None, timeout_s: float, max_retries: int) -> None:
+    def __init__(
+        self, url: str | None, key: str | None, timeout_s: float, max_retries: int, tenant: str | None = None
+    ) -> None:
         self.url = _checked_url(url or os.environ.get("LORAPLEX_URL") or DEFAULT_URL)
         self._key = key or os.environ.get("LORAPLEX_KEY") or None
         if self._key is not None and not (self._key.isascii() and self._key.isprintable() and " " not in self._key):
             raise ValueError("the key has characters that no key has (LORAPLEX_KEY)")
         self.timeout_s = timeout_s
         self.max_retries = max_retries
+        self.tenant = tenant
 
     def options(self) -> dict[str, Any]:
         """For httpx's clients."""
@@ -55,7 +59,10 @@ class Server:
     def build(self, client: httpx.Client | httpx.AsyncClient, request: Request) -> httpx.Request:
         """The request as httpx wants it. Raises LocalFileError."""
         options: dict[str, Any] = {"headers": dict(request.headers)}
-        if params := {key: value for key, value in request.params.items() if value is not None}:
+        params = {key: value for key, value in request.params.items() if value is not None}
+        if self.tenant is not None:
+            params.setdefault("tenant", self.tenant)
+        if params:
             options["params"] = params
         if request.json is not None:
             options["json"] = request.json
