@@ -40,6 +40,7 @@ COMMANDS = {
     "upload": Listed("adapters", "Upload an adapter, or a new version of one."),
     "list": Listed("adapters", "List the adapters."),
     "show": Listed("adapters", "Show an adapter, or one version of it."),
+    "share": Listed("adapters", "Share an adapter with other tenants, or no longer."),
     "download": Listed("adapters", "Download an adapter's files, as they were uploaded."),
     "delete": Listed("adapters", "Delete an adapter, or one version of it."),
     "load": Listed("adapters", "Bring an adapter to the device."),
@@ -48,6 +49,10 @@ COMMANDS = {
     "compare": Listed("inference", "Ask the base and adapters the same, side by side."),
     "merge": Listed("merges", "Merge adapters into a new one, or into the base model."),
     "merges": Listed("merges", "List merges; show, download or delete one."),
+    "tenants": Listed("tenants", "List tenants; create, show, set or delete one (admin)."),
+    "keys": Listed("tenants", "List, create and delete the keys of a tenant (admin)."),
+    "usage": Listed("usage", "What was used: requests, tokens, adapter loads."),
+    "audit": Listed("usage", "What was changed by whom, the newest first (admin)."),
 }
 
 # Of the extra `server`. That one of them is there does not mean that all are.

@@ -1,9 +1,8 @@
-"""upload, list, show, download, delete, load, unload."""
+"""upload, list, show, share, download, delete, load, unload."""
 
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from service.commands.connect import Json, complete_adapters, talks
-from service.commands.output import facts, line, size, table, transfer, write_json
+from service.commands.output import facts, line, moment, size, table, transfer, write_json
 
 if TYPE_CHECKING:
     from service.client import Adapter, Loraplex
@@ -97,8 +96,8 @@ def _rows(adapters: Iterator[Adapter]) -> Iterator[tuple[str, ...]]:
         spec = adapter.spec
         nbytes = size(spec.bytes) if human else str(spec.bytes)
         yield (
-            adapter.name, str(adapter.default_version), str(len(adapter.versions)), str(spec.rank), nbytes,
-            adapter.residency or "", adapter.state or "", adapter.description,
+            adapter.id or adapter.name, str(adapter.default_version), str(len(adapter.versions)), str(spec.rank),
+            nbytes, adapter.residency or "", adapter.state or "", adapter.description,
         )  # fmt: skip
 
 
@@ -123,6 +122,7 @@ def show(client: Loraplex, adapter: Versioned, json: Json = False) -> None:
         about = {
             "name": found.name,
             "owner": found.owner or "",
+            "visibility": _visibility(found),
             "description": found.description,
             "labels": ", ".join(f"{key}={value}" for key, value in found.labels.items()),
             "versions": ", ".join(map(str, found.versions)),
@@ -143,11 +143,45 @@ def show(client: Loraplex, adapter: Versioned, json: Json = False) -> None:
             "sha256": spec.sha256,
             "where": where,
             "fits the base": {True: "yes", False: "no", None: "unknown"}[compatible],
-            "created": time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(created)) if created else "",
+            "created": moment(created),
         }
     )
     for entry in files.splitlines()[1:]:
         line(f"file: {entry.strip()}")
+
+
+@app.command()
+@talks
+def share(
+    client: Loraplex,
+    name: Name,
+    tenants: Annotated[
+        list[str] | None,
+        typer.Option("--with", metavar="TENANT", help="These alone may see and use it too. May be given again."),
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Every tenant may see and use it.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Nobody else may.")] = False,
+    json: Json = False,
+) -> None:
+    """Share an adapter with tenants, or with none. What is given replaces what was; nothing given: shows what is."""
+    if (tenants is not None) + public + private > 1:
+        raise typer.BadParameter("only one of them", param_hint="--with, --public, --private")
+    if tenants is not None:
+        found = client.adapters.update(name, visibility=tenants)
+    elif public or private:
+        found = client.adapters.update(name, visibility="public" if public else "private")
+    else:
+        found = client.adapters.get(name)
+    if json:
+        write_json(dict(found.raw))
+        return
+    line(f"{found.id or found.name}  {_visibility(found) or 'this server has one user'}")
+
+
+def _visibility(adapter: Adapter) -> str:
+    if adapter.visibility is None or isinstance(adapter.visibility, str):
+        return adapter.visibility or ""
+    return f"shared with {', '.join(adapter.visibility) or 'nobody'}"
 
 
 @app.command()
@@ -161,7 +195,7 @@ def download(
     force: Annotated[bool, typer.Option("--force", help="Overwrite files with other content.")] = False,
 ) -> None:
     """Download an adapter's files, as they were uploaded. Files that were cut are completed."""
-    target = folder or Path(adapter.partition("@")[0])
+    target = folder or Path(adapter.partition("@")[0].rpartition("/")[2])
     with transfer(f"downloading {adapter}") as progress:
         paths = client.adapters.download(adapter, target, overwrite=force, progress=progress)
     for path in paths:

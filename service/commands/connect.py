@@ -1,4 +1,4 @@
-"""How commands get at the server: --url and --key on each of them, and before them."""
+"""How commands get at the server: --url and --key on each of them, and before them; and --tenant."""
 
 from __future__ import annotations
 
@@ -25,20 +25,33 @@ Key = Annotated[
         help="The key to it. [LORAPLEX_KEY, which unlike this flag other users of this machine cannot see]",
     ),
 ]  # fmt: skip
+Tenant = Annotated[
+    str | None,
+    typer.Option(
+        "--tenant", metavar="TENANT", show_default=False,
+        help="Of this tenant: for the admin on its behalf, for others what it shares.",
+    ),
+]  # fmt: skip
 Json = Annotated[bool, typer.Option("--json", help="The server's JSON, for scripts.")]
 
 
-def options_of(ctx: typer.Context, url: str | None, key: str | None) -> dict[str, Any]:
+_OPTIONS = {"url": Url, "key": Key, "tenant": Tenant}
+
+
+def options_of(ctx: typer.Context, given: dict[str, Any]) -> dict[str, Any]:
     """What was said after the command counts, then what was said before it; then the environment, for the client."""
+    found = {name: given.get(name) for name in _OPTIONS}
     above = ctx.parent
     while above is not None:
-        url, key, above = url or above.params.get("url"), key or above.params.get("key"), above.parent
-    return {"url": url, "key": key}
+        found = {name: value or above.params.get(name) for name, value in found.items()}
+        above = above.parent
+    return found
 
 
-def talks(command: Callable[..., Any]) -> Callable[..., None]:
+def talks(command: Callable[..., Any], *, tenant: bool = True) -> Callable[..., None]:
     """Makes a command of a function whose first parameter is a client: a Loraplex, or for a coroutine an AsyncLoraplex.
-    Adds --url and --key."""
+    Adds --url, --key and, unless told not to, --tenant."""
+    offered = {name: kind for name, kind in _OPTIONS.items() if tenant or name != "tenant"}
     signature = inspect.signature(command)
     first, *others = signature.parameters.values()
     # The client's type is known to type checkers alone: importing it here would make every --help slow.
@@ -46,13 +59,15 @@ def talks(command: Callable[..., Any]) -> Callable[..., None]:
     hints = get_type_hints(
         SimpleNamespace(__annotations__=annotations), globalns=command.__globals__, include_extras=True
     )
-    hints = {"ctx": typer.Context, **hints, "url": Url, "key": Key}
+    hints = {"ctx": typer.Context, **hints, **offered}
 
     @functools.wraps(command)
-    def run(ctx: typer.Context, *, url: str | None = None, key: str | None = None, **given: Any) -> None:
+    def run(ctx: typer.Context, **given: Any) -> None:
         from service.client import AsyncLoraplex, Loraplex
 
-        options = options_of(ctx, url, key)
+        options = options_of(ctx, {name: given.pop(name) for name in offered})
+        if not tenant:
+            del options["tenant"]
         if inspect.iscoroutinefunction(command):
 
             async def talk() -> None:
@@ -68,13 +83,16 @@ def talks(command: Callable[..., Any]) -> Callable[..., None]:
     parameters = [
         inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context),
         *(p.replace(annotation=hints[p.name], kind=keyword) for p in others),
-        inspect.Parameter("url", keyword, default=None, annotation=Url),
-        inspect.Parameter("key", keyword, default=None, annotation=Key),
+        *(inspect.Parameter(name, keyword, default=None, annotation=kind) for name, kind in offered.items()),
     ]
     del run.__wrapped__  # its signature is another
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = hints
     return run
+
+
+administers = functools.partial(talks, tenant=False)
+"""For what has no tenant, or names it as an argument."""
 
 
 def usable(kind: Callable[..., Any], options: dict[str, Any], **more: Any) -> Any:
@@ -89,12 +107,13 @@ def complete_adapters(ctx: typer.Context, incomplete: str) -> list[str]:
     """Names for the shell that begin so: one request, of which the shell is not told if it fails."""
     from service.client import Loraplex, LoraplexError
 
+    owner, slash, begin = incomplete.rpartition("/")
     # Names come sorted and have no character beyond `z`: this is what comes right before the first one wanted.
-    before = f"{incomplete[:-1]}{chr(ord(incomplete[-1]) - 1)}~" if incomplete else None
+    before = f"{owner}{slash}{begin[:-1]}{chr(ord(begin[-1]) - 1)}~" if begin else None
     try:
-        options = options_of(ctx, ctx.params.get("url"), ctx.params.get("key"))
-        with Loraplex(**options, timeout_s=1.0, max_retries=0) as client:
-            adapters = itertools.islice(client.adapters.list(after=before), 100)
-            return [a.name for a in itertools.takewhile(lambda a: a.name.startswith(incomplete), adapters)]
+        with Loraplex(**options_of(ctx, ctx.params), timeout_s=1.0, max_retries=0) as client:
+            adapters = itertools.islice(client.adapters.list(owner=owner or None, after=before), 100)
+            names = [adapter.id or adapter.name for adapter in adapters]
+            return [name for name in names if name.startswith(incomplete)]
     except (LoraplexError, ValueError):
         return []

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from service.commands.connect import Json, Key, Url, complete_adapters, talks
+from service.commands.connect import Json, Key, Tenant, Url, complete_adapters, talks
 from service.commands.inference import weighted
 from service.commands.output import facts, line, merging, note, size, table, transfer, write_json
 
@@ -119,10 +119,10 @@ def _list(client: Loraplex, json: Json = False) -> None:
 
 
 @merges.callback(invoke_without_command=True)
-def list_(ctx: typer.Context, json: Json = False, url: Url = None, key: Key = None) -> None:
+def list_(ctx: typer.Context, json: Json = False, url: Url = None, key: Key = None, tenant: Tenant = None) -> None:
     """List the merges; or, by a command, show, download or delete one."""
     if ctx.invoked_subcommand is None:
-        _list(ctx, url=url, key=key, json=json)
+        _list(ctx, url=url, key=key, tenant=tenant, json=json)
 
 
 @merges.command()

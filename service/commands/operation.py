@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from service import __version__
-from service.commands.connect import talks
+from service.commands.connect import administers
 from service.commands.output import line
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def version() -> None:
 
 
 @app.command()
-@talks
+@administers
 def ready(
     client: Loraplex,
     wait: Annotated[float, typer.Option(min=0, metavar="SECONDS", help="How long it may take to become ready.")] = 0,

@@ -10,6 +10,7 @@ import contextlib
 import json
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -100,6 +101,11 @@ def facts(pairs: Mapping[str, object]) -> None:
             line(f"{key}: {value}")
 
 
+def moment(seconds: float | None) -> str:
+    """Seconds since 1970 in local time; "" for None."""
+    return "" if seconds is None else time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(seconds))
+
+
 def size(nbytes: int) -> str:
     """4900000 -> "4.9 MB" """
     if nbytes < 1000:
@@ -188,6 +194,10 @@ def _api_failure(error: ApiError) -> int:
     match error:
         case errors.Unauthorized():
             hint = "LORAPLEX_KEY (or --key) gives the key"
+        case errors.Forbidden() if error.code == "admin_only":
+            hint = "LORAPLEX_KEY (or --key) has to be the admin key here"
+        case errors.NotFound() if error.code == "tenant_not_found":
+            hint = "`loraplex tenants` shows which there are"
         case errors.NotFound() if error.code in ("adapter_not_found", "version_not_found", "model_not_found"):
             hint = "`loraplex list` shows what there is"
         case errors.RateLimited() | errors.Unavailable():
