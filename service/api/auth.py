@@ -317,7 +317,7 @@ class Route(APIRoute):
         RULES[self.name] = rule
         handler = super().get_route_handler()
         # What changes nothing of anybody's is not for the audit log: reads, and what is only computed.
-        changes = bool(self.methods - {"GET", "HEAD"}) and not rule.metered
+        changes = bool((self.methods or set()) - {"GET", "HEAD"}) and not rule.metered
 
         async def handle(request: Request) -> Response:
             caller: Caller | None = request.scope["state"].get("caller")

@@ -315,5 +315,5 @@ def _tenant(row: sa.Row[Any]) -> Tenant:
     return Tenant(row.number, row.id, row.weight, row.limits, row.disabled, row.created_at)
 
 
-def _key(row: sa.Row[Any]) -> Key:
-    return Key(row.id, tuple(row.scopes.split()), *row[2:])
+def _key(row: Any) -> Key:
+    return Key(row.id, tuple(row.scopes.split()), row.description, row.created_at, row.expires_at, row.last_used_at)

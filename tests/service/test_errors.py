@@ -16,6 +16,7 @@ from adapters.residency import TooManyAdapters
 from service.api.errors import ApiError, as_api_error
 from service.engine import errors as engine_errors
 from service.store import errors as store_errors
+from service.store import merges as store_merges
 from tests.service.inference_helpers import BASE, VOCABULARY, InferenceServer, events
 
 COMPLETION = {"model": BASE, "prompt": "Hello"}
@@ -315,6 +316,9 @@ EXAMPLES: dict[type[Exception], tuple[Exception, int]] = {
     store_errors.AdapterExists: (store_errors.AdapterExists("a"), 409),
     store_errors.VersionInUse: (store_errors.VersionInUse("x"), 409),
     store_errors.WrongBase: (store_errors.WrongBase("a", 1), 409),
+    store_merges.MergeNotFound: (store_merges.MergeNotFound("m"), 404),
+    store_merges.MergeExists: (store_merges.MergeExists("a", "m", "queued"), 409),
+    store_merges.KeyReused: (store_merges.KeyReused("m"), 409),
     store_errors.TenantNotFound: (store_errors.TenantNotFound("a"), 404),
     store_errors.KeyNotFound: (store_errors.KeyNotFound("a", "b"), 404),
     store_errors.TenantExists: (store_errors.TenantExists("a"), 409),
