@@ -19,6 +19,8 @@ from service.default_model import PACKAGE
 from service.examples import FOLDER
 from service.settings import Settings
 from tests.deploy.files import DEPLOY, ROOT, dockerfile, parents, stages
+from tests.ports import unused_port
+from tests.service.launch import SIMULATED, Launched, wait_for
 
 IMAGES = ("cpu", "cuda")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -100,13 +102,9 @@ def test_both_images_run_the_same_versions() -> None:
     assert not [name for name in cpu if name.startswith(("nvidia-", "triton"))]
 
 
-def test_the_health_check_asks_the_service(tmp_path: Path) -> None:
-    from tests.service.launch import SIMULATED, Launched, wait_for
-
+def test_the_health_check_asks_the_service(tmp_path: Path, base_model_dir: Path) -> None:
     script = DEPLOY / "docker" / "healthcheck.py"
     (tmp_path / "data").mkdir()
-    from tests.ports import unused_port
-
     port = unused_port()
 
     def ask(host: str) -> int:
@@ -114,7 +112,7 @@ def test_the_health_check_asks_the_service(tmp_path: Path) -> None:
         return subprocess.run([sys.executable, script], env=env, capture_output=True, check=False).returncode
 
     assert ask("0.0.0.0") == 1
-    with Launched(tmp_path / "data", port, "--simulated", SIMULATED) as service:
+    with Launched(tmp_path / "data", port, "--simulated", SIMULATED, "--model", str(base_model_dir)) as service:
         wait_for(service.ready, 180)
         assert ask("0.0.0.0") == 0
         assert ask("") == 0
