@@ -11,13 +11,14 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
-from service import log
+from service import log, tracing
 from service.api.auth import SINGLE_USER, Caller, CallerDep, Route, allow, caller_of, limit_error
 from service.api.deps import EventStream, Services, ServicesDep, unless_gone
 from service.api.errors import ApiError, as_api_error, invalid
 from service.api.formats import DONE, ChatFormat, CompletionFormat, Format, error_event
 from service.api.generation import Generation, Job, Piece
 from service.api.prompts import capacity, chat_prompt, check_characters, check_ids, require_engine
+from service.api.resident import make_room
 from service.api.schemas import AdapterWeight, ChatRequest, CompletionRequest, Sampled
 from service.engine.messages import AdapterRef, Limits, SamplingParams
 from service.metrics import Metrics
@@ -53,7 +54,8 @@ async def completions(body: CompletionRequest, request: Request, services: Servi
     if texts:
         for i, text in enumerate(texts):
             check_characters(services, text, f"prompt[{i}]" if len(texts) > 1 else "prompt")
-        prompts = await services.tokenizer.encode(texts)
+        with tracing.part(request.scope["state"], "tokenise"):
+            prompts = await services.tokenizer.encode(texts)
     limits = services.engine.limits
     vocabulary = services.engine.manifest.vocab_size
     for i, ids in enumerate(prompts):
@@ -77,7 +79,8 @@ async def completions(body: CompletionRequest, request: Request, services: Servi
 async def chat_completions(body: ChatRequest, request: Request, services: ServicesDep) -> Response:
     caller = caller_of(request)
     target = await resolve(services, body, caller)
-    ids = await chat_prompt(services, body)
+    with tracing.part(request.scope["state"], "tokenise"):
+        ids = await chat_prompt(services, body)
     limits = services.engine.limits
     check_ids(ids, services.engine.manifest.vocab_size, "messages")
     asked = body.max_completion_tokens or body.max_tokens
@@ -164,6 +167,7 @@ async def resolve(services: Services, body: Sampled, caller: Caller) -> Target:
         account.add(said)
     adapters = tuple(AdapterRef(digest, weight) for digest, weight in weights.items() if weight != 0.0)
     if adapters:
+        await make_room(caller, services.catalogue, services.engine, weights)
         services.engine.prefetch(adapter.digest for adapter in adapters)
     return Target(adapters, ", ".join(names), "+".join(sorted(account)))
 
@@ -255,6 +259,7 @@ async def _respond(
 ) -> Response:
     state = request.scope["state"]
     state["model"], state["adapter"] = body.model, target.label or None
+    state["job"], job.trace = job.request_id, tracing.traceparent(state)
     with_usage = body.stream_options is not None and body.stream_options.include_usage
     answer: Format = shape(
         job.request_id, body.model, len(job.prompts) * job.n, services.tokenizer, with_usage=with_usage

@@ -39,7 +39,7 @@ class LimitsPatch(Strict):
     stored_bytes: _Limit = None
     """Of the files of all versions of all adapters; 413."""
     resident_bytes: _Limit = None
-    """Of adapters on the device."""
+    """Of the tenant's adapters on the device: others leave for those that are called; 413 for what is larger alone."""
     max_rank: _Limit = None
     """Of an adapter; 422."""
     max_tokens: _Limit = None

@@ -255,6 +255,16 @@ class Catalogue:
         async with self._database.read() as connection:
             return {row.digest: (row.tenant, row.name) for row in await connection.execute(statement)}
 
+    async def digest_sizes(self, tenant: str) -> dict[str, int]:
+        """Bytes of the files of each of the tenant's versions, by digest."""
+        statement = (
+            sa.select(versions.c.digest, versions.c.bytes)
+            .join_from(adapters, versions, _of_adapter)
+            .where(adapters.c.tenant == tenant)
+        )
+        async with self._database.read() as connection:
+            return {row.digest: row.bytes for row in await connection.execute(statement)}
+
     async def pinned_digests(self, fingerprint: str) -> tuple[str, ...]:
         """Default versions of the pinned adapters made for this base."""
         statement = (
