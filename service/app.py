@@ -5,6 +5,7 @@ uvicorn --factory service.app:from_environment
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
@@ -13,9 +14,10 @@ from starlette.middleware.cors import CORSMiddleware
 
 from service import __version__, log
 from service.api import adapters, errors, health, merges, openai, prompts, reference, tenants, usage
-from service.api.auth import Gate, Guards, Keyring
+from service.api.auth import Gate, Guards
 from service.api.body import BodyLimit
 from service.api.deps import RequestScope, Services
+from service.api.keyring import Keyring
 from service.engine.client import EngineClient
 from service.jobs import Workers
 from service.library import Library
@@ -27,6 +29,7 @@ from service.store.catalogue import Catalogue
 from service.store.tenants import Tenants
 from service.store.usage import UsageTable
 from service.tokenizer import Tokenizer
+from service.tracing import Traces
 from service.uploads import Spool
 from service.usage import UsageRecorder, collect_occupancy
 
@@ -89,6 +92,9 @@ async def _open(app: FastAPI, settings: Settings, stack: AsyncExitStack) -> None
     base_name = settings.base_name()
     tokenizer = Tokenizer.load(settings.model)
 
+    traces = Traces.open(settings)
+    if traces is not None:
+        stack.push_async_callback(asyncio.to_thread, traces.close)
     engine = EngineClient(settings.engine_socket)
     metrics = Metrics(settings, lambda: engine.stats, lambda: engine.healthy)
     stack.callback(metrics.close)
@@ -127,7 +133,7 @@ async def _open(app: FastAPI, settings: Settings, stack: AsyncExitStack) -> None
     recorder = UsageRecorder(table.write, lambda recorder: collect_occupancy(recorder, engine, catalogue))
     recorder.start()
     stack.push_async_callback(recorder.close)
-    app.state.services = Services(settings, base_name, tokenizer, engine, catalogue, metrics, recorder, table)
+    app.state.services = Services(settings, base_name, tokenizer, engine, catalogue, metrics, recorder, table, traces)
     logger.info("API process started", model=base_name, data_dir=str(settings.data_dir))
 
 
