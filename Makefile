@@ -1,4 +1,4 @@
-# make serve | test | lint | format | docs | lock | audit | bench | fuzz | soak | adapters. Needs Python 3.11 or newer and make; everything else goes into .venv.
+# make serve | test | lint | format | docs | lock | audit | bench | fuzz | soak | soak-streams | adapters. Needs Python 3.11 or newer and make; everything else goes into .venv.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check
 # One worker per core up to two, because every worker may load the model; the engine's own threads are held down to match.
 WORKERS ?= 2
 
-.PHONY: serve test lint format docs lock audit bench fuzz soak adapters help
+.PHONY: serve test lint format docs lock audit bench fuzz soak soak-streams adapters help
 help:
 	@head -1 Makefile | cut -c3-
 
@@ -70,6 +70,10 @@ fuzz: $(VENV)/.installed-dev
 # Kills processes of the service under traffic for SOAK_MINUTES (60): nothing acknowledged may be lost.
 soak: $(VENV)/.installed-dev
 	@SOAK_MINUTES=$${SOAK_MINUTES:-60} $(BIN)/python -m tests.crash.soak $(ARGS)
+
+# 2,000 open streams over one service for SOAK_MINUTES (30): none may be lost, and memory has to stay flat.
+soak-streams: $(VENV)/.installed-dev
+	@$(BIN)/python -m benchmarks.load --streams 2000 --minutes $${SOAK_MINUTES:-30} --tokens 120 --step-s 1 $(ARGS)
 
 # Trains the example adapters again (minutes on a CPU).
 adapters: $(VENV)/.installed-dev

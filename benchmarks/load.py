@@ -1,9 +1,10 @@
 """Many open streams over one server with the simulated engine: tokens a second through the API process, memory of both
 processes before and after, and whether any stream was lost.
 
-    python -m benchmarks.load [--streams 500] [--rounds 4] [--tokens 64]
+    python -m benchmarks.load [--streams 500] [--rounds 4 | --minutes 30] [--tokens 64] [--step-s 0.01]
 
-The engine's steps take 10 ms, so what is measured is everything but the model. Appends to RESULTS.md with --append.
+The engine's steps take 10 ms, so what is measured is everything but the model. Appends to RESULTS.md with --append. Exit
+code 1 if a stream was lost.
 """
 
 from __future__ import annotations
@@ -166,7 +167,7 @@ def completion(number: int, model: str, tokens: int) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def service(streams: int, tokens: int) -> Iterator[tuple[int, str, list[psutil.Process]]]:
+def service(streams: int, tokens: int, step_s: float = 0.01) -> Iterator[tuple[int, str, list[psutil.Process]]]:
     """(port, name of the base, [API process, engine]) of a service with the simulated engine."""
     with tempfile.TemporaryDirectory(prefix="lp-") as folder, socket.socket() as probe:
         model = ensure_default_model(ROOT / "data")
@@ -177,7 +178,7 @@ def service(streams: int, tokens: int) -> Iterator[tuple[int, str, list[psutil.P
             "port": port,
             "data-dir": folder,
             "model": model,
-            "simulated": json.dumps({"vocab_size": 49152, "step_s": 0.01}),
+            "simulated": json.dumps({"vocab_size": 49152, "step_s": step_s}),
             "max-sequences": streams,
             "max-tokens-per-step": 8192,
             "max-queue": 2 * streams,
@@ -207,20 +208,26 @@ def _wait(ready: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.1)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--streams", type=int, default=500)
     parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--minutes", type=float, help="as many rounds as begin in this time")
+    parser.add_argument("--step-s", type=float, default=0.01, help="of the simulated engine")
     parser.add_argument("--tokens", type=int, default=64, help="generated per stream")
     parser.add_argument("--append", action="store_true", help=f"append to {RESULTS.name}")
     parser.add_argument("--note", default="", help="stands above the figures")
     args = parser.parse_args()
     rows: list[str] = []
-    with service(args.streams, args.tokens) as (port, model, processes):
+    lost = 0
+    with service(args.streams, args.tokens, args.step_s) as (port, model, processes):
         memory = Memory(processes)
         numbers = itertools.count()
         rows.append(_row("start", None, memory.now(), memory.now(), args.tokens))
-        for number in range(args.rounds):
+        until = None if args.minutes is None else time.monotonic() + 60 * args.minutes
+        for number in itertools.count():
+            if number >= args.rounds if until is None else time.monotonic() >= until:
+                break
             bodies = [completion(next(numbers), model, args.tokens) for _ in range(args.streams)]
 
             async def run(bodies: list[dict[str, Any]] = bodies) -> Round:
@@ -230,6 +237,7 @@ def main() -> None:
             result = asyncio.run(run())
             rows.append(_row(str(number + 1), result, memory.now(), memory.peak, args.tokens))
             print(rows[-1], flush=True)
+            lost += len(result.lost)
             for line in result.lost[:5]:
                 print("lost:", line)
     text = _report(rows, args)
@@ -237,6 +245,7 @@ def main() -> None:
     if args.append:
         with RESULTS.open("a", encoding="utf-8") as file:
             file.write(text)
+    return 1 if lost else 0
 
 
 def _row(name: str, result: Round | None, after: list[int], peak: list[int], tokens: int) -> str:
@@ -252,7 +261,10 @@ def _row(name: str, result: Round | None, after: list[int], peak: list[int], tok
 def _report(rows: list[str], args: argparse.Namespace) -> str:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     packages = ", ".join(f"{name} {version(name)}" for name in ("uvicorn", "httptools", "uvloop", "fastapi", "pyzmq"))
-    command = f"python -m benchmarks.load --streams {args.streams} --rounds {args.rounds} --tokens {args.tokens}"
+    length = f"--rounds {args.rounds}" if args.minutes is None else f"--minutes {args.minutes:g}"
+    command = (
+        f"python -m benchmarks.load --streams {args.streams} {length} --tokens {args.tokens} --step-s {args.step_s:g}"
+    )
     lines = [
         f"\n## {args.streams} open streams, simulated engine: {datetime.date.today()}\n",
         f"Commit {commit.strip()}; `{command}`; Python {platform.python_version()}, {packages}; "
@@ -266,4 +278,4 @@ def _report(rows: list[str], args: argparse.Namespace) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
