@@ -11,6 +11,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from service import log
+from service.settings import Settings
+
 
 class Display:
     """On a terminal a bar with the time that has passed; in a log one line per step. Has the shape of a Report."""
@@ -71,6 +74,32 @@ class Display:
         self.line(f"  try         curl -s {url}/v1/chat/completions -H 'Content-Type: application/json' \\")
         self.line(f"                -d '{json.dumps(body)}'")
         self.line("Ctrl-C stops it.")
+
+
+class LoggedDisplay(Display):
+    """The same as log lines, for who reads all output of the service as JSON."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__()
+        log.configure(settings)
+        self._log = log.get("service.supervisor")
+
+    @contextlib.contextmanager
+    def steps(self) -> Iterator[None]:
+        yield
+        self._last = ""
+
+    def line(self, text: str, style: str | None = None) -> None:
+        if text.strip():
+            (self._log.info if style is None else self._log.warning)(text.strip())
+
+    def error(self, problem: str, hint: str = "") -> None:
+        self._log.critical(problem, hint=hint)
+
+    def ready(self, url: str, base: str, device: str, adapters: list[str], seconds: float) -> None:
+        self._log.info(
+            "loraplex is ready", url=url, base=base, device=device, adapters=len(adapters), seconds=round(seconds, 1)
+        )
 
 
 def _listed(names: list[str], most: int = 12) -> str:

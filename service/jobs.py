@@ -15,6 +15,8 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import ParamSpec, TypeVar
 
+from service.engine import logs
+
 log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
@@ -72,7 +74,7 @@ class Workers:
     def _new_pool(count: int) -> ProcessPoolExecutor:
         # Not fork: this process has threads, and a loop with open sockets.
         context = multiprocessing.get_context("spawn")
-        return ProcessPoolExecutor(count, mp_context=context, initializer=_become_worker)
+        return ProcessPoolExecutor(count, mp_context=context, initializer=_become_worker, initargs=logs.current())
 
     def _discard(self, pool: ProcessPoolExecutor) -> None:
         # All jobs of a broken pool fail together; the first to notice replaces it, the others find the new one.
@@ -102,7 +104,8 @@ def import_modules(*names: str) -> None:
         importlib.import_module(name)
 
 
-def _become_worker() -> None:
+def _become_worker(log_level: str, log_format: str) -> None:
+    logs.configure(log_level, log_format)
     os.nice(NICENESS)
     # Ctrl-C goes to the whole terminal; it is the parent that ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -19,6 +19,7 @@ import msgspec
 
 from adapters.blobs import Blobs
 from adapters.manifest import Manifest
+from service.engine import logs
 from service.merges import StoredSource
 from service.settings import Settings
 
@@ -132,6 +133,7 @@ def main() -> None:
     parser.add_argument("task", type=Path, help="what to do, as JSON")
     arguments = parser.parse_args()
     settings = Settings.load()
+    logs.configure(settings.log_level, settings.log_format)
     stand_back(settings.merge_priority)
     group_back(settings.merge_priority)
     task = msgspec.json.decode(arguments.task.read_bytes(), type=Task)

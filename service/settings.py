@@ -14,6 +14,7 @@ import re
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -117,6 +118,15 @@ class Settings(BaseSettings):
     """A body that gains less than 500 bytes a second for so long, and is not complete, gets 408."""
     write_timeout_s: float = Field(60.0, gt=0)
     """A client that takes nothing of what is written to it for so long is disconnected."""
+    traces_url: str = ""
+    """Where OpenTelemetry spans go, as OTLP over HTTP (needs the extra `traces`); empty: none are made. Headers, as
+    for a key, come from OTEL_EXPORTER_OTLP_HEADERS."""
+    traces_ratio: float = Field(1.0, ge=0, le=1)
+    """Of the traces that begin here, the share that is kept; who sends a traceparent decides for its own requests."""
+    metrics_top_adapters: int = Field(0, ge=0, le=1000)
+    """Adapters that have figures of their own in /metrics (service/top.py); all others are added up."""
+    metrics_top_tenants: int = Field(0, ge=0, le=1000)
+    """The same for tenants."""
     usage_days: int = Field(400, ge=1)
     """How long the sums of GET /v1/usage are kept."""
     threads: Count = 0
@@ -161,6 +171,17 @@ class Settings(BaseSettings):
             from adapters.s3 import parse_url
 
             parse_url(url)
+        return value
+
+    @field_validator("traces_url")
+    @classmethod
+    def _collector(cls, value: str) -> str:
+        if value:
+            url = urlsplit(value)
+            if url.scheme not in ("http", "https") or not url.hostname:
+                raise ValueError("should be http://host:port or https://host:port, with a path or without")
+            if url.username or url.password:
+                raise ValueError("should hold no password: set OTEL_EXPORTER_OTLP_HEADERS")
         return value
 
     @field_validator("served_name")
@@ -220,6 +241,12 @@ class Settings(BaseSettings):
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return self.host == "localhost"
+
+    @property
+    def traces_endpoint(self) -> str:
+        """The collector's address for spans: a URL without a path means the usual one."""
+        bare = self.traces_url and urlsplit(self.traces_url).path in ("", "/")
+        return self.traces_url.rstrip("/") + "/v1/traces" if bare else self.traces_url
 
     def database_address(self) -> str:
         """URL for Catalogue.open, password included."""
@@ -297,6 +324,9 @@ class Settings(BaseSettings):
             prefix_caching=self.prefix_caching,
             deterministic=self.deterministic,
             eager=self.eager,
+            traces_url=self.traces_endpoint,
+            log_level=self.log_level,
+            log_format=self.log_format,
         )
 
 

@@ -27,6 +27,7 @@ from adapters.errors import StoreUnavailable
 from service import api_worker
 from service.children import Child
 from service.display import Display
+from service.engine import otlp
 from service.engine.client import EngineClient
 from service.engine.config import CANNOT_START, EXIT_CANNOT_START
 from service.examples import load_examples
@@ -108,6 +109,15 @@ def check_address(settings: Settings) -> None:
             f"{PREFIX}HOST={settings.host}: whoever reaches this address could use and delete everything",
             f"set {PREFIX}ADMIN_KEY, so that every request needs a key, or {PREFIX}ALLOW_PUBLIC=true if something else "
             "keeps strangers out",
+        )
+
+
+def check_traces(settings: Settings) -> None:
+    """Raises StartError where spans are asked for and OpenTelemetry is not installed."""
+    if settings.traces_url and otlp.missing():
+        raise StartError(
+            f"{PREFIX}TRACES_URL={settings.traces_url}: OpenTelemetry is not installed",
+            "install the extra: pip install 'loraplex[traces]'",
         )
 
 
@@ -202,6 +212,7 @@ class Supervisor:
         loop.add_signal_handler(signal.SIGTERM, self._on_signal)
         loop.add_signal_handler(signal.SIGINT, self._on_signal)
         check_address(self._settings)
+        check_traces(self._settings)
         with data_folder(self._settings), bind(self._settings) as listener:
             check_catalogue(self._settings)
             await check_database(self._settings)

@@ -25,6 +25,7 @@ from service.settings import Settings
 from service.store.catalogue import Catalogue
 from service.store.usage import UsageTable
 from service.tokenizer import Tokenizer
+from service.tracing import Traces
 from service.usage import UsageRecorder
 
 T = TypeVar("T")
@@ -57,6 +58,7 @@ class Services:
     metrics: Metrics
     recorder: UsageRecorder
     usage: UsageTable
+    traces: Traces | None = None
     started_at: float = field(default_factory=time.time)
     """Seconds since the epoch."""
 
@@ -141,7 +143,8 @@ class EventStream(Response):
 class RequestScope:
     """ASGI middleware: a request id in, the same out; one access line and the HTTP metrics when the answer is complete.
 
-    Routes add what they know to `request.state`: `adapter`, `prompt_tokens`, `completion_tokens`.
+    Routes add what they know to `request.state`: `adapter`, `prompt_tokens`, `completion_tokens`. `job` is what the
+    engine calls the request in its own log lines and spans.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -166,8 +169,14 @@ class RequestScope:
 
         services: Services | None = getattr(scope["app"].state, "services", None) if "app" in scope else None
         metrics = services.metrics if services is not None else None
+        trace = None
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(request_id=request_id)
+        if services is not None and services.traces is not None:
+            trace = services.traces.begin(scope, request_id)
+            if trace is not None:
+                state["trace"] = trace
+                structlog.contextvars.bind_contextvars(trace_id=trace.id)
         started = time.perf_counter()
         if metrics is not None:
             metrics.in_progress.inc()
@@ -191,6 +200,8 @@ class RequestScope:
                 metrics.request_seconds.labels(route).observe(seconds)
                 if status == 499:
                     metrics.disconnects.inc()
+            if trace is not None:
+                trace.end(scope["method"], route, status, state)
             known = {key: state[key] for key in _LOGGED if state.get(key) is not None}
             # Probes; 503 is what /ready says while the engine starts, twice a second to whoever waits for it.
             quiet = route in ("/health", "/ready", "/metrics") and (status < 400 or status == 503)
@@ -199,7 +210,7 @@ class RequestScope:
             )
 
 
-_LOGGED = ("tenant", "key", "model", "adapter", "prompt_tokens", "completion_tokens", "error_code")
+_LOGGED = ("tenant", "key", "model", "adapter", "job", "prompt_tokens", "completion_tokens", "error_code")
 
 
 def _route(scope: Scope) -> str:

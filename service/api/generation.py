@@ -30,6 +30,8 @@ class Job:
     weight: float = 1.0
     """The tenant's share, as in Submit."""
     priority: int = 0
+    trace: str = ""
+    """W3C traceparent, if the request is traced."""
     stop: tuple[str, ...] = ()
     include_stop: bool = False
     """Whether a stop string, or the text of a stop token, is part of the answer."""
@@ -271,6 +273,7 @@ class Generation:
             tenant=job.tenant,
             tenant_weight=job.weight,
             priority=job.priority,
+            trace=job.trace,
         )
         started = time.perf_counter()
         choices: dict[int, _Choice] = {}

@@ -53,7 +53,7 @@ def serve(
     **settings: Any,
 ) -> None:
     """Serve the base model and its adapters over HTTP."""
-    from service.display import Display
+    from service.display import Display, LoggedDisplay
 
     display = Display()
     try:
@@ -62,6 +62,8 @@ def serve(
         for problem in exc.problems:
             display.error(problem)
         raise typer.Exit(2) from None
+    if loaded.log_format == "json":
+        display = LoggedDisplay(loaded)
     for variable in Settings.unknown_variables():
         display.line(f"loraplex: {variable} is set, but there is no such setting; it is ignored", "yellow")
     raise typer.Exit(_run(loaded, display, examples, simulated or None, unhealthy_s))

@@ -170,7 +170,12 @@ class Admission:
 
     def ready(self, tenant: Tenant, seq: Sequence) -> bool:
         """Whether `seq` needs nothing but pages and a slot."""
-        return not self._follows(seq) and self._has_adapters(tenant, seq)
+        if self._follows(seq):
+            return False
+        there = self._has_adapters(tenant, seq)
+        if seq.timeline is not None:
+            seq.timeline.adapters(there)
+        return there
 
     def _follows(self, seq: Sequence) -> bool:
         leader = self.leader.get(seq)

@@ -48,6 +48,10 @@ def build_engine(
     Raises CannotStart: the device cannot be used, memory does not suffice, or the model cannot be served exactly."""
     if config.threads:
         torch.set_num_threads(config.threads)
+    # Its records go the way of all others, and no bar is drawn across them.
+    transformers.utils.logging.disable_default_handler()
+    transformers.utils.logging.enable_propagation()
+    transformers.utils.logging.disable_progress_bar()
     cuda = config.device == "cuda"
     if cuda:
         compiled.use_cache_folder(Path(config.cache_dir) / "compiled")

@@ -50,3 +50,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     deterministic: bool = False
     eager: bool = False
     """CUDA: neither compile layers nor capture graphs. Starts sooner, decodes several times slower."""
+    traces_url: str = ""
+    """Where spans go, as OTLP over HTTP (tracing.py); empty: none are made."""
+    log_level: str = "info"
+    log_format: Literal["json", "console"] = "console"

@@ -39,6 +39,7 @@ from service.engine.messages import (
 from service.engine.permits import queue_full, too_large
 from service.engine.request import Batch, Sampled, Sequence
 from service.engine.scheduler import Scheduler
+from service.engine.tracing import SequenceTracer, Timeline
 
 log = logging.getLogger(__name__)
 
@@ -125,6 +126,8 @@ class Engine:
         """Set: new requests are refused with shutting_down."""
         self.step_started: float | None = None
         """time.monotonic() of the step in progress; read by the thread that answers Pings."""
+        self.tracer: SequenceTracer | None = None
+        """Set: sequences of traced requests have a Timeline, and are handed to it when they end."""
         self._send = send
         self._requests: dict[Key, dict[int, Sequence]] = {}
         self._outbox: defaultdict[bytes, list[Delta]] = defaultdict(list)
@@ -176,6 +179,8 @@ class Engine:
             seq = item.seq
             if item.count > 1 or seq.num_computed < seq.num_prompt:
                 self._prefilled += item.count
+                if seq.timeline is not None:
+                    seq.timeline.begun(self.step_started)
             seq.num_computed += item.count
             self.pool.commit(seq)
             if result is not None:
@@ -186,6 +191,8 @@ class Engine:
         if seq.num_generated == 0:
             delta.cached_tokens = seq.cached_tokens
             delta.prompt_logprobs, seq.prompt_logprobs = seq.prompt_logprobs, None
+            if seq.timeline is not None:
+                seq.timeline.token()
         if seq.sampling.max_tokens > 0:  # 0: only the prompt's log-probabilities are wanted
             seq.tokens.append(result.token_id)
             delta.token_ids.append(result.token_id)
@@ -207,7 +214,11 @@ class Engine:
     def _give_up(self, batch: Batch, error: Exception) -> None:
         """The step failed: so do its requests, and nothing else."""
         self._failed_steps += 1
-        log.error("step of %d tokens failed", batch.num_tokens, exc_info=error)
+        jobs = list(dict.fromkeys(item.seq.request_id for item in batch.items))
+        log.error("step of %d tokens failed", batch.num_tokens, exc_info=error, extra={"jobs": jobs})
+        for item in batch.items:
+            if item.seq.timeline is not None:
+                item.seq.timeline.begun(self.step_started)
         code, message = "engine_error", "the engine failed while it computed this request"
         if is_out_of_memory(error):
             self._out_of_memory += 1
@@ -271,8 +282,12 @@ class Engine:
             arrival=float(next(self._arrivals)),
             tenant=request.tenant,
             priority=request.priority,
+            timeline=self._timeline(request) if request.trace else None,
             prompt_logprobs=None if sampling.prompt_logprobs is None else [None],
         )
+
+    def _timeline(self, request: Submit) -> Timeline | None:
+        return None if self.tracer is None else Timeline(request.trace, request.received_ns or time.time_ns())
 
     def _refusal(self, request: Submit) -> Refused | None:
         if self.draining:
@@ -305,6 +320,9 @@ class Engine:
 
     def _refuse(self, key: Key, code: str, message: str) -> None:
         client, request_id = key
+        for seq in self._requests.get(key, {}).values():
+            if seq.timeline is not None:
+                seq.timeline.code = code
         self.abort(client, request_id)
         self._send(client, Refused(request_id, code, message))
 
@@ -318,6 +336,8 @@ class Engine:
 
     def _remove(self, seq: Sequence) -> None:
         self.scheduler.finish(seq)
+        if seq.timeline is not None and self.tracer is not None:
+            self.tracer.ended(seq, seq.timeline)
         key = (seq.client, seq.request_id)
         del self._requests[key][seq.index]
         if not self._requests[key]:

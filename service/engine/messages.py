@@ -69,6 +69,10 @@ class Submit(msgspec.Struct, tag="submit", kw_only=True):
     """The tenant's share against others' while they compete, > 0. The newest request's weight counts for the tenant."""
     priority: int = 0
     """Higher goes first, among the tenant's own requests alone; no priority takes anything from another tenant."""
+    trace: str = ""
+    """W3C traceparent of the request's span, if it is traced (tracing.py)."""
+    received_ns: int = 0
+    """Of a traced request: when the engine got it, in nanoseconds since 1970. Set by the engine itself."""
 
 
 class Abort(msgspec.Struct, tag="abort"):

@@ -33,10 +33,13 @@ from pathlib import Path
 import msgspec
 import zmq
 
+from service.engine import logs
 from service.engine.config import CANNOT_START, EXIT_CANNOT_START, EngineConfig
 from service.engine.core import Engine
 from service.engine.errors import CannotStart, EngineBroken, IntegrityError
-from service.engine.messages import FromEngine, Heartbeat, Ping, Ready, ToEngine, decode_to_engine, encode
+from service.engine.messages import FromEngine, Heartbeat, Ping, Ready, Submit, ToEngine, decode_to_engine, encode
+from service.engine.otlp import Spans
+from service.engine.tracing import SequenceTracer
 
 log = logging.getLogger("service.engine")
 
@@ -191,6 +194,8 @@ class Postman(threading.Thread):
                 continue
             self._last_heard[client] = time.monotonic()
             if not isinstance(message, Ping):
+                if isinstance(message, Submit) and message.trace:
+                    message.received_ns = time.time_ns()
                 self._inbox.put((client, message))
             elif client in self._greeted:
                 self._socket.send_multipart((client, encode(self._heartbeat())))
@@ -244,6 +249,8 @@ class EngineProcess:
             lambda client, message: self._postman.send(client, message),
             lambda: self.inbox.put((b"", _Loaded())),
         )
+        if config.traces_url:
+            self.engine.tracer = SequenceTracer(Spans(config.traces_url, "engine"))
         hello = Ready(secrets.token_hex(8), self.engine.manifest, self.engine.limits, config.device, versions)
         self._postman = Postman(config.socket, hello, self.inbox, client_timeout_s, drain_s)
         self._postman.step_started = lambda: self.engine.step_started
@@ -269,6 +276,8 @@ class EngineProcess:
         finally:
             self._postman.close()
             self.engine.close()
+            if self.engine.tracer is not None:
+                self.engine.tracer.close()
         log.info("engine stopped")
         return 0
 
@@ -345,8 +354,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("config", help="EngineConfig as JSON")
     parser.add_argument("--simulated", metavar="JSON", help="no model: a simulation with these options (simulated.py)")
     arguments = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     config = msgspec.json.decode(arguments.config, type=EngineConfig)
+    logs.configure(config.log_level, config.log_format)
     try:
         process = _process(config, arguments.simulated)
     except CannotStart as error:

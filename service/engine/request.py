@@ -6,6 +6,7 @@ import enum
 from dataclasses import dataclass, field
 
 from service.engine.messages import AdapterRef, SamplingParams, TokenLogprob
+from service.engine.tracing import Timeline
 
 
 class State(enum.Enum):
@@ -49,6 +50,8 @@ class Sequence:
     """Tokens that its tenant has been charged for: what a preemption makes us compute again is paid for once."""
     passed: int = 0
     """Sequences of other tenants that came in while it waited for pages."""
+    timeline: Timeline | None = None
+    """Of a traced sequence alone."""
     finish_reason: str | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
 

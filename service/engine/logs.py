@@ -1,0 +1,80 @@
+"""One line per log record, JSON or for the eye: the same in every process of the service.
+
+Processes that multiprocessing starts for this one (adapters/packer.py, service/jobs.py) call `configure(*current())`.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+from types import TracebackType
+from typing import Any
+
+import structlog
+
+_current: list[tuple[str, str]] = [("info", "console")]
+_NOISY = ("uvicorn.access", "aiosqlite", "alembic", "httpx", "httpcore", "urllib3")
+"""The access line is our own; and these tell every statement, migration and connection."""
+
+
+def _without_colours(_: Any, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """uvicorn adds its message once more, with colours."""
+    event.pop("color_message", None)
+    return event
+
+
+SHARED: list[structlog.typing.Processor] = [
+    structlog.contextvars.merge_contextvars,
+    structlog.stdlib.add_logger_name,
+    structlog.stdlib.add_log_level,
+    structlog.stdlib.ExtraAdder(),
+    _without_colours,
+    structlog.processors.TimeStamper(fmt="iso", utc=True),
+]
+
+
+def current() -> tuple[str, str]:
+    """(level, format) of this process, to hand on."""
+    return _current[0]
+
+
+def configure(level: str, format: str) -> None:
+    """Routes all logging of this process to stderr, warnings and what ends it included. May be called again.
+
+    `level`: as logging's, in any case; `format`: json or console."""
+    _current[0] = (level, format)
+    tail: list[structlog.typing.Processor]
+    if format == "json":
+        tail = [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer(ensure_ascii=False)]
+        sys.excepthook = _end
+        threading.excepthook = _thread_end
+    else:
+        tail = [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
+    formatter = structlog.stdlib.ProcessorFormatter(
+        foreign_pre_chain=SHARED,
+        processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *tail],
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(formatter)
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())
+    logging.captureWarnings(True)
+    for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
+
+
+def _end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if not issubclass(kind, KeyboardInterrupt):
+        logging.getLogger("service").critical("the process ends: %s", error, exc_info=(kind, error, trace))
+
+
+def _thread_end(arguments: threading.ExceptHookArgs) -> None:
+    error = arguments.exc_value
+    if error is not None and not isinstance(error, SystemExit):
+        logging.getLogger("service").critical("a thread ends: %s", error, exc_info=error)
