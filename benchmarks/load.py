@@ -3,8 +3,8 @@ processes before and after, and whether any stream was lost.
 
     python -m benchmarks.load [--streams 500] [--rounds 4 | --minutes 30] [--tokens 64] [--step-s 0.01]
 
-The engine's steps take 10 ms, so what is measured is everything but the model. Appends to RESULTS.md with --append. Exit
-code 1 if a stream was lost.
+The engine's steps take 10 ms, so what is measured is everything but the model. Appends to RESULTS.md with --append.
+Exit code 1 if a stream was lost.
 """
 
 from __future__ import annotations
