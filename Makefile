@@ -87,9 +87,9 @@ COMPILE = $(BIN)/uv pip compile --no-config --quiet --generate-hashes --python-v
     --python-platform x86_64-manylinux_2_28 --custom-compile-command 'make lock' $(ARGS)
 lock: $(VENV)/.installed-dev
 	$(COMPILE) requirements/build.in -o requirements/build.txt
-	$(COMPILE) pyproject.toml --extra server requirements/image.in -o requirements/cuda.txt
+	$(COMPILE) pyproject.toml --extra server --extra traces requirements/image.in -o requirements/cuda.txt
 	sed -n 's/^torch==\([0-9.]*\).*/torch==\1+cpu/p' requirements/cuda.txt | $(COMPILE) $(TORCH_CPU) \
-	    pyproject.toml --extra server requirements/image.in - -c requirements/cuda.txt -o requirements/cpu.txt
+	    pyproject.toml --extra server --extra traces requirements/image.in - -c requirements/cuda.txt -o requirements/cpu.txt
 
 # Known vulnerabilities of what is locked. Needs PyPI's vulnerability service, which a mirror of the index may lack: then it says
 # that nothing was audited. AUDIT=strict makes that a failure.

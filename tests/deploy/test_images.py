@@ -82,7 +82,8 @@ def test_the_image_carries_the_projects_version() -> None:
 def test_the_lock_satisfies_pyproject(image: str) -> None:
     """A dependency that was added or raised without `make lock` fails here."""
     versions = locked(image)
-    wanted = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["server"]]
+    extras = PROJECT["optional-dependencies"]
+    wanted = [*PROJECT["dependencies"], *extras["server"], *extras["traces"]]
     for requirement in map(Requirement, wanted):
         if requirement.marker and not requirement.marker.evaluate({"python_version": "3.11"}):
             continue
