@@ -52,6 +52,8 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
         separate_input_output_schemas=False,
         generate_unique_id_function=reference.operation_id,
+        # Newer FastAPI makes spans of its own where OpenTelemetry is set up, with validation errors, so prompts, in them.
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     # The last one added is the first to see a request.
     if settings.multi_tenant:
