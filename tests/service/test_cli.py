@@ -321,11 +321,11 @@ def test_a_reader_that_goes_away(server: InferenceServer) -> None:
 
 
 def test_tables_and_colours_are_for_terminals(server: InferenceServer, adapters: dict[str, str]) -> None:
+    shown = Terminal("list", url=server.url)
+    assert shown.finish() == 0
+    assert "DESCRIPTION" in shown.text
+    assert "first" in shown.text
     for env, coloured in (({}, True), ({"NO_COLOR": "1"}, False)):
-        shown = Terminal("list", url=server.url, **env)
-        assert shown.finish() == 0
-        assert "DESCRIPTION" in shown.text
-        assert "first" in shown.text
         failed = Terminal("show", "nobody-here", url=server.url, **env)
         assert failed.finish() == 1
         assert "There is no adapter" in failed.text
@@ -378,18 +378,18 @@ def test_an_upload_shows_its_progress(tmp_path: Path) -> None:
     assert "a@1  uploaded" in shown.text
 
 
-def test_delete_asks_on_a_terminal(server: InferenceServer, folder: Path) -> None:
-    assert process("upload", "cli-ask", folder, url=server.url).returncode == 0
+def test_delete_asks_on_a_terminal(cli: Callable[..., Any], server: InferenceServer, folder: Path) -> None:
+    assert cli("upload", "cli-ask", folder).exit_code == 0
     asked = Terminal("delete", "cli-ask", url=server.url)
     asked.read_until("with all its versions? [y/N]")
     asked.type("n\n")
     assert asked.finish() == 1
-    assert process("show", "cli-ask", url=server.url).returncode == 0
+    assert cli("show", "cli-ask").exit_code == 0
     asked = Terminal("delete", "cli-ask", url=server.url)
     asked.read_until("[y/N]")
     asked.type("y\n")
     assert asked.finish() == 0
-    assert process("show", "cli-ask", url=server.url).returncode == 1
+    assert cli("show", "cli-ask").exit_code == 1
 
 
 # ---------------------------------------------------------------- help, completion, installation
