@@ -14,6 +14,7 @@ import pytest
 from tests.ports import unused_port
 from tests.service.launch import ROOT, Launched
 
+ADMIN_KEY = "an-admin-key-for-the-documentation"
 ADDRESS = "127.0.0.1:8000"
 # An HTTP error has to fail the block; curl -s alone would print it and succeed.
 STRICT = 'set -euo pipefail\ncurl() { command curl --fail-with-body --max-time 240 "$@"; }\n'
@@ -30,9 +31,33 @@ def service(tmp_path_factory: pytest.TempPathFactory, base_model_dir: Path) -> I
 
 
 @pytest.fixture(scope="session")
-def clone(service: Launched, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def service_with_tenants(tmp_path_factory: pytest.TempPathFactory, base_model_dir: Path) -> Iterator[Launched]:
+    """The same with an admin key, and a simulated engine: what it answers is not what that page is about."""
+    data_dir = tmp_path_factory.mktemp("data")
+    (data_dir / "models").symlink_to(base_model_dir.parent)
+    simulated = '{"vocab_size": 49152}'
+    with Launched(data_dir, unused_port(), "--simulated", simulated, LORAPLEX_ADMIN_KEY=ADMIN_KEY) as launched:
+        launched.wait_announced()
+        yield launched
+
+
+Execute = Callable[[str, str], str]
+
+
+@pytest.fixture(scope="session")
+def execute(service: Launched, tmp_path_factory: pytest.TempPathFactory) -> Execute:
+    """Runs a block of a language (bash, python) as a reader in a clone would; its output. Fails if the block does."""
+    return _executor(service, tmp_path_factory.mktemp("clone"))
+
+
+@pytest.fixture(scope="session")
+def execute_with_tenants(service_with_tenants: Launched, tmp_path_factory: pytest.TempPathFactory) -> Execute:
+    """The same where the server has tenants."""
+    return _executor(service_with_tenants, tmp_path_factory.mktemp("clone"), LORAPLEX_ADMIN_KEY=ADMIN_KEY)
+
+
+def _clone(folder: Path, service: Launched) -> Path:
     """The project's folder, with the service's data in ./data; what a block writes into it stays out of the project."""
-    folder = tmp_path_factory.mktemp("clone")
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in sorted({line.partition("/")[0] for line in tracked.splitlines()}):
         (folder / name).symlink_to(ROOT / name)
@@ -41,15 +66,15 @@ def clone(service: Launched, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def execute(service: Launched, clone: Path) -> Callable[[str, str], str]:
-    """Runs a block of a language (bash, python) in that folder; its output. Fails if the block does."""
+def _executor(service: Launched, folder: Path, **variables: str) -> Execute:
+    clone = _clone(folder, service)
     address = service.url.removeprefix("http://")
     environment = {
         **os.environ,
         "LORAPLEX_URL": service.url,
         "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}",
         "NO_COLOR": "1",
+        **variables,
     }
 
     def run(language: str, block: str) -> str:

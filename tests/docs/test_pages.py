@@ -22,7 +22,7 @@ DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 CONSOLE = re.compile(
-    r"(sudo )?(docker|make serve|([A-Z_]+=\S+ )+make|pip install|git clone|nginx|caddy|pg_dump|psql|openssl)\b"
+    r"(sudo )?(docker|make serve|([A-Z_]+=\S+ )+make|pip install|git clone|nginx|caddy|pg_dump|psql|openssl|export)\b"
 )
 """How the lines of a `console` block may begin."""
 ELSEWHERE = {"operations.md": "tests/crash/test_disk.py"}
@@ -64,11 +64,22 @@ def test_every_block_says_what_it_is(page: Path) -> None:
             assert [line for line in lines if not CONSOLE.match(line)] == []
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.name not in ELSEWHERE], ids=lambda page: page.stem)
+WITH_TENANTS = "multi-tenant.md"
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.name not in {WITH_TENANTS, *ELSEWHERE}], ids=lambda page: page.stem
+)
 def test_every_command_runs_in_the_order_written(page: Path, execute: Callable[[str, str], str]) -> None:
     for language, text in blocks(page):
         if language in ("bash", "python"):
             execute(language, text)
+
+
+def test_every_command_for_tenants_runs_in_the_order_written(execute_with_tenants: Callable[[str, str], str]) -> None:
+    for language, text in blocks(DOCS / WITH_TENANTS):
+        if language == "bash":
+            execute_with_tenants(language, text)
 
 
 def test_pages_run_elsewhere_are() -> None:
