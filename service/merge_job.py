@@ -1,7 +1,10 @@
 """The process that does one merge and ends with it: `python -m service.merge_job FD TASK`. It loads torch.
 
-By default it runs only on what the processors have left over (SCHED_IDLE, nice 19, one thread). What it has to say goes
-to the file descriptor FD, one JSON object (Said) a line; TASK is the path of a Task as JSON.
+It has one thread, and gives way to everything else as the setting merge_priority says (pace.py). What it has to say
+goes to the file descriptor FD, one JSON object (Said) a line; TASK is the path of a Task as JSON.
+
+What it imports counts: beside busy processors a second is half a minute. torch takes 1.3 s; settings and catalogue
+would be 1 s more.
 """
 
 from __future__ import annotations
@@ -17,11 +20,16 @@ from typing import BinaryIO, Literal
 
 import msgspec
 
-from adapters.blobs import Blobs
+from adapters.blobs import INDEX_SUFFIX, Blobs, open_blobs
 from adapters.manifest import Manifest
+from adapters.merge_request import MergeOptions, MergeSource
+from adapters.peft_config import CONFIG_NAME
 from service.engine import logs
-from service.merges import StoredSource
-from service.settings import Settings
+
+Priority = Literal["idle", "low", "normal"]
+
+BLOBS_URL = "LORAPLEX_BLOBS_URL"
+"""It comes by the environment, not in the task: it may hold a secret, and the task is a file."""
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +37,24 @@ REPORT_S = 0.25
 """The shortest time between two reports of progress."""
 
 
+class StoredSource(msgspec.Struct, frozen=True):
+    """A source by its files' hashes. `name` is for messages, `files`: (name, sha256)."""
+
+    name: str
+    files: tuple[tuple[str, str], ...]
+    weight: float
+
+    def fetch(self, blobs: Blobs) -> MergeSource:
+        """Local files, checked. AdapterMissing, BlobDamaged, StoreUnavailable."""
+        paths = {name: blobs.fetch(sha) for name, sha in self.files}
+        index = next((path for name, path in paths.items() if name.endswith(INDEX_SUFFIX)), None)
+        weights = {name: path for name, path in paths.items() if name.endswith(".safetensors")}
+        return MergeSource(self.name, paths[CONFIG_NAME], weights, index, self.weight)
+
+
 class Task(msgspec.Struct, frozen=True):
-    """What to merge into the folder `out`. `options`: fields of adapters.merge_request.MergeOptions."""
+    """What to merge into the folder `out`. `options`: fields of adapters.merge_request.MergeOptions; blobs_dir,
+    cache_dir and cache_bytes: arguments of adapters.blobs.open_blobs; log: level and format."""
 
     target: Literal["adapter", "checkpoint"]
     sources: list[StoredSource]
@@ -38,6 +62,15 @@ class Task(msgspec.Struct, frozen=True):
     model: str
     out: str
     options: dict[str, str | int | float]
+    blobs_dir: str
+    cache_dir: str
+    cache_bytes: int
+    priority: Priority
+    log: tuple[str, str]
+
+    def open_blobs(self) -> Blobs:
+        """Where the sources' files lie."""
+        return open_blobs(Path(self.blobs_dir), Path(self.cache_dir), self.cache_bytes, os.environ.get(BLOBS_URL, ""))
 
 
 class Said(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -67,17 +100,16 @@ class Voice:
             self.say(Said("merging", share))
 
 
-def stand_back(priority: str) -> None:
-    """From now on everything else goes first (idle), or most things do (low)."""
+def stand_back(priority: Priority) -> None:
+    """From now on everything else goes first (idle), or a little before (low: the merger sees to the rest)."""
+    if priority == "normal":
+        return
     os.nice(5 if priority == "low" else 19)
     if priority == "idle" and hasattr(os, "SCHED_IDLE"):
         with contextlib.suppress(OSError):  # not allowed in some containers: then nice has to do
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-
-
-def group_back(priority: str) -> None:
-    """Where Linux groups processes by session (sched_autogroup_enabled), shares are the groups' and what a process asks
-    for counts inside its own alone. For a process that leads a session."""
+    # Where Linux groups processes by session (sched_autogroup_enabled), shares are the groups' and what a process asks
+    # for counts inside its own alone. This process leads a session.
     with contextlib.suppress(OSError):  # no such groups here
         for _ in range(10):
             try:
@@ -96,7 +128,6 @@ def work(task: Task, voice: Voice, blobs: Blobs) -> None:
 
     from adapters.checkpoint import merge_checkpoint
     from adapters.merge import merge_adapters
-    from adapters.merge_request import MergeOptions
 
     torch.set_num_threads(1)
     options = MergeOptions(**task.options)  # type: ignore[arg-type]  # they are checked, and were before
@@ -132,15 +163,13 @@ def main() -> None:
     parser.add_argument("fd", type=int, help="where to report")
     parser.add_argument("task", type=Path, help="what to do, as JSON")
     arguments = parser.parse_args()
-    settings = Settings.load()
-    logs.configure(settings.log_level, settings.log_format)
-    stand_back(settings.merge_priority)
-    group_back(settings.merge_priority)
     task = msgspec.json.decode(arguments.task.read_bytes(), type=Task)
+    logs.configure(*task.log)
+    stand_back(task.priority)
     with os.fdopen(arguments.fd, "wb") as stream:
         voice = Voice(stream)
         try:
-            work(task, voice, settings.open_blobs())
+            work(task, voice, task.open_blobs())
         except Exception as error:
             log.exception("a merge failed")
             voice.say(Said(error=explain(error)))

@@ -32,8 +32,9 @@ from service.engine.errors import EngineError
 from service.janitor import instance_id
 from service.jobs import Workers, WorkersUnavailable
 from service.library import WEIGHTS, Library
-from service.merge_job import Said, Task, explain, stand_back
+from service.merge_job import BLOBS_URL, Priority, Said, Task, explain
 from service.merges import merges_dir, remove_folder, require_space, stored_sources
+from service.pace import keep_pace, measurable
 from service.settings import Settings
 from service.store import Catalogue, NotFound
 from service.store.edits import Edits
@@ -71,6 +72,9 @@ class Merger:
         self._folder = merges_dir(settings)
         self._work = self._folder / "work"
         self._runner = instance_id(settings.uploads_dir)
+        self._priority: Priority = settings.merge_priority
+        if self._priority == "low" and not measurable():
+            self._priority = "idle"  # rather late than in the way
 
     async def recover(self) -> None:
         """Sweeps what earlier attempts and deletions have left. No job may be running."""
@@ -162,7 +166,12 @@ class Merger:
         await asyncio.to_thread(require_space, self._folder, job.target, model, size)
         out = work / "out"
         out.mkdir(parents=True)
-        task = Task(job.target, sources, self._library.engine.manifest, str(model), str(out), job.options)
+        settings = self._settings
+        task = Task(
+            job.target, sources, self._library.engine.manifest, str(model), str(out), job.options,
+            str(settings.blobs_dir), str(settings.cache_dir), settings.blob_cache_bytes, self._priority,
+            (settings.log_level, settings.log_format),
+        )  # fmt: skip
         (work / "task.json").write_bytes(msgspec.json.encode(task))
         return task
 
@@ -173,7 +182,8 @@ class Merger:
         """Runs the job's process. The files of a checkpoint."""
         reading, writing = os.pipe()
         try:
-            env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+            threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+            env = {**os.environ, **threads, BLOBS_URL: self._settings.blobs_url.get_secret_value()}
             arguments = str(writing), str(work / "task.json")
             child = await Child.start("merge", "service.merge_job", *arguments, env=env, pass_fds=[writing])
         except BaseException:
@@ -182,14 +192,17 @@ class Merger:
         finally:
             os.close(writing)
         heard = Heard()
-        listening = asyncio.create_task(heard.listen(reading))
+        helpers = [listening := asyncio.create_task(heard.listen(reading))]
+        if self._priority == "low":
+            helpers.append(asyncio.create_task(keep_pace(child)))
         try:
             await self._watch(job, child, heard)
             await listening
         finally:
             await child.kill()
-            listening.cancel()
-            await asyncio.gather(listening, return_exceptions=True)
+            for helper in helpers:
+                helper.cancel()
+            await asyncio.gather(*helpers, return_exceptions=True)
         if heard.error:
             raise Failed(heard.error)
         if not heard.done:
@@ -231,9 +244,6 @@ class Merger:
         async def finish(edits: Edits, version: int) -> None:
             await edits.merges.succeed(job, version=version)
 
-        await self._workers.run(
-            stand_back, self._settings.merge_priority
-        )  # reading the result again is no more urgent than making it
         await self._library.publish(
             job.name, out / CONFIG_NAME, {WEIGHTS: out / WEIGHTS}, None,
             description=job.description or None, provenance=provenance(job), also=finish, tenant=job.tenant,

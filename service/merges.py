@@ -17,13 +17,12 @@ from typing import Any, Literal
 
 import msgspec
 
-from adapters.blobs import INDEX_SUFFIX, Blobs
 from adapters.manifest import Manifest
-from adapters.merge_request import MergeOptions, MergeSource, check_merge
-from adapters.peft_config import CONFIG_NAME
+from adapters.merge_request import MergeOptions, check_merge
 from service.api.errors import ApiError, shown
 from service.jobs import Workers
 from service.library import Library
+from service.merge_job import StoredSource
 from service.settings import Settings
 from service.store.merges import Job, KeyReused, NewJob, Source, TooManyMerges
 from service.uploads import RESERVE_BYTES
@@ -53,21 +52,6 @@ class Wanted:
 def merges_dir(settings: Settings) -> Path:
     """Of results (<id>/) and of what is being made (work/)."""
     return settings.data_dir / "merges"
-
-
-class StoredSource(msgspec.Struct, frozen=True):
-    """A source by its files' hashes. `name` is for messages, `files`: (name, sha256)."""
-
-    name: str
-    files: tuple[tuple[str, str], ...]
-    weight: float
-
-    def fetch(self, blobs: Blobs) -> MergeSource:
-        """Local files, checked. AdapterMissing, BlobDamaged, StoreUnavailable."""
-        paths = {name: blobs.fetch(sha) for name, sha in self.files}
-        index = next((path for name, path in paths.items() if name.endswith(INDEX_SUFFIX)), None)
-        weights = {name: path for name, path in paths.items() if name.endswith(".safetensors")}
-        return MergeSource(self.name, paths[CONFIG_NAME], weights, index, self.weight)
 
 
 async def stored_sources(library: Library, sources: Iterable[Source], tenant: str) -> list[StoredSource]:

@@ -85,9 +85,9 @@ class Settings(BaseSettings):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     api_workers: int = Field(1, ge=1, le=256)
-    merge_priority: Literal["idle", "low"] = "idle"
-    """idle: merges have only what nothing else on the machine wants, and stand still while it is fully busy. low: they
-    go on, and slow requests down where processors are short."""
+    merge_priority: Literal["idle", "low", "normal"] = "low"
+    """low: of processors that others want a merge has 3% of one, besides all that nobody wants. idle: only what nobody
+    wants, so that it stands still while the machine is fully busy. normal: like everything else."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["json", "console"] = "console"
     max_positions: Count = 0
