@@ -52,7 +52,7 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
         separate_input_output_schemas=False,
         generate_unique_id_function=reference.operation_id,
-        # Newer FastAPI makes spans of its own where OpenTelemetry is set up, with validation errors, so prompts, in them.
+        # Newer FastAPI makes spans of its own where OpenTelemetry is set up, with validation errors and so prompts.
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     # The last one added is the first to see a request.
@@ -134,6 +134,8 @@ async def _open(app: FastAPI, settings: Settings, stack: AsyncExitStack) -> None
     table = UsageTable(catalogue.database, settings.usage_days)
     recorder = UsageRecorder(table.write, lambda recorder: collect_occupancy(recorder, engine, catalogue))
     recorder.start()
+    if metrics.named is not None:
+        await metrics.named.seed(table)
     stack.push_async_callback(recorder.close)
     app.state.services = Services(settings, base_name, tokenizer, engine, catalogue, metrics, recorder, table, traces)
     logger.info("API process started", model=base_name, data_dir=str(settings.data_dir))

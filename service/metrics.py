@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from service.named_metrics import NamedMetrics
 from service.settings import Settings
 
 if TYPE_CHECKING:
@@ -84,6 +85,9 @@ class Metrics:
             "Downloads refused because the stored file is damaged or gone.",
             registry=registry,
         )
+
+        self.named = NamedMetrics.open(settings, self._folder, registry)
+        """Figures by adapter and tenant, if they are wanted."""
 
     # What Generation tells as tokens come (generation.Observer).
 

@@ -22,6 +22,7 @@ from service.api.resident import make_room
 from service.api.schemas import AdapterWeight, ChatRequest, CompletionRequest, Sampled
 from service.engine.messages import AdapterRef, Limits, SamplingParams
 from service.metrics import Metrics
+from service.named_metrics import NamedRequest
 from service.store.errors import NotFound
 from service.store.records import Adapter
 from service.usage import Meter
@@ -267,7 +268,10 @@ async def _respond(
     headers = {"x-loraplex-adapter": target.label} if target.label else {}
     caller = caller_of(request)
     meter = services.recorder.open(caller.tenant, caller.key_id or "", target.account)
-    generation = Generation(job, services.engine, services.tokenizer, _Observers(services.metrics, meter))
+    named = None
+    if services.metrics.named is not None:
+        named = state["named"] = services.metrics.named.request(caller.tenant, target.account)
+    generation = Generation(job, services.engine, services.tokenizer, _Observers(services.metrics, meter, named))
     meter.tokens = generation.usage
     if not body.stream:
         try:
@@ -290,10 +294,13 @@ class _Observers:
 
     metrics: Metrics
     meter: Meter
+    named: NamedRequest | None = None
 
     def first_token(self, seconds: float) -> None:
         self.metrics.first_token(seconds)
         self.meter.first_token(seconds)
+        if self.named is not None:
+            self.named.first_token(seconds)
 
     def tokens_done(self, tokens: int, seconds: float) -> None:
         self.metrics.tokens_done(tokens, seconds)
@@ -338,6 +345,8 @@ def _account(services: Services, state: dict[str, Any], generation: Generation, 
     services.metrics.prompt_tokens.inc(usage.prompt_tokens)
     services.metrics.cached_tokens.inc(usage.cached_tokens)
     services.metrics.generated_tokens.inc(usage.completion_tokens)
+    if (named := state.get("named")) is not None:
+        named.done(usage)
 
 
 def _base_model(services: Services) -> dict[str, Any]:
