@@ -15,6 +15,7 @@ not served, and starting again will not help.
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import logging
 import os
@@ -370,5 +371,29 @@ def main(argv: list[str] | None = None) -> int:
     return process.run()
 
 
+class _Leaving:
+    """Ends the process once the handlers at exit have run, and leaves it to the kernel to take apart what torch has
+    imported: Python needs a second and a half of a core for that, and beside others that want the cores it took longer
+    than the supervisor waits for an engine that has nothing left to do. Made before anything else registers with
+    atexit, so that it comes last."""
+
+    def __init__(self) -> None:
+        self._code: int | None = None
+        atexit.register(self._leave)
+
+    def with_code(self, code: int) -> int:
+        self._code = code
+        return code
+
+    def _leave(self) -> None:
+        if self._code is None:  # an exception, which Python tells of by its own exit code
+            return
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(self._code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leaving = _Leaving()
+    sys.exit(leaving.with_code(main()))
