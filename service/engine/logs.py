@@ -46,11 +46,17 @@ def configure(level: str, format: str) -> None:
     _current[0] = (level, format)
     tail: list[structlog.typing.Processor]
     if format == "json":
-        tail = [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer(ensure_ascii=False)]
+        # Both without the variables of each frame, which they show by default: prompts and keys are among them.
+        exceptions = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+        tail = [
+            structlog.processors.ExceptionRenderer(exceptions),
+            structlog.processors.JSONRenderer(ensure_ascii=False),
+        ]
         sys.excepthook = _end
         threading.excepthook = _thread_end
     else:
-        tail = [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
+        plain = structlog.dev.plain_traceback
+        tail = [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=plain)]
     formatter = structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=SHARED,
         processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *tail],
