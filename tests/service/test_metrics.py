@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,17 @@ def test_the_engines_figures_are_passed_on(server: InferenceServer) -> None:
     text = server.http.get("/metrics").text
     assert "# TYPE loraplex_engine_adapter_loads_total counter" in text
     assert "# TYPE loraplex_engine_kv_pages_used gauge" in text
+
+
+def test_the_documentation_has_every_metric_and_no_other(server: InferenceServer) -> None:
+    text = (ROOT / "docs" / "observability.md").read_text()
+    documented: set[str] = set()
+    for cell in re.findall(r"^\| (`loraplex_[^|]*) \|", text, re.MULTILINE):
+        first, *others = re.findall(r"`(\w+)`", cell)
+        prefix = "loraplex_engine" if first.startswith("loraplex_engine_") else "loraplex_adapter"
+        documented |= {first, *(prefix + other for other in others)}
+    shown = set(re.findall(r"^# TYPE (\w+) ", server.http.get("/metrics").text, re.MULTILINE))
+    assert documented - {name for name in documented if name.startswith("loraplex_adapter_")} == shown
 
 
 def test_metrics_of_one_process_need_no_files(tmp_path: Path) -> None:
