@@ -14,6 +14,8 @@ COMPOSE_PROFILES=full
 LORAPLEX_ADMIN_KEY={secrets.token_urlsafe(32)}
 LORAPLEX_ALLOW_PUBLIC=false
 LORAPLEX_LOG_FORMAT=json
+LORAPLEX_METRICS_TOP_ADAPTERS=20
+LORAPLEX_METRICS_TOP_TENANTS=20
 LORAPLEX_DATABASE_URL=postgresql://loraplex:{postgres}@postgres/loraplex
 LORAPLEX_BLOBS_URL=s3://loraplex/adapters?endpoint=http://s3:8333
 POSTGRES_PASSWORD={postgres}

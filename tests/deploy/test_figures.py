@@ -54,7 +54,7 @@ def grouped(query: str) -> set[str]:
 @pytest.fixture(scope="module")
 def exposed(base_model_dir: Path) -> dict[str, set[str]]:
     """Labels by name of every series of a server that has answered a request."""
-    server = InferenceServer(base_model_dir)
+    server = InferenceServer(base_model_dir, metrics_top_adapters=1, metrics_top_tenants=1)
     try:
         server.start()
         server.openai.completions.create(model=BASE, prompt="Hello there", max_tokens=2)
@@ -84,7 +84,7 @@ def test_every_query_asks_for_what_is_there(exposed: dict[str, set[str]]) -> Non
             wrong += [f"{where}: {selector.name} has no label {label}" for label in missing]
         wrong += [f"{where}: nothing there has the label {label}" for label in grouped(query) - known]
     assert wrong == []
-    assert len(asked) > 25
+    assert len(asked) > 40
     # Nothing that matches the pattern escaped the walk through the parsed queries.
     assert asked == {name for _, query in queries() for name in re.findall(r"\bloraplex_\w+", query)}
 
@@ -101,6 +101,15 @@ def test_alerts_say_what_to_do() -> None:
     for rule in rules:
         assert rule["labels"]["severity"] in {"critical", "warning"}
         assert rule["annotations"]["summary"]
+
+
+def test_every_figure_of_the_engine_has_a_panel(exposed: dict[str, set[str]]) -> None:
+    """Or is named here: what only alarms or tells that a check ran."""
+    shown = {name for where, query in queries() for name in re.findall(r"\bloraplex_\w+", query)}
+    engine = {name for name in exposed if name.startswith("loraplex_engine_")}
+    assert len(engine) > 30
+    assert engine - shown <= {"loraplex_engine_integrity_checks_total"}
+    assert {"loraplex_merges"} <= set(exposed) & shown
 
 
 def test_the_parts_of_the_full_profile_know_each_other() -> None:

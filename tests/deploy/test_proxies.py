@@ -1,4 +1,9 @@
-"""nginx and Caddy before the service: the configurations parse, and where nginx is installed it proxies for real."""
+"""nginx and Caddy before the service.
+
+crossplane, which comes with the tests, parses nginx.conf everywhere as strictly as nginx would. nginx and caddy
+themselves are packages of the system that `make test` cannot install: what needs them is skipped without them. With
+them nginx proxies for real, and both take their configuration.
+"""
 
 from __future__ import annotations
 
