@@ -19,7 +19,9 @@ from service.api.body import BodyLimit
 from service.api.deps import RequestScope, Services
 from service.api.keyring import Keyring
 from service.engine.client import EngineClient
+from service.janitor import instance_id
 from service.jobs import Workers
+from service.leases import Leases
 from service.library import Library
 from service.limits import Limiter
 from service.merges import Merges
@@ -126,8 +128,12 @@ async def _open(app: FastAPI, settings: Settings, stack: AsyncExitStack) -> None
         keyring = Keyring(rows, settings.admin_key.get_secret_value())
         keyring.start()
         stack.push_async_callback(keyring.close)
-        limiter = Limiter(settings.run_dir / "limits")
+        limiter = Limiter(settings.run_dir / "limits", shared=catalogue.shared)
         stack.callback(limiter.close)
+        if catalogue.shared:
+            leases = Leases(catalogue.database, limiter, instance_id(spool.root), settings.run_dir / "limits")
+            await leases.start()
+            stack.push_async_callback(leases.close)
         app.state.guards = Guards(keyring, limiter, rows)
     app.state.library = library
     app.state.merges = Merges(library, workers, settings)

@@ -9,6 +9,10 @@ Exact, over all API processes of a service: requests per minute (never more in a
 Tokens are charged when a request ends, prompt and answer, and a request is admitted while the last minute's tokens are
 below the limit: what is running when the limit is reached still ends, so it is exceeded by at most those requests'
 tokens.
+
+Several services on one database share a tenant's limits: each admits up to what it has been lent (service/leases.py
+lends, and says by how much the limits may be exceeded). Where nothing is lent yet, `unlent` is what may be used. For
+this a page has, beside the counters, the limits last asked for, what is lent and until when, and how many were refused.
 """
 
 from __future__ import annotations
@@ -29,10 +33,22 @@ PROCESSES = 320
 """API processes at once; LORAPLEX_API_WORKERS allows 256."""
 RETRY_RUNNING_S = 1.0
 """What a client is told to wait while too many of its tenant's requests run."""
+RETRY_LENT_S = 2.0
+"""And while another service has what this one would need: by then more may have been lent."""
 
 _PAGE = 4096
 _WORDS = _PAGE // 8
 _SECOND, _REQUESTS, _TOKENS, _RUNNING = 0, 1, 1 + WINDOW, 1 + 2 * WINDOW
+_LIMIT, _LENT, _REFUSED = (_RUNNING + PROCESSES + 3 * n for n in range(3))  # a limit is kept as itself + 1
+_LENT_UNTIL = _REFUSED + 3
+_SERVICES, _KNOWN_SINCE, _KNOWN_UNTIL = 0, 1, 2  # of page 0, as no tenant has that number
+_COUNTED = (
+    ("concurrent_requests", _RUNNING, PROCESSES),
+    ("requests_per_minute", _REQUESTS, WINDOW),
+    ("tokens_per_minute", _TOKENS, WINDOW),
+)
+RATES = tuple(name for name, _, _ in _COUNTED)
+"""The limits that are counted here."""
 _GROW = 64  # pages
 
 
@@ -68,11 +84,31 @@ class LimitReached(Exception):  # noqa: N818 - it says what happened
         self.retry_after_s = retry_after_s
 
 
-class Limiter:
-    """The counters, as one process sees them. Not for several threads. `folder` is made if need be."""
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Of one limit of a tenant in this service: what counts against it, of that what came in the last two seconds, and
+    how many requests were refused since it was last asked."""
 
-    def __init__(self, folder: Path, clock: Callable[[], float] = time.time) -> None:
+    tenant: int
+    name: str
+    limit: int
+    used: int
+    recent: int
+    refused: int
+
+
+def unlent(limit: int, services: int) -> int:
+    """What a service that has been lent nothing may use of a limit: everything if it is alone."""
+    return limit if services == 1 else min(limit, max(1, limit // (8 * services)))
+
+
+class Limiter:
+    """The counters, as one process sees them. Not for several threads. `folder` is made if need be. `shared`: with
+    other services."""
+
+    def __init__(self, folder: Path, clock: Callable[[], float] = time.time, *, shared: bool = False) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        self._shared = shared
         self._folder = folder
         self._clock = clock
         self._slot, self._alive = self._take_slot()
@@ -97,18 +133,26 @@ class Limiter:
             base = self._page(tenant)
             now = self._advance(base)
             words = self._words
-            if limits.concurrent_requests is not None:
-                running = base + _RUNNING
-                if self._sum(running, PROCESSES) >= limits.concurrent_requests:
+            for n, (name, at, count) in enumerate(_COUNTED):
+                limit: int | None = getattr(limits, name)
+                if self._shared:
+                    words[base + _LIMIT + n] = 0 if limit is None else limit + 1
+                if limit is None:
+                    continue
+                room = self._lent(base, n, limit, now) if self._shared else limit
+                if self._sum(base + at, count) < room:
+                    continue
+                if at == _RUNNING:
                     self._take_off_dead(base)
-                    if self._sum(running, PROCESSES) >= limits.concurrent_requests:
-                        raise LimitReached("concurrent_requests", limits.concurrent_requests, RETRY_RUNNING_S)
-            for name, limit, at in (
-                ("requests_per_minute", limits.requests_per_minute, base + _REQUESTS),
-                ("tokens_per_minute", limits.tokens_per_minute, base + _TOKENS),
-            ):
-                if limit is not None and self._sum(at, WINDOW) >= limit:
-                    raise LimitReached(name, limit, self._wait(at, now, limit))
+                    if self._sum(base + at, count) < room:
+                        continue
+                if self._shared:
+                    words[base + _REFUSED + n] += 1
+                if room < limit:
+                    wait = RETRY_LENT_S
+                else:
+                    wait = RETRY_RUNNING_S if at == _RUNNING else self._wait(base + at, now, limit)
+                raise LimitReached(name, limit, wait)
             words[base + _REQUESTS + now % WINDOW] += 1
             words[base + _RUNNING + self._slot] += 1
 
@@ -131,6 +175,75 @@ class Limiter:
                 "tokens_per_minute": self._sum(base + _TOKENS, WINDOW),
                 "concurrent_requests": self._sum(base + _RUNNING, PROCESSES),
             }
+
+    # ------------------------------------------------------------ shared with other services
+
+    def needs(self) -> Iterator[Need]:
+        """Of every tenant that has used something within the window, or wanted to; to others no more is lent."""
+        if os.fstat(self._file.fileno()).st_size > len(self._words) * 8:
+            self._remap(0)  # another process has seen a new tenant
+        for tenant in range(1, len(self._words) // _WORDS):
+            base = tenant * _WORDS
+            if self._sum(base + _LIMIT, len(RATES)):
+                with self._locked():
+                    found = list(self._needs(tenant, base))
+                yield from found
+
+    def _needs(self, tenant: int, base: int) -> Iterator[Need]:
+        words, now = self._words, self._advance(base)
+        self._take_off_dead(base)
+        used = [self._sum(base + at, count) for _, at, count in _COUNTED]
+        if not any(used) and not self._sum(base + _REFUSED, len(RATES)):
+            for at in (*range(_LIMIT, _LIMIT + len(RATES)), _LENT_UNTIL):
+                words[base + at] = 0
+            return
+        for n, (name, at, _) in enumerate(_COUNTED):
+            refused, words[base + _REFUSED + n] = words[base + _REFUSED + n], 0
+            if limit := words[base + _LIMIT + n]:
+                new = base + (_TOKENS if at == _TOKENS else _REQUESTS)
+                recent = words[new + now % WINDOW] + words[new + (now - 1) % WINDOW]
+                yield Need(tenant, name, limit - 1, used[n], recent, refused)
+
+    def give_back(self, tenant: int, name: str, keep: int) -> int:
+        """From now on this service uses no more than `keep` of the limit, or than it does already: returns which."""
+        n, at, count = next((n, at, count) for n, (each, at, count) in enumerate(_COUNTED) if each == name)
+        with self._locked():
+            base = self._page(tenant)
+            self._advance(base)
+            keep = max(keep, self._sum(base + at, count))
+            self._words[base + _LENT + n] = min(self._words[base + _LENT + n], keep + 1)
+        return keep
+
+    def lend(self, tenant: int, lent: Mapping[str, int], until: float) -> None:
+        """What this service may use of the tenant's limits until that time; nothing of those that are not named."""
+        with self._locked():
+            base = self._page(tenant)
+            for n, name in enumerate(RATES):
+                self._words[base + _LENT + n] = lent.get(name, -1) + 1  # 0: nothing is said
+            self._words[base + _LENT_UNTIL] = int(until)
+
+    def know(self, services: int, until: float) -> None:
+        """How many services there are, itself included, as is known until that time."""
+        with self._locked():
+            if not self._known():
+                self._words[_KNOWN_SINCE] = int(self._clock())
+            self._words[_SERVICES], self._words[_KNOWN_UNTIL] = services, int(until)
+
+    def known_for(self) -> float:
+        """For so many seconds it has been known, without a break, how many services there are."""
+        with self._locked():
+            return self._clock() - self._words[_KNOWN_SINCE] if self._known() else 0.0
+
+    def _known(self) -> bool:
+        return self._clock() < self._words[_KNOWN_UNTIL]
+
+    def _lent(self, base: int, n: int, limit: int, now: int) -> int:
+        words = self._words
+        services = words[_SERVICES] if now < words[_KNOWN_UNTIL] else max(2, words[_SERVICES])
+        lent = words[base + _LENT + n]
+        if services > 1 and lent and now < words[base + _LENT_UNTIL]:
+            return min(limit, lent - 1)
+        return unlent(limit, services)
 
     # ------------------------------------------------------------ the file
 

@@ -138,7 +138,7 @@ class BlobBook:
 
     async def here(self, instance: str) -> None:
         """This instance lives."""
-        seen: dict[str, Any] = {"seen_at": self._now}
+        seen: dict[str, Any] = {"seen_at": self.now}
         if (await self._run(sa.update(instances).where(instances.c.id == instance).values(seen))).rowcount == 0:
             await self._run(sa.insert(instances).values(id=instance, **seen))
         if not self._shared:
@@ -148,11 +148,11 @@ class BlobBook:
         """Instances that were heard of within LEASE_S."""
         statement = sa.select(instances.c.id)
         if self._shared:
-            statement = statement.where(instances.c.seen_at >= self._now - LEASE_S)
+            statement = statement.where(instances.c.seen_at >= self.now - LEASE_S)
         return set(await self._scalars(statement))
 
     @property
-    def _now(self) -> sa.ColumnElement[int]:
+    def now(self) -> sa.ColumnElement[int]:
         """Seconds since 1970 by the database's clock; nothing depends on it where there is one instance."""
         if not self._shared:
             return sa.cast(sa.func.strftime("%s", "now"), sa.BigInteger)

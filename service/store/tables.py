@@ -270,3 +270,17 @@ usage = sa.Table(
     sa.Column("byte_hours", sa.Float, nullable=False),
     sa.Index(None, "tenant", "hour"),
 )
+
+# What each service has of the limits of the tenants that use it (service/leases.py).
+limit_leases = sa.Table(
+    "limit_leases",
+    metadata,
+    sa.Column("tenant_number", sa.Integer, primary_key=True, autoincrement=False),
+    # A name of service/limits.py.
+    sa.Column("name", sa.String(32), primary_key=True),
+    sa.Column("instance", sa.String(64), primary_key=True),
+    sa.Column("held", sa.BigInteger, nullable=False),
+    sa.Column("wanted", sa.BigInteger, nullable=False),
+    # By the database's clock.
+    sa.Column("until", sa.BigInteger, nullable=False),
+)
