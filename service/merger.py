@@ -131,6 +131,7 @@ class Merger:
             logger.warning("merge interrupted", merge=job.id, reason=str(error))
         except Failed as error:
             logger.error("merge failed", merge=job.id, reason=str(error))
+            await asyncio.to_thread(remove_folder, work)  # on a full disk the row needs the room
             with contextlib.suppress(JobLost):
                 async with self._catalogue.write() as edits:
                     await edits.merges.fail(job, str(error))

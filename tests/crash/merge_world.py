@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+import signal
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,11 +17,13 @@ import psutil
 from safetensors.numpy import load, load_file, save_file
 
 from tests.crash.world import WORDS, Content, World
+from tests.ports import unused_port
 from tests.service.launch import wait_for
 
 MERGER, JOB = "service.merger", "service.merge_job"
 Q = "model.layers.0.self_attn.q_proj"
 MERGE_S = 240.0
+KILLER = Path(__file__).parent / "killer"
 FLAGS = ("--merge-priority", "normal")
 """Beside a busy test suite a merge takes a minute otherwise, and could not be held by a signal (service/pace.py)."""
 
@@ -69,46 +76,30 @@ class Client:
         assert answer.status_code == 200, answer.text
         return answer.json()  # type: ignore[no-any-return]
 
-    def until(self, identity: str, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-        """The merge once it is as wanted; what is not answered (the service is being restarted) is asked again."""
-        seen: dict[str, Any] = {}
-
-        def there() -> bool:
-            try:
-                answer = self.http.get(f"/v1/merges/{identity}")
-            except httpx.TransportError:
-                return False
-            if answer.status_code != 200:
-                return False
-            seen.update(answer.json())
-            return wanted(seen)
-
+    def seen(self, identity: str) -> dict[str, Any] | None:
+        """The merge, or None while nobody answers: the service is being restarted."""
         try:
-            wait_for(there, MERGE_S)
+            answer = self.http.get(f"/v1/merges/{identity}")
+        except httpx.TransportError:
+            return None
+        return answer.json() if answer.status_code == 200 else None
+
+    def wait(self, identity: str, condition: Callable[[], bool]) -> None:
+        """Until it is true of a merge."""
+        try:
+            wait_for(condition, MERGE_S)
         except TimeoutError:
-            raise AssertionError(f"{seen}\n{self.world.running.log.read_text()}") from None
-        return seen
+            raise AssertionError(f"{self.seen(identity)}\n{self.world.running.log.read_text()}") from None
 
     def ended(self, identity: str) -> dict[str, Any]:
-        return self.until(identity, lambda job: job["state"] in ("succeeded", "failed", "cancelled"))
+        """The merge at its end."""
+        self.wait(identity, lambda: (self.seen(identity) or {}).get("state") in ("succeeded", "failed", "cancelled"))
+        return self.get(identity)
 
     def merger(self) -> psutil.Process:
         """The merger, once it is there."""
         wait_for(lambda: self.world.pids(MERGER), 60)
         return psutil.Process(self.world.pids(MERGER)[0])
-
-    def job(self) -> psutil.Process:
-        """The process of the job that runs, stopped."""
-        found: list[psutil.Process] = []
-
-        def caught() -> bool:
-            for process in self.world.running.children(JOB):
-                process.suspend()
-                found.append(process)
-            return bool(found)
-
-        wait_for(caught, MERGE_S)
-        return found[0]
 
     def folders(self) -> set[str]:
         """What lies in the folder of merges, but for empty folders of the merger's own."""
@@ -129,3 +120,57 @@ class Client:
         tensors = load(self.http.get(f"{root}/adapter_model.safetensors").content)
         a, b = (tensors[f"base_model.model.{Q}.lora_{which}.weight"] for which in "AB")
         return config["lora_alpha"] / config["r"] * b @ a
+
+
+def at(
+    process: str, event: str, part: str, *, nth: int = 1, whom: str = "self", number: signal.Signals = signal.SIGKILL
+) -> dict[str, Any]:
+    """A moment, and who is then sent what (killer/sitecustomize.py)."""
+    return {"process": process, "event": event, "part": part, "nth": nth, "whom": whom, "signal": number}
+
+
+class Moments:
+    """A service whose merges can be killed or held at moments. `prefix`: a command that runs the service's."""
+
+    def __init__(self, world: World, prefix: Sequence[str] = ()) -> None:
+        self.world = world
+        self.plan = world.folder / "plan.json"
+        self._prefix = prefix
+        self.start()
+        self.client = Client(world)
+
+    def start(self) -> None:
+        path = os.pathsep.join(filter(None, [str(KILLER), os.environ.get("PYTHONPATH", "")]))
+        self.world.start(self._prefix, PYTHONPATH=path, KILL_PLAN=str(self.plan))
+
+    def at(self, *moments: dict[str, Any]) -> None:
+        """From now on, one after the other."""
+        new = self.plan.with_suffix(".made")
+        new.write_text(json.dumps(moments))
+        new.replace(self.plan)
+
+    def held(self) -> psutil.Process:
+        """The process of the job that has stopped itself."""
+        found: list[psutil.Process] = []
+
+        def stopped() -> bool:
+            found[:] = [job for job in self.world.running.children(JOB) if job.status() == psutil.STATUS_STOPPED]
+            return bool(found)
+
+        wait_for(stopped, MERGE_S)
+        return found[0]
+
+    def close(self) -> None:
+        self.client.http.close()
+
+
+@contextmanager
+def merge_service(**options: Any) -> Iterator[World]:
+    """A world for merges, not started yet, on a folder of its own."""
+    # Not tmp_path: the path of a socket has to be short.
+    with tempfile.TemporaryDirectory(prefix="lp-merge-") as folder:
+        made = mergeable(World(Path(folder), unused_port(), *FLAGS, **options))
+        try:
+            yield made
+        finally:
+            made.close()

@@ -1,139 +1,194 @@
-"""Processes killed in the middle of merges: the merge is done all the same or fails clearly, once, and nothing is left
-behind."""
+"""Processes killed in the middle of merges, and a disk that is full then: the merge is done all the same or fails
+clearly, once, and nothing is left behind."""
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable, Iterator
+import resource
+import signal
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
-from tests.crash.merge_world import FLAGS, JOB, MERGER, Client, Q, delta, mergeable
-from tests.crash.world import World
+from tests.crash.confined import Disk
+from tests.crash.merge_world import JOB, MERGER, Moments, Q, at, delta, merge_service
+from tests.crash.world import Content, World
 from tests.service.launch import wait_for
 
 pytestmark = [pytest.mark.xdist_group("merges"), pytest.mark.timeout(900)]
 
-KILLER = Path(__file__).parent / "killer"
+WORKER = "spawn_main"
+"""Of the merger: it inspects a finished adapter, and hashes it."""
 
 
-class Killed:
-    """A service whose merges can be killed at a moment (killer/sitecustomize.py)."""
+class Killed(Moments):
+    """A service whose processes end at moments, with an adapter a, and what it has made since."""
 
-    def __init__(self, make: Callable[..., World]) -> None:
-        self.world = mergeable(make(*FLAGS))
-        self.plan = self.world.folder / "plan.json"
-        self.start()
-        self.client = Client(self.world)
-        self.content = self.client.upload("a", 1)
-
-    def start(self) -> None:
-        path = os.pathsep.join(filter(None, [str(KILLER), os.environ.get("PYTHONPATH", "")]))
-        self.world.start(PYTHONPATH=path, KILL_PLAN=str(self.plan))
-
-    def kill(self, module: str, event: str, part: str, nth: int = 1, *, times: int = 1, service: bool = False) -> None:
-        """From now on."""
-        plan = {"module": module, "event": event, "part": part, "nth": nth, "times": times}
-        new = self.plan.with_suffix(".made")
-        new.write_text(json.dumps({**plan, "whom": "service" if service else "self"}))
-        new.replace(self.plan)
+    def __init__(self, world: World) -> None:
+        super().__init__(world)
+        self.content: Content = self.client.upload("a", 1)
+        self.adapters, self.checkpoints = {"a"}, set[str]()
 
     def ended(self, identity: str) -> dict[str, Any]:
-        """The merge at its end, after whoever was to be killed has been, and the service is back."""
-        wait_for(lambda: not self.plan.exists(), 240)
+        """The merge at its end, after all that was to be killed has been; the service is started again if need be."""
+
+        def over() -> bool:
+            self.revive()
+            job = self.client.seen(identity)
+            return job is not None and job["state"] in ("succeeded", "failed", "cancelled")
+
+        self.client.wait(identity, over)
+        # The last moment may come after the end. What has not come now never will.
+        wait_for(lambda: not self.plan.exists(), 30)
+        return self.client.get(identity)
+
+    def revive(self) -> None:
+        """Starts the service again if it was killed."""
         if self.world.running.process.poll() is not None:
-            wait_for(lambda: not self.world.running.survivors(), 30)
+            wait_for(lambda: not self.world.running.survivors(), 60)
             self.world._ended()
             self.start()
-        return self.client.ended(identity)
 
-    def check(self, adapters: set[str], checkpoints: set[str]) -> None:
-        """Nothing is there but these and what they need."""
+    def adapter(self, name: str, weight: float) -> None:
+        """Merges a with a weight, whatever is killed."""
+        job = self.ended(self.client.submit(name, {"a": weight}, method="cat"))
+        assert (job["state"], job.get("adapter")) == ("succeeded", f"{name}@1"), job
+        np.testing.assert_allclose(self.client.adapter_delta(name, 1), weight * delta(self.content), atol=1e-4)
+        self.adapters.add(name)
+        self.check()
+
+    def checkpoint(self, name: str) -> None:
+        """Merges a into the base, whatever is killed."""
+        identity = self.client.submit(name, {"a": 1.0}, into="checkpoint", max_shard_bytes=1 << 20)
+        job = self.ended(identity)
+        assert job["state"] == "succeeded", job
+        for file in job["files"]:
+            path = self.world.data / "merges" / identity / file["name"]
+            assert path.stat().st_size == file["bytes"]
+        assert self.client.weights_of(identity)[f"{Q}.weight"].shape == (16, 16)
+        self.checkpoints.add(identity)
+        self.check()
+
+    def check(self) -> None:
+        """Nothing is there but what was made, once, and what that needs."""
         http = self.client.http
-        wait_for(lambda: {path.split("/")[0] for path in self.client.folders()} == checkpoints, 60)
+        wait_for(lambda: {path.split("/")[0] for path in self.client.folders()} == self.checkpoints, 60)
         listed = {each["name"] for each in http.get("/v1/adapters", params={"limit": 1000}).json()["data"]}
-        assert listed == adapters
-        for name in adapters:
+        assert listed == self.adapters
+        for name in self.adapters:
             assert http.get(f"/v1/adapters/{name}").json()["versions"] == [1]
-        for identity in checkpoints:
-            merged = self.client.weights_of(identity)
-            assert merged[f"{Q}.weight"].shape == (16, 16)
         wait_for(lambda: self.world.leftovers() == [], 60)
 
 
+@pytest.fixture(scope="module")
+def service() -> Iterator[Killed]:
+    with merge_service() as world:
+        made = Killed(world)
+        try:
+            yield made
+        finally:
+            made.close()
+
+
 @pytest.fixture
-def killed(make_world: Callable[..., World]) -> Iterator[Killed]:
-    made = Killed(make_world)
-    yield made
-    made.client.http.close()
+def killed(service: Killed) -> Iterator[Killed]:
+    service.revive()
+    yield service
+    service.plan.unlink(missing_ok=True)
 
 
-ADAPTER = {
-    "claimed": (MERGER, "open", "/task.json", 1, False),
-    "writing": (JOB, "open", "/out/", 2, False),
-    "storing": (MERGER, "os.rename", "/out/", 2, False),
-    "storing, the whole service": (MERGER, "os.rename", "/out/", 1, True),
-    "committed": (MERGER, "shutil.rmtree", "/work/merge-", 1, False),
-}
-CHECKPOINT = {
-    "reading, with its merger": (JOB, "open", "/blobs/", 1, True),
-    "writing": (JOB, "open", "/out/model-", 2, False),
-    "moved": (MERGER, "open", "/data/merges$", 1, True),
-    "committed": (MERGER, "shutil.rmtree", "/work/merge-", 1, False),
-}
+def test_an_adapter_killed_when_claimed_and_when_written(killed: Killed) -> None:
+    killed.at(at(MERGER, "open", "/task.json"), at(JOB, "open", "/out/adapter_model"))
+    killed.adapter("written", 2.0)
 
 
-def test_an_adapter_is_published_once_whatever_is_killed(killed: Killed) -> None:
-    client, names = killed.client, {"a"}
-    for phase, (module, event, part, nth, service) in ADAPTER.items():
-        name = f"m{len(names)}"
-        killed.kill(module, event, part, nth, service=service)
-        job = killed.ended(client.submit(name, {"a": 1.0 + len(names)}, method="cat"))
-        assert (job["state"], job.get("adapter")) == ("succeeded", f"{name}@1"), (phase, job)
-        np.testing.assert_allclose(client.adapter_delta(name, 1), (1.0 + len(names)) * delta(killed.content), atol=1e-4)
-        names.add(name)
-        killed.check(names, set())
+def test_an_adapter_killed_when_hashed_stored_and_committed(killed: Killed) -> None:
+    """The merger, then the whole service, then the merger again, which has just committed."""
+    killed.at(
+        at(WORKER, "open", "/out/adapter_model", whom="parent"),
+        at(MERGER, "os.rename", "/out/", nth=2, whom="parent"),
+        at(MERGER, "shutil.rmtree", ".3$"),
+    )
+    killed.adapter("stored", 3.0)
 
 
-def test_a_checkpoint_is_whole_or_not_there_whatever_is_killed(killed: Killed) -> None:
-    client, made = killed.client, set()
-    for phase, (module, event, part, nth, service) in CHECKPOINT.items():
-        killed.kill(module, event, part, nth, service=service)
-        identity = client.submit(f"c{len(made)}", {"a": 1.0}, into="checkpoint", max_shard_bytes=1 << 20)
-        job = killed.ended(identity)
-        assert job["state"] == "succeeded", (phase, job)
-        made.add(identity)
-        killed.check({"a"}, made)
-        for file in job["files"]:
-            assert (killed.world.data / "merges" / identity / file["name"]).stat().st_size == file["bytes"]
-    folder = killed.world.data / "merges"
-    killed.world.stop()
-    (folder / "merge-half").mkdir()  # as a crash between two renames would
-    (folder / "merge-half" / "model.safetensors").write_bytes(b"half")
-    killed.start()
-    killed.check({"a"}, made)
+def test_a_checkpoint_killed_when_its_sources_are_read_and_when_written(killed: Killed) -> None:
+    killed.at(at(JOB, "open", "/blobs/", whom="parent"), at(JOB, "open", "/out/model-", nth=2))
+    killed.checkpoint("read")
+
+
+def test_a_checkpoint_killed_when_hashed_moved_and_committed(killed: Killed) -> None:
+    """The last file is written and its hash is about to be said; its folder has its name but no row says so; the row
+    says so but the merger has not cleaned up."""
+    killed.at(
+        at(JOB, "os.rename", "/out/.config.json"),
+        at(MERGER, "open", "/data/merges$", whom="parent"),
+        at(MERGER, "shutil.rmtree", ".3$"),
+    )
+    killed.checkpoint("moved")
 
 
 def test_a_merge_that_is_killed_each_time_fails_clearly(killed: Killed) -> None:
-    killed.kill(MERGER, "open", "/task.json", times=3)
+    killed.at(*[at(MERGER, "open", "/task.json")] * 3)
     job = killed.ended(killed.client.submit("never", {"a": 1.0}))
     assert job["state"] == "failed"
     assert "interrupted 3 times" in job["error"]
-    killed.check({"a"}, set())
-    assert killed.client.ended(killed.client.submit("ever", {"a": 1.0}))["state"] == "succeeded"  # the others go on
+    killed.check()
 
 
-def test_a_stop_is_no_failed_attempt(killed: Killed) -> None:
+def test_a_stop_is_no_failed_attempt_and_a_start_sweeps(killed: Killed) -> None:
     """The service is stopped in the middle of a merge and started again: it is done then."""
+    killed.at(at(JOB, "open", "/out/adapter_model", number=signal.SIGSTOP))
     identity = killed.client.submit("later", {"a": 1.0})
-    job = killed.client.job()
+    job = killed.held()
     assert killed.client.get(identity)["state"] == "running"
     assert killed.world.stop() == 0
     assert not job.is_running()
+    for half in ("merge-half", "work/merge-half.1"):  # as a crash between two steps would leave them
+        (killed.world.data / "merges" / half).mkdir()
+        (killed.world.data / "merges" / half / "model.safetensors").write_bytes(b"half")
     killed.start()
-    assert killed.client.ended(identity)["adapter"] == "later@1"
-    killed.check({"a", "later"}, set())
+    assert killed.ended(identity)["adapter"] == "later@1"
+    killed.adapters.add("later")
+    killed.check()
+
+
+def test_a_process_that_may_not_write_fails_its_merge(killed: Killed) -> None:
+    killed.at(at(JOB, "open", "/out/model-", number=signal.SIGSTOP))
+    identity = killed.client.submit("full", {"a": 1.0}, into="checkpoint")
+    job = killed.held()
+    job.rlimit(psutil.RLIMIT_FSIZE, (1 << 16, resource.RLIM_INFINITY))
+    job.resume()
+    ended = killed.ended(identity)
+    assert (ended["state"], ended["error"]) == ("failed", "The server's disk is full.")
+    killed.check()
+
+
+def test_a_full_disk_fails_its_merges_and_no_other() -> None:
+    """A disk of 128 MB that fills up while a checkpoint is written."""
+    with merge_service() as world:
+        confined = [sys.executable, "-m", "tests.crash.confined", "tmpfs=134217728", str(world.data), "--"]
+        moments = Moments(world, confined)
+        client = moments.client
+        client.upload("a", 1)
+        moments.at(at(JOB, "open", "/out/model-", number=signal.SIGSTOP))
+        identity = client.submit("whole", {"a": 1.0}, into="checkpoint")
+        job = moments.held()
+        disk = Disk(world.data, world.running.family())
+        if not disk.mounted:
+            pytest.skip("no disk can be mounted here; test_a_process_that_may_not_write_fails_its_merge ran")
+        disk.fill()
+        refused = client.post("other", {"a": 1.0})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (507, "insufficient_storage")
+        job.resume()
+        ended = client.ended(identity)
+        assert (ended["state"], ended["error"]) == ("failed", "The server's disk is full.")
+        left = Path(f"/proc/{world.running.process.pid}/root{world.data}") / "merges"
+        wait_for(lambda: [path.name for path in left.rglob("*")] == ["work"], 60)
+        disk.free()
+        assert client.ended(client.submit("whole", {"a": 1.0}, into="checkpoint"))["state"] == "succeeded"
+        moments.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import tempfile
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,9 +17,8 @@ import psutil
 import pytest
 from safetensors.numpy import load_file
 
-from tests.crash.merge_world import FLAGS, JOB, Client, Q, delta, mergeable
+from tests.crash.merge_world import JOB, Client, Moments, Q, at, delta, merge_service
 from tests.crash.world import API, BASE, World
-from tests.ports import unused_port
 from tests.service.launch import wait_for
 
 pytestmark = [pytest.mark.xdist_group("merges"), pytest.mark.timeout(600)]
@@ -27,22 +26,21 @@ pytestmark = [pytest.mark.xdist_group("merges"), pytest.mark.timeout(600)]
 
 @pytest.fixture(scope="module")
 def world() -> Iterator[World]:
-    # Not tmp_path: the path of a socket has to be short.
-    with tempfile.TemporaryDirectory(prefix="lp-merge-") as folder:
-        made = mergeable(World(Path(folder), unused_port(), *FLAGS, api_workers=2))
-        made.start()
-        try:
-            yield made
-        finally:
-            made.close()
+    with merge_service(api_workers=2) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def moments(world: World) -> Iterator[Moments]:
+    made = Moments(world)
+    yield made
+    made.close()
 
 
 @pytest.fixture
-def client(world: World) -> Iterator[Client]:
-    made = Client(world)
-    made.merger()
-    yield made
-    made.http.close()
+def client(moments: Moments) -> Client:
+    moments.client.merger()
+    return moments.client
 
 
 @contextmanager
@@ -193,7 +191,7 @@ def test_an_idempotency_key_starts_one_merge(client: Client) -> None:
         client.http.delete(f"/v1/merges/{answers[0][1]}")
 
 
-def test_a_merge_holds_its_sources_until_it_ends(client: Client) -> None:
+def test_a_merge_holds_its_sources_until_it_ends(client: Client, moments: Moments) -> None:
     """Queued and running; then a cancelled one is gone at once, with its process and its files."""
     client.upload("held", 5)
     client.upload("held", 6)
@@ -208,8 +206,9 @@ def test_a_merge_holds_its_sources_until_it_ends(client: Client) -> None:
         assert (cancelled["state"], cancelled["id"]) == ("cancelled", identity)
         assert client.http.delete("/v1/adapters/held/versions/1").status_code == 200
 
+    moments.at(at(JOB, "open", "/task.json", number=signal.SIGSTOP))
     identity = client.submit("holder", {"held": 1.0})
-    job = client.job()  # stopped in the middle, whatever it was at
+    job = moments.held()
     assert client.get(identity)["state"] == "running"
     assert client.http.delete("/v1/adapters/held").status_code == 409
     assert client.http.delete(f"/v1/merges/{identity}").json()["state"] == "cancelled"

@@ -1,10 +1,10 @@
-"""Python imports this at each start when this folder is on PYTHONPATH: a process of the service that kills itself, or
-the whole service, at a given moment. The product knows nothing of it: moments are Python's audit events.
+"""Python imports this at each start when this folder is on PYTHONPATH: a process of the service that signals itself, or
+its parent, at a given moment. The product knows nothing of it: moments are Python's audit events.
 
-$KILL_PLAN is a file, JSON: {"module": "service.merger", "event": "open", "part": "task.json", "nth": 1, "times": 1,
-"whom": "self" | "service"}. In the process of that module, the nth event whose first argument contains `part` (ends
-with it, if that ends with $) kills this process or its parent, so often as `times` says. Without the file nothing
-happens.
+$KILL_PLAN is a JSON file, a list of {"process": "service.merger", "event": "open", "part": "/task.json", "nth": 1,
+"whom": "self" | "parent", "signal": 9}. In a process whose command line contains `process`, the nth event whose first
+argument contains `part` (ends with it, if that ends with $) sends the signal. Then the next one of the list is waited
+for; after the last one the file is gone. Without the file nothing happens.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 PLAN = os.environ.get("KILL_PLAN", "")
 EVENTS = ("open", "os.rename", "shutil.rmtree")
+COMMAND = " ".join(sys.orig_argv)
 
 _counted: dict[str, int] = {}
 _inside = False
@@ -39,25 +40,24 @@ def _consider(event: str, subject: str) -> None:
             text = file.read()
     except OSError:
         return
-    plan = json.loads(text)
+    plan, *others = json.loads(text)
     part = plan["part"]
     found = subject.endswith(part[:-1]) if part.endswith("$") else part in subject
-    if plan["module"] not in sys.orig_argv or plan["event"] != event or not found:
+    if plan["process"] not in COMMAND or plan["event"] != event or not found:
         return
     _counted[text] = _counted.get(text, 0) + 1
     if _counted[text] < plan["nth"]:
         return
-    if plan["times"] == 1:
-        os.unlink(PLAN)
-    else:
+    if others:
         with open(PLAN + ".new", "w") as file:
-            file.write(json.dumps({**plan, "times": plan["times"] - 1}))
+            file.write(json.dumps(others))
         os.replace(PLAN + ".new", PLAN)
-    whom = os.getppid() if plan["whom"] == "service" else os.getpid()
-    os.kill(whom, signal.SIGKILL)
-    while True:  # the kernel ends this process when its parent has ended
+    else:
+        os.unlink(PLAN)
+    os.kill(os.getppid() if plan["whom"] == "parent" else os.getpid(), plan["signal"])
+    while plan["signal"] == signal.SIGKILL:  # this process ends with its parent
         signal.pause()
 
 
-if PLAN and any(part.startswith("service.merge") for part in sys.orig_argv):
+if PLAN and any(name in COMMAND for name in ("service.merge", "spawn_main")):
     sys.addaudithook(_hook)
