@@ -13,16 +13,17 @@ from typer.cli import get_docs_for_click
 
 from service.app import create_app
 from service.cli import HELP, app
-from service.settings import PREFIX, Settings
+from service.settings import PREFIX, SECRETS, Settings
 
 
 def settings() -> str:
     """A table of service/settings.py with the help texts of the command line."""
     rows = ["| variable | flag | default | what it is |", "| --- | --- | --- | --- |"]
     for name, field in Settings.model_fields.items():
-        default = "" if field.default in ("", 0) else f"`{field.default}`"
-        flag = "--" + name.replace("_", "-")
-        rows.append(f"| `{PREFIX}{name.upper()}` | `{flag}` | {default} | {HELP[name]} |")
+        default = "" if field.default in ("", 0) or name in SECRETS else f"`{field.default}`"
+        # Whoever may list processes reads their flags, so secrets have none.
+        flag = "" if name in SECRETS else f"`--{name.replace('_', '-')}`"
+        rows.append(f"| `{PREFIX}{name.upper()}` | {flag} | {default} | {HELP[name]} |")
     return "\n".join(rows)
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 HELP = {
+    "admin_key": "Key of the operator, 16 characters or more; with it the server has tenants.",
+    "database_url": "postgresql://user:password@host/name; unset: SQLite in the data folder.",
+    "blobs_url": "s3://bucket/prefix for the adapters' files; unset: the data folder.",
     "model": "Base model: Hugging Face folder, .gguf file or hub id (org/name[@revision]); unset: the embedded one.",
     "served_name": "Name that the base model answers to. Default: the name of its folder.",
     "host": "Address to listen on.",
