@@ -126,10 +126,14 @@ def set_(
 @administers
 def delete(client: Loraplex, tenant: Name, yes: Yes = False) -> None:
     """Delete a tenant with its keys, adapters and merges. Asks on a terminal."""
-    if not yes and sys.stdin.isatty() and sys.stderr.isatty():
-        typer.confirm(f"Delete {tenant} with its keys, adapters and merges?", abort=True, err=True)
+    _sure(f"Delete {tenant} with its keys, adapters and merges?", yes)
     count = client.tenants.delete(tenant)
     line(f"{tenant}  deleted ({count} adapters)")
+
+
+def _sure(question: str, yes: bool) -> None:
+    if not yes and sys.stdin.isatty() and sys.stderr.isatty():
+        typer.confirm(question, abort=True, err=True)
 
 
 def _shown(tenant: Tenant, json: bool) -> None:
@@ -226,7 +230,9 @@ def delete_key(
     client: Loraplex,
     tenant: Name,
     id: Annotated[str, typer.Argument(metavar="ID", help="As `loraplex keys list` shows it.", show_default=False)],
+    yes: Yes = False,
 ) -> None:
-    """Delete a key: within a second it is refused everywhere."""
+    """Delete a key: within a second it is refused everywhere. Asks on a terminal."""
+    _sure(f"Delete the key {id} of {tenant}?", yes)
     client.keys.delete(tenant, id)
     line(f"{id}  deleted")

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from urllib.parse import quote
 
 from service.wire import downloads
+from service.wire.errors import NotFound
 from service.wire.files import Progress, Remote, Upload, peft_folder
 from service.wire.flows import Flow, PageOf, Reply, Request, json_of, pages, run, send
 from service.wire.records import Adapter, AdapterVersion, Alias, Removed, Residency, StoredFile, Uploaded
@@ -32,6 +33,15 @@ def split(adapter: str) -> tuple[dict[str, str | None], str, str | None]:
     full, _, version = adapter.partition("@")
     owner, slash, name = full.rpartition("/")
     return {"tenant": owner} if slash else {}, name, version or None
+
+
+def _mine(adapter: str) -> Flow[tuple[dict[str, str | None], str, str | None]]:
+    """`split`, for what changes something. A server with one user takes no notice of the owner, and would change the
+    adapter that it has under this name: `get` refuses that one."""
+    parts = split(adapter)
+    if parts[0]:
+        yield from get(adapter.partition("@")[0])
+    return parts
 
 
 def upload(
@@ -108,8 +118,11 @@ def every(
 
 def get(name: str) -> Flow[Adapter]:
     """One adapter with its `etag`. Raises NotFound."""
-    owner, name, _ = split(name)
-    return _adapter((yield from send(Request(path=at(name), params=owner))))
+    owner, plain, _ = split(name)
+    found = _adapter((yield from send(Request(path=at(plain), params=owner))))
+    if owner and found.owner != owner["tenant"]:
+        raise NotFound(404, f"There is no adapter named {name!r}.", code="adapter_not_found")
+    return found
 
 
 def versions(name: str) -> PageOf[AdapterVersion]:
@@ -121,8 +134,9 @@ def versions(name: str) -> PageOf[AdapterVersion]:
 def version(adapter: str) -> Flow[AdapterVersion]:
     """One version: of `name@3` or `name@alias`; of `name`, the default one."""
     owner, name, number = split(adapter)
-    if number is None:
-        number = str((yield from get(adapter)).default_version)
+    if number is None or owner:
+        found = yield from get(adapter.partition("@")[0])
+        number = number or str(found.default_version)
     return AdapterVersion.read((yield from json_of("GET", at(name, "versions", number), params=owner)))
 
 
@@ -156,7 +170,7 @@ def update(
 ) -> Flow[Adapter]:
     """Changes what is given. `labels` replaces all labels. `visibility`: "private", "public" (every tenant may see and
     use it), or the tenants who may. `if_match`: only if the adapter still has this etag."""
-    owner, name, _ = split(name)
+    owner, name, _ = yield from _mine(name)
     given: dict[str, Any] = {
         "description": description,
         "labels": None if labels is None else dict(labels),
@@ -175,27 +189,27 @@ def update(
 
 def set_alias(name: str, alias: str, version: int) -> Flow[Alias]:
     """`name@alias` means this version from now on."""
-    owner, name, _ = split(name)
+    owner, name, _ = yield from _mine(name)
     body = {"version": version}
     return Alias.read((yield from json_of("PUT", at(name, "aliases", alias), json=body, params=owner)))
 
 
 def delete_alias(name: str, alias: str) -> Flow[None]:
     """The version that it names stays."""
-    owner, name, _ = split(name)
+    owner, name, _ = yield from _mine(name)
     yield from send(Request(method="DELETE", path=at(name, "aliases", alias), params=owner))
 
 
 def delete(name: str, *, if_match: str | None = None) -> Flow[Removed]:
     """An adapter with all its versions. Running requests finish."""
     headers = {} if if_match is None else {"If-Match": if_match}
-    owner, name, _ = split(name)
+    owner, name, _ = yield from _mine(name)
     return Removed.read((yield from json_of("DELETE", at(name), headers=headers, params=owner)))
 
 
 def delete_version(name: str, version: int) -> Flow[Removed]:
     """One version. Conflict for the default one while there are others, and for one with aliases."""
-    owner, name, _ = split(name)
+    owner, name, _ = yield from _mine(name)
     return Removed.read((yield from json_of("DELETE", at(name, "versions", version), params=owner)))
 
 
@@ -210,6 +224,6 @@ def unload(adapter: str, *, wait: bool = True) -> Flow[Residency]:
 
 
 def _move(adapter: str, verb: str, wait: bool) -> Flow[Residency]:
-    owner, name, number = split(adapter)
+    owner, name, number = yield from _mine(adapter)
     params = {**owner, "version": number, "wait": wait}
     return Residency.read((yield from json_of("POST", at(name, verb), params=params)))

@@ -12,7 +12,7 @@ from service.wire import adapters, downloads
 from service.wire.errors import ConnectionFailed, MergeFailed, ProtocolError, TimedOut, Unavailable
 from service.wire.files import Progress, Remote
 from service.wire.flows import Flow, PageOf, Sleep, json_of, pages
-from service.wire.records import Merge, MergeFile
+from service.wire.records import Merge, MergeFile, MergeState
 
 _ROOT = "/v1/merges"
 OUTAGE_S = 60.0
@@ -56,9 +56,9 @@ def create(
     return Merge.read((yield from json_of("POST", _ROOT, json=body, headers={"Idempotency-Key": key})))
 
 
-def every() -> PageOf[Merge]:
-    """All merges."""
-    return pages(_ROOT, Merge.read, limit=adapters.PAGE)
+def every(*, state: MergeState | None = None) -> PageOf[Merge]:
+    """All merges, the newest first; or those in one state."""
+    return pages(_ROOT, Merge.read, limit=adapters.PAGE, state=state)
 
 
 def get(id: str) -> Flow[Merge]:

@@ -96,7 +96,7 @@ def test_keys(cli: Run, tenants: TenantServer) -> None:
     assert "hint: LORAPLEX_KEY (or --key) has to be the admin key here" in refused.stderr
     assert "key" in json.loads(cli("keys", "create", name, "--scope", "manage", "--json").stdout)
     assert cli("keys", "delete", name, identity).stdout == f"{identity}  deleted\n"
-    assert cli("keys", "delete", name, identity).exit_code == 1
+    assert cli("keys", "delete", name, identity, "--yes").exit_code == 1
     revoked = cli("list", key=key)
     assert revoked.exit_code == 1
     assert "hint: LORAPLEX_KEY (or --key) gives the key" in revoked.stderr

@@ -200,6 +200,20 @@ def test_what_the_server_refuses(both: Both, tmp_path: Path) -> None:
         both.do(client.adapters.upload("wrong", folder))
     assert refused.value.status == 422
     assert len(refused.value.reasons) >= 2
+    # Of nobody's adapter one of the same name is not shown, nor changed.
+    both.do(client.adapters.upload("own", peft_folder(tmp_path / "own", 42)))
+    for call in (
+        lambda: client.adapters.get("nobody/own"),
+        lambda: client.adapters.version("nobody/own@1"),
+        lambda: client.adapters.update("nobody/own", description="x"),
+        lambda: client.adapters.delete_version("nobody/own", 1),
+        lambda: client.adapters.delete("nobody/own"),
+        lambda: client.adapters.load("nobody/own"),
+    ):
+        with pytest.raises(api.NotFound) as other:
+            both.do(call())
+        assert other.value.code == "adapter_not_found"
+    assert both.do(client.adapters.get("default/own")).description == ""
     # A name is never another path.
     for name in ("..", "a/b", "x?y=1#z"):
         with pytest.raises(api.ApiError) as odd:
