@@ -4,49 +4,20 @@ So are the programs in examples/."""
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 
-from tests.ports import unused_port
+from tests.docs.conftest import ADDRESS
 from tests.service.launch import ROOT, Launched
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-ADDRESS = "127.0.0.1:8000"
-# An HTTP error has to fail the block; curl -s alone would print it and succeed.
-STRICT = 'set -euo pipefail\ncurl() { command curl --fail-with-body --max-time 240 "$@"; }\n'
 
-pytestmark = [pytest.mark.xdist_group("readme"), pytest.mark.timeout(900)]
-
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory, base_model_dir: Path) -> Iterator[Launched]:
-    """`make serve`, but for the port, the data folder and the number of threads."""
-    data_dir = tmp_path_factory.mktemp("data")
-    (data_dir / "models").symlink_to(base_model_dir.parent)
-    with Launched(data_dir, unused_port(), "--examples", "--threads", "1") as launched:
-        launched.wait_announced()
-        yield launched
-
-
-@pytest.fixture(scope="module")
-def execute(service: Launched) -> Callable[[str, str], str]:
-    """Runs a block from the project's folder; its output."""
-
-    def run(language: str, block: str) -> str:
-        text = block.replace(ADDRESS, service.url.removeprefix("http://"))
-        command = ["bash", "-c", STRICT + text] if language == "bash" else [sys.executable, "-c", text]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ)
-        assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
-        return done.stdout
-
-    return run
+pytestmark = [pytest.mark.xdist_group("docs"), pytest.mark.timeout(900)]
 
 
 def block_with(part: str) -> str:
