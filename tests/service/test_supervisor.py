@@ -1,5 +1,5 @@
 """The operator's process, for real: starts, ends, deaths and hangs of its children. The engine is the simulated one
-where no answer is looked at (tests/service/test_readme.py starts the real one)."""
+where no answer is looked at (tests/docs/test_readme.py starts the real one)."""
 
 from __future__ import annotations
 
