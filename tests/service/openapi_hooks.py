@@ -12,7 +12,14 @@ import schemathesis
 from tests.service.hostile import CONFIG, Q, weights
 from tests.service.inference_helpers import BASE
 
-KNOWN = {"name": "pirate", "model": "pirate", "version": "1", "filename": "adapter_config.json", "alias": "prod"}
+KNOWN = {
+    "name": "pirate",
+    "model": "pirate",
+    "version": "1",
+    "filename": "adapter_config.json",
+    "alias": "prod",
+    "tenant": "acme",
+}
 MODELS = (BASE, "pirate", "pirate@1", "headline")
 CONTRARY = ("adapters", "best_of", "logit_bias", "stop_token_ids", "stream_options", "min_tokens", "suffix")
 """Fields that others have to agree with."""

@@ -1,15 +1,11 @@
 """The whole OpenAPI document against the real application: schemathesis makes requests out of it, examples, corner
 cases, random ones and chains of linked ones. No crash, no 5xx (not even 503), nothing that the document does not tell.
 
-FUZZ multiplies the number of examples (`make fuzz`).
+FUZZ multiplies the number of examples (`make fuzz`; tests/service/fuzzing.py).
 """
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,19 +14,11 @@ import pytest
 
 from service.library import FIELDS
 
-from .inference_helpers import ROOT, InferenceServer
+from .fuzzing import EXAMPLES, PHASES, fuzz, no_server_errors
+from .inference_helpers import InferenceServer
+from .tenant_helpers import ADMIN, TenantServer, upload
 
 pytestmark = pytest.mark.xdist_group("openapi")
-
-EXAMPLES = 20 * int(os.environ.get("FUZZ", "1"))
-CHECKS = (
-    "not_a_server_error",
-    "status_code_conformance",
-    "content_type_conformance",
-    "response_schema_conformance",
-    "unsupported_method",
-    "use_after_free",
-)
 
 
 @pytest.fixture(scope="module")
@@ -94,35 +82,10 @@ def test_the_document_is_complete(document: dict[str, Any]) -> None:
 
 
 def test_nothing_crashes(fuzzed: InferenceServer, tmp_path: Path) -> None:
-    seed = os.environ.get("FUZZ_SEED", "1")
-    run = subprocess.run(
-        [
-            str(Path(sys.executable).with_name("schemathesis")), "run", f"{fuzzed.url}/openapi.json",
-            "--checks", ",".join(CHECKS), "--max-examples", str(EXAMPLES), "--seed", seed,
-            "--generation-database", "none", "--continue-on-failure", "--no-color", "--warnings", "off",
-        ],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "SCHEMATHESIS_HOOKS": "tests.service.openapi_hooks"},
-        capture_output=True,
-        text=True,
-        timeout=280 * (EXAMPLES // 20),
-        check=False,
-    )  # fmt: skip
-    report = run.stdout[-6000:] + run.stderr[-2000:]
-    assert run.returncode == 0, report
-    counted = re.search(r"(\d+) generated, (\d+) passed", run.stdout)
-    linked = re.search(r"API Links:\s+(\d+) covered", run.stdout)
-    assert counted is not None, report
-    assert linked is not None, report
-    print(f"schemathesis: {counted[0]}, {linked[1]} links followed, seed {seed}")
-    assert int(counted[1]) == int(counted[2]) >= 1000
-    assert int(linked[1]) >= 3
-
-    answered = {key: value for key, value in fuzzed.metrics().items() if key.startswith("loraplex_requests_total")}
-    print("statuses:", _by_status(answered))
-    assert not [key for key in answered if re.search(r'status="5\d\d"', key)]
-    log = fuzzed.log_path.read_text().splitlines()
-    assert not [line for line in log if '"level": "error"' in line or not line.startswith("{")]
+    requests, links = fuzz(f"{fuzzed.url}/openapi.json", fuzzed.url, tmp_path, EXAMPLES)
+    assert requests >= 1000
+    assert links >= 3
+    no_server_errors(fuzzed)
 
     fuzzed.wait_until_idle()
     checks = fuzzed.metrics()["loraplex_engine_integrity_checks_total"]
@@ -132,10 +95,28 @@ def test_nothing_crashes(fuzzed: InferenceServer, tmp_path: Path) -> None:
     assert fuzzed.engine.poll() is None
 
 
-def _by_status(answered: dict[str, float]) -> dict[str, int]:
-    """Requests by status."""
-    counts: dict[str, int] = {}
-    for key, value in answered.items():
-        status = key.split('status="')[1][:3]
-        counts[status] = counts.get(status, 0) + int(value)
-    return dict(sorted(counts.items()))
+def test_nothing_crashes_with_keys(base_model_dir: Path, tmp_path: Path) -> None:
+    """A server with tenants, first with a tenant's key, then with the admin key: few requests each in the suite, where
+    the phase that has most of them (every boundary of every field) is left to `make fuzz`."""
+    phases = "examples,fuzzing" if EXAMPLES == 20 else PHASES
+    # To the admin an unknown ?tenant is 404 before it matters that there is no such method.
+    but = ("unsupported_method",)
+    server = TenantServer(base_model_dir, max_body_bytes="1MiB", max_upload_bytes="32MiB")
+    try:
+        server.start()
+        document = tmp_path / "openapi.json"
+        document.write_bytes(server.http.get("/openapi.json").content)
+        operation_count = len(operations(server.http.get("/openapi.json").json()))
+        server.tenant("acme")
+        with server.member() as (_, client):
+            for seed, name in enumerate(("pirate", "headline")):
+                assert upload(client, name, seed).status_code == 201
+            key = client.headers["authorization"].removeprefix("Bearer ")
+            for each in (key, ADMIN):
+                found, _ = fuzz(str(document), server.url, tmp_path, EXAMPLES // 2, key=each, but=but, phases=phases)
+                assert found >= 5 * operation_count
+            assert server.http.get("/v1/models").status_code == 200
+        no_server_errors(server)
+        server.wait_until_idle()
+    finally:
+        server.stop()
