@@ -42,14 +42,20 @@ def load_model(config: EngineConfig) -> LoadedModel:
 
     Raises UnsupportedModel with the reason when the model cannot be served exactly."""
     device = torch.device(config.device)
-    hf_config = AutoConfig.from_pretrained(config.model_path)
+    hf_config = AutoConfig.from_pretrained(config.model_path, trust_remote_code=False)
     dtype = _dtype(config, hf_config)
     if getattr(hf_config, "quantization_config", None):
         raise UnsupportedModel("quantization_config: quantised checkpoints are not served yet")
     max_positions = _max_positions(config, hf_config)
     attention.register()
+    # Said outright: by default transformers asks about code, and takes pickles where it finds nothing else.
     model = AutoModelForCausalLM.from_pretrained(
-        config.model_path, dtype=dtype, attn_implementation=attention.NAME, device_map={"": device}
+        config.model_path,
+        dtype=dtype,
+        attn_implementation=attention.NAME,
+        device_map={"": device},
+        trust_remote_code=False,
+        use_safetensors=True,
     )
     return describe(model, device, dtype, max_positions, fingerprint(Path(config.model_path)))
 
