@@ -102,11 +102,14 @@ class Engine:
         max_tokens_per_step: int | None = None,
         max_prefill_tokens_per_step: int | None = None,
         prices: Prices | None = None,
+        clock: Callable[[], float] = time.monotonic,
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
-        """The budgets of a step: as given, else as configured, else by device. `prices`: else the model's.
-        `on_close` ends what the parts run beside the step loop (the loader's threads and worker)."""
+        """The budgets of a step: as given, else as configured, else by device. `prices`: else the model's. `clock`:
+        times steps for the scheduler. `on_close` ends what the parts run beside the step loop (the loader's threads
+        and worker)."""
         self.close = on_close
+        self._clock = clock
         self.config = config
         self.manifest = manifest
         self.limits = limits
@@ -151,7 +154,8 @@ class Engine:
         self._refuse_failed()
         if not batch.items:
             return False
-        started = self.step_started = time.monotonic()
+        started, began = time.monotonic(), self._clock()
+        self.step_started = started
         try:
             sampled = self._run(batch)
         except Exception as error:
@@ -162,6 +166,7 @@ class Engine:
             self._failed_steps = 0
             self._advance(batch, sampled)
             self._reply()
+            self.scheduler.took(batch, self._clock() - began)
         finally:
             self.step_started = None
             self._steps += 1

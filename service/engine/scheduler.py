@@ -9,9 +9,8 @@ begun, then order of arrival. Only two are passed by others of their tenant: one
 (FETCHING), and one that waits for a sibling to fill the prefix cache for it. How sequences come in and who has to make
 room is in admission.py.
 
-A tenant that runs most of what runs, and more than its share, takes what others leave: while they have asked for
-something lately, its prompts come after theirs and have half of that bound. A newcomer waits for the step in progress,
-which it should find short. (Where others' prompts never end, it soon does not run most any more.)
+While tenants with few sequences come and go beside tenants with many (guests.py), the latter keep their steps short,
+their prompts come last, and they sit out the steps that compute the others' prompts.
 
 Every sequence gets to its end. The oldest of all that run is never preempted, so it ends, and after it the next. Of
 those that wait, take the oldest: only finitely many of its tenant are before it, so what they cost is finite, while
@@ -32,11 +31,9 @@ from adapters.residency import Residency
 from service.engine.admission import Admission
 from service.engine.errors import IntegrityError
 from service.engine.fairness import Prices, Tenant, Tenants, rank
+from service.engine.guests import Guests
 from service.engine.kv_cache import PagePool
 from service.engine.request import Batch, Scheduled, Sequence, State
-
-LATELY = 2048
-"""Steps, so tens of seconds."""
 
 
 def _arrival(seq: Sequence) -> float:
@@ -73,9 +70,7 @@ class Scheduler:
         """What is decided of this step."""
         self._gone: set[Sequence] = set()
         """Preempted in this step."""
-        self._steps = 0
-        self._heard: dict[str, int] = {}
-        """The step in which a tenant last asked for something, latest last."""
+        self._guests = Guests(self.tenants, self.max_prefill_tokens_per_step)
 
     @property
     def failed(self) -> list[tuple[Sequence, LoraplexAdapterError]]:
@@ -98,12 +93,15 @@ class Scheduler:
     def add(self, seq: Sequence, leader: Sequence | None = None, weight: float = 1.0) -> None:
         """Queue `seq`. `leader` has the same prompt and adapters: `seq` waits until the leader's prompt is computed
         and then finds it in the prefix cache. `weight`: its tenant's from now on."""
-        self.tenants.open(seq.tenant, weight)
-        self._heard.pop(seq.tenant, None)
-        self._heard[seq.tenant] = self._steps
+        tenant = self.tenants.open(seq.tenant, weight)
         if leader is not None and self.pool.prefix_caching and seq.num_prompt > self.pool.page_size:
             self._admission.leader[seq] = leader
         self.tenants.enqueue(seq, lift=True)
+        self._guests.came(tenant, len(self.running))
+
+    def took(self, batch: Batch, seconds: float) -> None:
+        """How long the step took."""
+        self._guests.times.observe(batch.num_tokens - len(batch.items), len(batch.items), seconds)
 
     def finish(self, seq: Sequence) -> None:
         """Take `seq` out, wherever it is, with all it holds. The owner says why in finish_reason."""
@@ -120,22 +118,22 @@ class Scheduler:
         """The next step's work; empty if nothing can run now. The sequences' pages reach as far as the batch does."""
         self._step.clear()
         self._gone.clear()
-        begun = self._decode()
-        self._steps += 1
+        hosts = self._guests.hosts(len(self.running))
+        begun = self._decode(self._guests.in_turn(self.running, hosts) if hosts else self.running)
         budget = self.max_tokens_per_step - len(self._step)
         if self._step:
             budget = min(budget, self.max_prefill_tokens_per_step)
         # Where pages were just short, whoever came in now would be the next to go.
-        self._prefill(begun, budget, admit=not self._gone)
+        self._prefill(begun, budget, admit=not self._gone, hosts=hosts)
         return Batch(list(self._step.values()))
 
-    def _decode(self) -> dict[str, list[Sequence]]:
-        """One token of every running sequence whose earlier tokens are all computed. The others are returned, by
+    def _decode(self, running: list[Sequence]) -> dict[str, list[Sequence]]:
+        """One token of every one of `running` whose earlier tokens are all computed. The others are returned, by
         tenant. Written for speed: nearly all sequences go through here in every step."""
         begun: dict[str, list[Sequence]] = {}
         owed: dict[str, float] = {}
         size, step, prices = self.pool.page_size, self._step, self.tenants.prices
-        for seq in list(self.running):
+        for seq in list(running):
             known, computed = len(seq.tokens), seq.num_computed
             if known - computed != 1:
                 begun.setdefault(seq.tenant, []).append(seq)
@@ -151,43 +149,40 @@ class Scheduler:
             self.tenants.charge(self.tenants[name], cost)
         return begun
 
-    def _prefill(self, begun: dict[str, list[Sequence]], budget: int, admit: bool) -> None:
-        """Chunks of prompts, the next always of the tenant that has been charged least."""
+    def _prefill(self, begun: dict[str, list[Sequence]], budget: int, admit: bool, hosts: dict[str, Tenant]) -> None:
+        """Chunks of prompts, the next always of the tenant that has been charged least; hosts come last."""
         admit = self._admission.begin() and admit
-        hog = self._hog() if self._step else None
-        rest = max(1, self.max_prefill_tokens_per_step // 2)
+        names = {**begun, **self.tenants.queued} if admit else begun
+        guests = self._guests.among(names, len(self.running), hosts) if hosts else set()
+        rest = self._guests.rest(len(self._step)) if hosts else budget
         heap = []
-        for place, name in enumerate({**begun, **self.tenants.queued} if admit else begun):
+        for place, name in enumerate(names):
             tenant = self.tenants[name]
-            order = (tenant is hog, *tenant.standing(), place)
+            order = (name in hosts, *tenant.standing(), place)
             heap.append((order, tenant, self._candidates(tenant, begun.get(name, []), admit)))
         heapq.heapify(heap)
+        fed: list[Sequence] = []
         while heap and budget > 0:
             order, tenant, candidates = heap[0]
-            limit = min(budget, rest) if tenant is hog else budget
+            limit = budget
+            if order[0]:
+                limit = 0 if fed else min(limit, rest)
             seq = next(candidates, None) if limit > 0 else None
             if seq is None:
                 heapq.heappop(heap)
                 continue
+            if tenant.name in guests:
+                fed.append(seq)
+                if not seq.paid:
+                    self._guests.asks(seq.num_uncomputed)
             count = min(seq.num_uncomputed, limit)
             self._put(seq, count)
             budget -= count
-            if tenant is hog:
-                rest -= count
+            rest -= count if order[0] else 0
             heapq.heapreplace(heap, ((order[0], *tenant.standing(), order[3]), tenant, candidates))
-
-    def _hog(self) -> Tenant | None:
-        """The tenant that runs more than its share of what runs, against the last other one that was heard of."""
-        while len(self._heard) > 1 and self._heard[next(iter(self._heard))] < self._steps - LATELY:
-            del self._heard[next(iter(self._heard))]
-        hog = max(self.tenants.serving.values(), key=lambda tenant: tenant.running, default=None)
-        other = next((name for name in reversed(self._heard) if hog is None or name != hog.name), None)
-        known = None if other is None else self.tenants.get(other)
-        # The other's lead is bounded, so that in the long run the counters decide.
-        if hog is None or known is None or known.counter > hog.counter + 4 * self.max_prefill_tokens_per_step:
-            return None
-        share = hog.weight / (hog.weight + known.weight)
-        return hog if hog.running > max(share, 0.5) * len(self.running) else None
+        if hosts and self._guests.sit_out(any(seq in self._step for seq in fed)):
+            for seq in [seq for seq in self._step if seq.tenant in hosts]:
+                self._take_out(seq)
 
     def _candidates(self, tenant: Tenant, begun: list[Sequence], admit: bool) -> Iterator[Sequence]:
         """The sequences of a tenant that have prompt tokens to compute, one after the other: whoever asks for the next
@@ -226,6 +221,13 @@ class Scheduler:
             seq.paid = end
             self.tenants.charge(self.tenants[seq.tenant], item.cost)
 
+    def _take_out(self, seq: Sequence) -> None:
+        """Of the step, as if it had not been in it."""
+        item = self._step.pop(seq, None)
+        if item is not None:
+            seq.paid -= item.charged
+            self.tenants.charge(self.tenants[seq.tenant], -item.cost)
+
     # ------------------------------------------------------------ room
 
     def _grow(self, seq: Sequence) -> bool:
@@ -243,10 +245,7 @@ class Scheduler:
     def preempt(self, seq: Sequence) -> None:
         """Back to the queue with nothing in hand; its tokens are computed again as if they were its prompt. Random
         numbers depend on (seed, position), so its stream goes on as if nothing had happened."""
-        item = self._step.pop(seq, None)
-        if item is not None:
-            seq.paid -= item.charged
-            self.tenants.charge(self.tenants[seq.tenant], -item.cost)
+        self._take_out(seq)
         self._leave(seq)
         self._admission.give_back(seq)
         seq.state = State.WAITING
