@@ -124,7 +124,7 @@ async def _open(app: FastAPI, settings: Settings, stack: AsyncExitStack) -> None
     await library.recover()
 
     if settings.multi_tenant:
-        rows = Tenants(catalogue.database)
+        rows = Tenants(catalogue.database, settings.audit_days)
         keyring = Keyring(rows, settings.admin_key.get_secret_value())
         keyring.start()
         stack.push_async_callback(keyring.close)

@@ -129,6 +129,8 @@ class Settings(BaseSettings):
     """The same for tenants."""
     usage_days: int = Field(400, ge=1)
     """How long the sums of GET /v1/usage are kept."""
+    audit_days: int = Field(400, ge=1)
+    """And the lines of GET /v1/audit."""
     threads: Count = 0
     """CPU threads of the engine; 0: all cores."""
     deterministic: bool = False

@@ -42,6 +42,7 @@ HELP = {
     "metrics_top_adapters": "Adapters with figures of their own in /metrics; the rest is added up. 0: no such figures.",
     "metrics_top_tenants": "The same for tenants.",
     "usage_days": "Days for which the figures of /v1/usage are kept.",
+    "audit_days": "Days for which the lines of /v1/audit are kept.",
     "threads": "CPU threads of the engine; 0: all cores.",
     "deterministic": "Tokens do not depend on what else is in the batch (CPU only so far).",
     "eager": "CUDA: no compiled layers and no graphs; starts sooner, decodes several times slower.",

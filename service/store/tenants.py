@@ -40,6 +40,7 @@ RESERVED = frozenset({"admin", "all", "everybody", "loraplex", "none", "null", "
 KEY = re.compile(r"lpx_([0-9a-f]{16})_([0-9a-f]{40})")
 """The forms of a key: its id, which is no secret, and its secret."""
 
+DAY_S = 24 * 3600
 _UNKNOWN = ("0" * 32, "0" * 64)  # salt and hash of no key
 
 
@@ -130,10 +131,13 @@ _KEY_COLUMNS = (
 
 
 class Tenants:
-    """Reads and changes of the rows; every call is one transaction."""
+    """Reads and changes of the rows; every call is one transaction. Lines of the audit log older than `audit_days` are
+    deleted, once a day."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, audit_days: int) -> None:
         self._database = database
+        self._audit_days = audit_days
+        self._pruned = -1
 
     # ------------------------------------------------------------ on the way of requests
 
@@ -296,8 +300,13 @@ class Tenants:
 
     async def record(self, actor: str, tenant: str, action: str, target: str, status: int, request_id: str) -> None:
         values = {"actor": actor, "tenant": tenant, "action": action, "target": target, "status": status}
+        now = int(time.time())
+        today = now // DAY_S
         async with self._database.write() as connection:
-            await connection.execute(sa.insert(audit).values(**values, request_id=request_id, at=int(time.time())))
+            await connection.execute(sa.insert(audit).values(**values, request_id=request_id, at=now))
+            if today != self._pruned:
+                await connection.execute(sa.delete(audit).where(audit.c.at < now - self._audit_days * DAY_S))
+        self._pruned = today
 
     async def list_actions(self, limit: int, before: int | None, tenant: str | None) -> Page[Action]:
         """The newest first, those older than the number `before`."""

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from service.store.tenants import KEY
+from service.store.database import Database, sqlite_url
+from service.store.tenants import DAY_S, KEY, Tenants
+from tests.real_parts import Postgres
 
 from .inference_helpers import BASE, InferenceServer
 from .tenant_helpers import ADMIN, TenantServer, complete, key_id, upload, wait_for
@@ -18,6 +22,23 @@ from .tenant_helpers import ADMIN, TenantServer, complete, key_id, upload, wait_
 
 def names(answer: httpx.Response) -> list[str]:
     return [each["id"] for each in answer.json()["data"]]
+
+
+@pytest.fixture(scope="module")
+def on_postgres(base_model_dir: Path, postgres: Postgres) -> Iterator[TenantServer]:
+    server = TenantServer(base_model_dir, database_url=postgres.create())
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture(params=["tenants", "on_postgres"])
+def stored(request: pytest.FixtureRequest) -> TenantServer:
+    """For what is a matter of rows: both databases."""
+    server: TenantServer = request.getfixturevalue(request.param)
+    return server
 
 
 # ---------------------------------------------------------------- modes
@@ -52,8 +73,8 @@ def test_answers_have_security_headers_and_no_cors(tenants: TenantServer) -> Non
 # ---------------------------------------------------------------- tenants
 
 
-def test_a_tenants_life(tenants: TenantServer) -> None:
-    http = tenants.http
+def test_a_tenants_life(stored: TenantServer) -> None:
+    http = stored.http
     made = http.post("/v1/tenants", json={"name": "life", "weight": 2, "limits": {"adapters": 3, "max_rank": None}})
     assert made.status_code == 201
     assert made.headers["location"] == "/v1/tenants/life"
@@ -97,11 +118,11 @@ def test_the_default_tenant_stays(tenants: TenantServer) -> None:
     assert tenants.http.delete("/v1/tenants/default").json()["error"]["code"] == "tenant_reserved"
 
 
-def test_deleting_a_tenant_takes_everything_and_leaves_nothing_to_the_next(tenants: TenantServer) -> None:
-    with tenants.member() as (other, second):
-        first = tenants.tenant("phoenix")
-        key = tenants.key(first)
-        with tenants.client(key) as client:
+def test_deleting_a_tenant_takes_everything_and_leaves_nothing_to_the_next(stored: TenantServer) -> None:
+    with stored.member() as (other, second):
+        first = stored.tenant("phoenix")
+        key = stored.key(first)
+        with stored.client(key) as client:
             for seed in (1, 2):
                 assert upload(client, f"ash-{seed}", seed).status_code == 201
             client.patch("/v1/adapters/ash-1", json={"visibility": "public"})
@@ -111,54 +132,53 @@ def test_deleting_a_tenant_takes_everything_and_leaves_nothing_to_the_next(tenan
             assert complete(second, "phoenix/ash-1").status_code == 200
             source = {"adapter": "ash-2", "weight": 0.5}
             assert client.post("/v1/merges", json={"name": "mixed", "sources": [source]}).status_code == 202
-            assert tenants.http.delete("/v1/tenants/phoenix").json()["adapters"] == 2
+            assert stored.http.delete("/v1/tenants/phoenix").json()["adapters"] == 2
             assert client.get("/v1/models").status_code == 401
         assert complete(second, "phoenix/ash-1").status_code == 404
-        tenants.tenant("phoenix")
-        with tenants.client(tenants.key("phoenix")) as client:
+        stored.tenant("phoenix")
+        with stored.client(stored.key("phoenix")) as client:
             assert names(client.get("/v1/adapters")) == names(client.get("/v1/merges")) == []
             assert complete(client, f"{other}/gift").status_code == 404
             assert upload(client, "ash-1", 1).json()["version"] == 1
-        tenants.http.delete("/v1/tenants/phoenix")
+        stored.http.delete("/v1/tenants/phoenix")
 
 
 # ---------------------------------------------------------------- keys
 
 
-def test_a_key_is_shown_once_and_kept_as_a_hash(tenants: TenantServer) -> None:
-    tenant = tenants.tenant()
-    made = tenants.http.post(f"/v1/tenants/{tenant}/keys", json={"scopes": ["manage", "infer"], "description": "web"})
+def test_a_key_is_shown_once_and_kept_as_a_hash(stored: TenantServer) -> None:
+    tenant = stored.tenant()
+    made = stored.http.post(f"/v1/tenants/{tenant}/keys", json={"scopes": ["manage", "infer"], "description": "web"})
     body = made.json()
     assert KEY.fullmatch(body["key"])
     assert len(bytes.fromhex(body["key"].split("_")[2])) >= 16
     assert made.headers["location"] == f"/v1/tenants/{tenant}/keys/{body['id']}"
     assert made.headers["cache-control"] == "no-store"
-    shown = tenants.http.get(made.headers["location"]).json()
+    shown = stored.http.get(made.headers["location"]).json()
     assert shown == {**{key: value for key, value in body.items() if key != "key"}, "last_used_at": None}
     assert (shown["scopes"], shown["description"]) == (["infer", "manage"], "web")
     secret = body["key"].split("_")[2]
-    listed = tenants.http.get(f"/v1/tenants/{tenant}/keys").text
+    listed = stored.http.get(f"/v1/tenants/{tenant}/keys").text
     assert secret not in listed
     assert "hash" not in listed
-    stored = tenants.settings.data_dir
-    for path in stored.glob("catalogue.sqlite3*"):
+    for path in stored.settings.data_dir.glob("catalogue.sqlite3*"):
         assert secret.encode() not in path.read_bytes()
-    with tenants.client(body["key"]) as client:
+    with stored.client(body["key"]) as client:
         client.get("/v1/models")
-    wait_for(lambda: tenants.http.get(made.headers["location"]).json()["last_used_at"])
+    wait_for(lambda: stored.http.get(made.headers["location"]).json()["last_used_at"])
 
 
-def test_keys_are_exchanged_while_requests_come(tenants: TenantServer) -> None:
-    tenant = tenants.tenant()
-    old, new = tenants.key(tenant), tenants.key(tenant)
-    with tenants.client(old) as before, tenants.client(new) as after:
+def test_keys_are_exchanged_while_requests_come(stored: TenantServer) -> None:
+    tenant = stored.tenant()
+    old, new = stored.key(tenant), stored.key(tenant)
+    with stored.client(old) as before, stored.client(new) as after:
         assert before.get("/v1/models").status_code == after.get("/v1/models").status_code == 200
-        assert sorted(names(tenants.http.get(f"/v1/tenants/{tenant}/keys"))) == sorted([key_id(old), key_id(new)])
-        assert tenants.http.delete(f"/v1/tenants/{tenant}/keys/{key_id(old)}").status_code == 200
+        assert sorted(names(stored.http.get(f"/v1/tenants/{tenant}/keys"))) == sorted([key_id(old), key_id(new)])
+        assert stored.http.delete(f"/v1/tenants/{tenant}/keys/{key_id(old)}").status_code == 200
         assert before.get("/v1/models").status_code == 401  # at once, in this process
         assert after.get("/v1/models").status_code == 200
-    assert tenants.http.delete(f"/v1/tenants/{tenant}/keys/{key_id(old)}").status_code == 404
-    assert tenants.http.get(f"/v1/tenants/default/keys/{key_id(new)}").status_code == 404
+    assert stored.http.delete(f"/v1/tenants/{tenant}/keys/{key_id(old)}").status_code == 404
+    assert stored.http.get(f"/v1/tenants/default/keys/{key_id(new)}").status_code == 404
 
 
 @pytest.mark.parametrize(
@@ -199,14 +219,14 @@ def test_what_one_process_revokes_another_refuses_within_a_second(tenants: Tenan
 # ---------------------------------------------------------------- namespaces
 
 
-def test_the_same_name_in_two_tenants_is_two_adapters(tenants: TenantServer) -> None:
-    with tenants.member() as (one, first), tenants.member() as (two, second):
+def test_the_same_name_in_two_tenants_is_two_adapters(stored: TenantServer) -> None:
+    with stored.member() as (one, first), stored.member() as (two, second):
         assert upload(first, "pirate", 1).status_code == 201
         assert upload(second, "pirate", 2).status_code == 201
         digests = [client.get("/v1/adapters/pirate/versions/1").json()["spec"]["sha256"] for client in (first, second)]
         assert digests[0] != digests[1]
         for client, tenant, digest in ((first, one, digests[0]), (second, two, digests[1])):
-            expected = tenants.expected_text("one two", 3, {digest: 1.0})
+            expected = stored.expected_text("one two", 3, {digest: 1.0})
             for model in ("pirate", f"{tenant}/pirate", "pirate@1"):
                 answer = complete(client, model)
                 assert answer.json()["choices"][0]["text"] == expected
@@ -221,8 +241,8 @@ def test_the_same_name_in_two_tenants_is_two_adapters(tenants: TenantServer) -> 
         assert upload(first, BASE, 1).json()["error"]["code"] == "name_reserved"
 
 
-def test_what_a_deletion_frees_does_not_tell_what_others_have(tenants: TenantServer) -> None:
-    with tenants.member() as (_, first), tenants.member() as (_, second):
+def test_what_a_deletion_frees_does_not_tell_what_others_have(stored: TenantServer) -> None:
+    with stored.member() as (_, first), stored.member() as (_, second):
         for name in ("same", "again"):
             upload(first, name, 77)
         upload(second, "same", 77)
@@ -232,25 +252,25 @@ def test_what_a_deletion_frees_does_not_tell_what_others_have(tenants: TenantSer
         assert second.delete("/v1/adapters/same").json()["freed"] == freed
 
 
-def test_the_admin_acts_as_any_tenant(tenants: TenantServer) -> None:
-    with tenants.member() as (tenant, client):
-        assert upload(tenants.http, "placed", 5, tenant=tenant).status_code == 201
+def test_the_admin_acts_as_any_tenant(stored: TenantServer) -> None:
+    with stored.member() as (tenant, client):
+        assert upload(stored.http, "placed", 5, tenant=tenant).status_code == 201
         assert client.get("/v1/adapters/placed").json()["owner"] == tenant
-        assert names(tenants.http.get("/v1/models", params={"tenant": tenant})) == [BASE, "placed"]
-        assert complete(tenants.http, f"{tenant}/placed").status_code == 200
-        assert f"{tenant}/placed" in names(tenants.http.get("/v1/adapters", params={"limit": 1000}))
-        assert tenants.http.patch("/v1/adapters/placed", json={"pinned": True}).status_code == 404
-        changed = tenants.http.patch(f"/v1/adapters/placed?tenant={tenant}", json={"description": "x"})
+        assert names(stored.http.get("/v1/models", params={"tenant": tenant})) == [BASE, "placed"]
+        assert complete(stored.http, f"{tenant}/placed").status_code == 200
+        assert f"{tenant}/placed" in names(stored.http.get("/v1/adapters", params={"limit": 1000}))
+        assert stored.http.patch("/v1/adapters/placed", json={"pinned": True}).status_code == 404
+        changed = stored.http.patch(f"/v1/adapters/placed?tenant={tenant}", json={"description": "x"})
         assert changed.json()["description"] == "x"
-        assert tenants.http.delete(f"/v1/adapters/placed?tenant={tenant}").status_code == 200
+        assert stored.http.delete(f"/v1/adapters/placed?tenant={tenant}").status_code == 200
         assert names(client.get("/v1/adapters")) == []
-    unknown = tenants.http.get("/v1/models?tenant=nobody-at-all")
+    unknown = stored.http.get("/v1/models?tenant=nobody-at-all")
     assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "tenant_not_found")
-    assert tenants.http.get("/v1/models?tenant=a&tenant=b").status_code == 400
+    assert stored.http.get("/v1/models?tenant=a&tenant=b").status_code == 400
 
 
-def test_sharing(tenants: TenantServer) -> None:
-    with tenants.member() as (owner, own), tenants.member() as (friend, near), tenants.member() as (_, far):
+def test_sharing(stored: TenantServer) -> None:
+    with stored.member() as (owner, own), stored.member() as (friend, near), stored.member() as (_, far):
         upload(own, "voice", 1)
         upload(own, "quiet", 2)
         upload(near, "voice", 3)
@@ -284,7 +304,7 @@ def test_sharing(tenants: TenantServer) -> None:
         digests = {client.get("/v1/adapters/voice/versions/1").json()["spec"]["sha256"]: 0.5 for client in (own, near)}
         parts = [{"name": full, "weight": 0.5}, {"name": "voice", "weight": 0.5}]
         mixed = complete(near, BASE, adapters=parts)
-        assert mixed.json()["choices"][0]["text"] == tenants.expected_text("one two", 3, digests)
+        assert mixed.json()["choices"][0]["text"] == stored.expected_text("one two", 3, digests)
         hidden = complete(near, BASE, adapters=[*parts, {"name": f"{owner}/quiet", "weight": 1.0}])
         assert (hidden.status_code, hidden.json()["error"]["param"]) == (404, "adapters[2].name")
         # To everybody, and back.
@@ -384,21 +404,21 @@ def test_concurrent_requests(slow_tenants: TenantServer) -> None:
         wait_for(lambda: running() == 0)
 
 
-def test_what_a_tenant_may_keep(tenants: TenantServer) -> None:
-    with tenants.member(limits={"adapters": 1, "max_rank": 4}) as (tenant, client):
+def test_what_a_tenant_may_keep(stored: TenantServer) -> None:
+    with stored.member(limits={"adapters": 1, "max_rank": 4}) as (tenant, client):
         refused(upload(client, "big", 1, rank=8), 422, "max_rank")
         assert upload(client, "one", 1).status_code == 201
         refused(upload(client, "two", 2), 413, "adapters")
         assert upload(client, "one", 2).status_code == 201  # a version is no adapter more
         assert upload(client, "one", 1).status_code == 200
-        stored = tenants.http.get(f"/v1/tenants/{tenant}").json()["used"]["stored_bytes"]
-        assert stored > 0
-        limits = {"adapters": None, "stored_bytes": stored + stored // 4}
-        tenants.http.patch(f"/v1/tenants/{tenant}", json={"limits": limits})
+        size = stored.http.get(f"/v1/tenants/{tenant}").json()["used"]["stored_bytes"]
+        assert size > 0
+        limits = {"adapters": None, "stored_bytes": size + size // 4}
+        stored.http.patch(f"/v1/tenants/{tenant}", json={"limits": limits})
         refused(upload(client, "two", 3), 413, "stored_bytes")
         client.delete("/v1/adapters/one/versions/1")
         assert upload(client, "two", 3).status_code == 201
-        refused(upload(tenants.http, "three", 4, tenant=tenant), 413, "stored_bytes")
+        refused(upload(stored.http, "three", 4, tenant=tenant), 413, "stored_bytes")
         assert names(client.get("/v1/adapters")) == ["one", "two"]
 
 
@@ -444,8 +464,8 @@ def test_max_tokens(tenants: TenantServer) -> None:
 # ---------------------------------------------------------------- audit and logs
 
 
-def test_every_change_is_in_the_audit_log_and_no_key_is_in_any_log(tenants: TenantServer) -> None:
-    with tenants.member() as (tenant, client):
+def test_every_change_is_in_the_audit_log_and_no_key_is_in_any_log(stored: TenantServer) -> None:
+    with stored.member() as (tenant, client):
         key = client.headers["authorization"].removeprefix("Bearer ")
         upload(client, "noted", 1)
         client.patch("/v1/adapters/noted", json={"visibility": "public"})
@@ -453,32 +473,59 @@ def test_every_change_is_in_the_audit_log_and_no_key_is_in_any_log(tenants: Tena
         client.get("/v1/adapters/noted")
         complete(client, "noted")
         request_id = client.delete("/v1/adapters/noted", headers={"x-request-id": "by-hand"}).headers["x-request-id"]
-        tenants.http.get("/v1/adapters", params={"tenant": tenant})
-        tenants.http.patch(f"/v1/tenants/{tenant}", json={"disabled": True})
-        actions = tenants.http.get("/v1/audit", params={"tenant_id": tenant}).json()["data"]
+        stored.http.get("/v1/adapters", params={"tenant": tenant})
+        stored.http.patch(f"/v1/tenants/{tenant}", json={"disabled": True})
+        actions = stored.http.get("/v1/audit", params={"tenant_id": tenant}).json()["data"]
         assert [(each["action"], each["actor"], each["target"]) for each in reversed(actions)] == [
             ("put_adapter", key_id(key), "noted 1"),
             ("change_adapter", key_id(key), "noted"),
             ("delete_adapter", key_id(key), "noted"),
         ]
         assert actions[0]["request_id"] == request_id == "by-hand"
-        newest = tenants.http.get("/v1/audit?limit=3").json()
+        newest = stored.http.get("/v1/audit?limit=3").json()
         assert newest["has_more"]
         assert (newest["data"][0]["action"], newest["data"][0]["target"]) == ("change_tenant", tenant)
-        older = tenants.http.get("/v1/audit", params={"limit": 1, "after": newest["last_id"]}).json()["data"]
+        older = stored.http.get("/v1/audit", params={"limit": 1, "after": newest["last_id"]}).json()["data"]
         assert int(older[0]["id"]) < int(newest["last_id"])
-        kinds = {each["action"] for each in tenants.http.get("/v1/audit?limit=1000").json()["data"]}
+        kinds = {each["action"] for each in stored.http.get("/v1/audit?limit=1000").json()["data"]}
         assert {"create_tenant", "create_key"} <= kinds
 
         wrong = f"{key[:-1]}{'0' if key[-1] != '0' else '1'}"
-        tenants.bare.get("/v1/models", headers={"Authorization": f"Bearer {wrong}"})
-        tenants.bare.get(f"/v1/models?api_key={key}")
-        for text in (tenants.log_path.read_text(), json.dumps(actions)):
+        stored.bare.get("/v1/models", headers={"Authorization": f"Bearer {wrong}"})
+        stored.bare.get(f"/v1/models?api_key={key}")
+        for text in (stored.log_path.read_text(), json.dumps(actions)):
             for secret in (key.split("_")[2], wrong.split("_")[2], ADMIN):
                 assert secret not in text
-        lines = [json.loads(line) for line in tenants.log_path.read_text().splitlines() if line.startswith("{")]
+        lines = [json.loads(line) for line in stored.log_path.read_text().splitlines() if line.startswith("{")]
         assert [line for line in lines if line.get("tenant") == tenant and line.get("key") == key_id(key)]
         assert [line for line in lines if line.get("event") == "management action" and line["actor"] == key_id(key)]
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+async def test_old_lines_of_the_audit_log_are_deleted(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = sqlite_url(tmp_path / "catalogue.sqlite3")
+    if kind == "postgresql":
+        url = request.getfixturevalue("postgres").create()
+    database = await Database.open(url)
+    now = time.time()
+
+    async def record(rows: Tenants, days_ago: float) -> list[str]:
+        monkeypatch.setattr(time, "time", lambda: now - days_ago * DAY_S)
+        await rows.record("admin", "default", "change_tenant", f"{days_ago:g}", 200, "r")
+        return [each.target for each in (await rows.list_actions(100, None, None)).items]
+
+    try:
+        rows = Tenants(database, 30)
+        assert await record(rows, 40) == ["40"]
+        assert await record(rows, 31) == ["31", "40"]
+        assert await record(rows, 9.9) == ["9.9", "31"]
+        assert await record(rows, 0) == ["0", "9.9"]
+        assert await record(rows, 35) == ["35", "0", "9.9"]  # a clock that is wrong
+        assert await record(Tenants(database, 30), 0) == ["0", "0", "9.9"]
+    finally:
+        await database.close()
 
 
 # ---------------------------------------------------------------- another configuration
