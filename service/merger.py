@@ -32,7 +32,7 @@ from service.engine.errors import EngineError
 from service.janitor import instance_id
 from service.jobs import Workers, WorkersUnavailable
 from service.library import WEIGHTS, Library
-from service.merge_job import BLOBS_URL, Priority, Said, Task, explain
+from service.merge_task import BLOBS_URL, Priority, Said, Task, explain
 from service.merges import merges_dir, remove_folder, require_space, stored_sources
 from service.pace import keep_pace, measurable
 from service.settings import Settings

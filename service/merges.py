@@ -22,7 +22,7 @@ from adapters.merge_request import MergeOptions, check_merge
 from service.api.errors import ApiError, shown
 from service.jobs import Workers
 from service.library import Library
-from service.merge_job import StoredSource
+from service.merge_task import StoredSource
 from service.settings import Settings
 from service.store.merges import Job, KeyReused, NewJob, Source, TooManyMerges
 from service.uploads import RESERVE_BYTES

@@ -149,15 +149,17 @@ class Moments:
         new.write_text(json.dumps(moments))
         new.replace(self.plan)
 
-    def held(self) -> psutil.Process:
-        """The process of the job that has stopped itself."""
+    def held(self, identity: str) -> psutil.Process:
+        """The process of the job, which has stopped itself."""
         found: list[psutil.Process] = []
 
         def stopped() -> bool:
             found[:] = [job for job in self.world.running.children(JOB) if job.status() == psutil.STATUS_STOPPED]
+            state = self.client.get(identity)["state"]
+            assert state in ("queued", "running"), f"{state}, and never came to {self.plan.read_text()}"
             return bool(found)
 
-        wait_for(stopped, MERGE_S)
+        self.client.wait(identity, stopped)
         return found[0]
 
     def close(self) -> None:

@@ -144,7 +144,7 @@ def test_a_stop_is_no_failed_attempt_and_a_start_sweeps(killed: Killed) -> None:
     """The service is stopped in the middle of a merge and started again: it is done then."""
     killed.at(at(JOB, "open", "/out/adapter_model", number=signal.SIGSTOP))
     identity = killed.client.submit("later", {"a": 1.0})
-    job = killed.held()
+    job = killed.held(identity)
     assert killed.client.get(identity)["state"] == "running"
     assert killed.world.stop() == 0
     assert not job.is_running()
@@ -158,9 +158,9 @@ def test_a_stop_is_no_failed_attempt_and_a_start_sweeps(killed: Killed) -> None:
 
 
 def test_a_process_that_may_not_write_fails_its_merge(killed: Killed) -> None:
-    killed.at(at(JOB, "open", "/out/model-", number=signal.SIGSTOP))
+    killed.at(at(JOB, "open", "/out/model", number=signal.SIGSTOP))
     identity = killed.client.submit("full", {"a": 1.0}, into="checkpoint")
-    job = killed.held()
+    job = killed.held(identity)
     job.rlimit(psutil.RLIMIT_FSIZE, (1 << 16, resource.RLIM_INFINITY))
     job.resume()
     ended = killed.ended(identity)
@@ -175,9 +175,9 @@ def test_a_full_disk_fails_its_merges_and_no_other() -> None:
         moments = Moments(world, confined)
         client = moments.client
         client.upload("a", 1)
-        moments.at(at(JOB, "open", "/out/model-", number=signal.SIGSTOP))
+        moments.at(at(JOB, "open", "/out/model", number=signal.SIGSTOP))
         identity = client.submit("whole", {"a": 1.0}, into="checkpoint")
-        job = moments.held()
+        job = moments.held(identity)
         disk = Disk(world.data, world.running.family())
         if not disk.mounted:
             pytest.skip("no disk can be mounted here; test_a_process_that_may_not_write_fails_its_merge ran")

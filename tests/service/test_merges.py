@@ -208,7 +208,7 @@ def test_a_merge_holds_its_sources_until_it_ends(client: Client, moments: Moment
 
     moments.at(at(JOB, "open", "/task.json", number=signal.SIGSTOP))
     identity = client.submit("holder", {"held": 1.0})
-    job = moments.held()
+    job = moments.held(identity)
     assert client.get(identity)["state"] == "running"
     assert client.http.delete("/v1/adapters/held").status_code == 409
     assert client.http.delete(f"/v1/merges/{identity}").json()["state"] == "cancelled"
