@@ -18,10 +18,11 @@ from fastapi.routing import APIRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service import log
-from service.api.errors import ApiError, as_api_error
+from service.api.errors import ApiError, as_api_error, shown
 from service.api.keyring import ADMIN, SINGLE_USER, Caller, Keyring
 from service.limits import Limiter, LimitReached
 from service.store.errors import CatalogueError
+from service.store.tables import DEFAULT_TENANT
 from service.store.tenants import SCOPES, Tenants
 
 __all__ = ["SINGLE_USER", "Caller", "CallerDep", "Gate", "Guards", "Route", "Rule", "allow", "caller_of", "limit_error"]
@@ -161,6 +162,8 @@ class Route(APIRoute):
 
         async def handle(request: Request) -> Response:
             caller: Caller | None = request.scope["state"].get("caller")
+            if caller is None:
+                _only_user(request)
             if caller is None or rule.open:
                 return await handler(request)
             guards: Guards = request.app.state.guards
@@ -178,6 +181,15 @@ class Route(APIRoute):
             return response
 
         return handle
+
+
+def _only_user(request: Request) -> None:
+    """Raises ApiError 404 for ?tenant where there are none: what is meant for another tenant must not hit the only
+    user's adapters."""
+    tenant = _tenant_of(request.scope)
+    if tenant not in (None, DEFAULT_TENANT):
+        message = f"There is no tenant {shown(tenant)}: this server has a single user (LORAPLEX_ADMIN_KEY is not set)."
+        raise ApiError(404, message, code="single_user", param="tenant")
 
 
 def _require(caller: Caller, rule: Rule) -> None:

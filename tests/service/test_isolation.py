@@ -20,7 +20,7 @@ from service.store import AdapterNotFound, Catalogue, File, NewVersion
 from service.store.database import sqlite_url
 from service.store.tenants import SCOPES
 
-from .inference_helpers import BASE
+from .inference_helpers import BASE, InferenceServer
 from .tenant_helpers import ADMIN, TenantServer, complete, key_id, upload, wait_for
 
 SECRET = "secret-adapter"
@@ -293,3 +293,12 @@ async def test_what_is_hidden_costs_the_same_statements_as_what_is_not_there(tmp
         assert (await catalogue.get_adapter("granted", "alpha", "gamma")).name == "granted"
     finally:
         await catalogue.close()
+
+
+def test_a_server_without_tenants_refuses_a_tenant(server: InferenceServer) -> None:
+    """What is meant for another tenant's adapter must not hit the only user's."""
+    refused = server.http.get("/v1/adapters", params={"tenant": "acme"})
+    assert refused.status_code == 404
+    assert refused.json()["error"]["code"] == "single_user"
+    assert server.http.delete("/v1/adapters/x", params={"tenant": "acme"}).json()["error"]["code"] == "single_user"
+    assert server.http.get("/v1/adapters", params={"tenant": "default"}).status_code == 200
