@@ -3,6 +3,7 @@ clearly, once, and nothing is left behind."""
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
 import sys
@@ -182,6 +183,8 @@ def test_a_full_disk_fails_its_merges_and_no_other() -> None:
         if not disk.mounted:
             pytest.skip("no disk can be mounted here; test_a_process_that_may_not_write_fails_its_merge ran")
         disk.fill()
+        filler = disk.folder / "filler"
+        os.truncate(filler, filler.stat().st_size - (1 << 20))  # the merge takes the rest, and gives it back
         refused = client.post("other", {"a": 1.0})
         assert (refused.status_code, refused.json()["error"]["code"]) == (507, "insufficient_storage")
         job.resume()
