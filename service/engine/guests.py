@@ -1,7 +1,7 @@
 """Room for those that ask now and then, beside those that ask for all there is. No torch, no clock.
 
 A guest is a tenant with few sequences: a quarter of its share of what runs, or less. A host runs more than half of its
-share, and has more than one sequence for each of a guest's. While guests come (LATELY), hosts do two things for them:
+share, and more than one. While guests come (LATELY), hosts do two things for them:
 
 1. They keep steps short. A newcomer waits for the step in progress, so that one has to take less than the newcomer's
    own prompt does, if its first token is to come in less than twice the time that it needs alone (RATIO). Prompts of
@@ -15,7 +15,6 @@ Both end when the guest has been charged what the hosts were: in the long run co
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterable
 from math import ceil
 
@@ -24,8 +23,8 @@ from service.engine.fairness import Tenant, Tenants
 from service.engine.pace import StepTimes
 from service.engine.request import Sequence
 
-LATELY = 512
-"""Steps since the last guest came, so 4 to 20 seconds."""
+LATELY = 5.0
+"""Seconds of steps since the last guest came."""
 RATIO = 1.8
 """What a guest's first token may take against what it takes alone; up to twice is left for what is not foreseen."""
 PAUSE = 4
@@ -40,44 +39,52 @@ class Guests:
         self.times = StepTimes(bound, RIDING_S)
         self.bound = bound
         self._tenants = tenants
-        self._left = 0
-        """Steps for which a guest is remembered."""
+        self._left = 0.0
+        """Seconds for which the last guest is still remembered."""
+        self._weights = 0.0
+        """Of those that run something in this step, together."""
         self._prompt = 0.0
         """What a guest has to compute until its first token, the shortest of the last few; 0: not known."""
         self._paused = 0
         """Steps in a row that hosts sat out."""
-        self._turn = -1.0
-        """Arrival of the host's sequence that decoded last when they took turns."""
+        self._queue: list[Sequence] = []
+        """Of hosts that take turns: who has not had one in this round."""
+        self._turn: list[Sequence] = []
+        """Whose turn it is."""
 
     def came(self, tenant: Tenant, running: int) -> None:
         """It has a new request; `running` sequences run."""
-        if self._is_guest(tenant, self._weights(tenant), running):
-            if not self._left:
+        self._weigh()
+        if self._is_guest(tenant, running):
+            if self._left <= 0.0:
                 self._prompt = 0.0
             self._left = LATELY
 
+    def took(self, tokens: int, sequences: int, seconds: float) -> None:
+        """A step of `tokens` prompt tokens and so many sequences took so long."""
+        self.times.observe(tokens, sequences, seconds)
+        self._left -= seconds
+
     def hosts(self, running: int) -> dict[str, Tenant]:
         """The hosts of the next step; none while no guest came lately."""
-        if not self._left:
+        if self._left <= 0.0:
             return {}
-        self._left -= 1
-        weights = sum(tenant.weight for tenant in self._tenants.serving.values())
-        limit = running / (2.0 * weights) if weights else 0.0
+        self._weigh()
+        limit = running / (2.0 * self._weights) if self._weights else 0.0
         serving = self._tenants.serving
         return {name: tenant for name, tenant in serving.items() if tenant.running > max(1.0, limit * tenant.weight)}
 
     def among(self, names: Iterable[str], running: int, hosts: dict[str, Tenant]) -> set[str]:
         """The guests for whom hosts make room. Their lead is bounded, or shares would not be those of the weights."""
-        most = min((host.counter for host in hosts.values()), default=0.0) + PAUSE * self.bound
+        most = min(host.counter for host in hosts.values()) + PAUSE * self.bound
         others = [self._tenants[name] for name in names if name not in hosts]
-        near = [tenant for tenant in others if tenant.counter <= most]
-        return {tenant.name for tenant in near if self._is_guest(tenant, self._weights(tenant), running)}
+        return {each.name for each in others if each.counter <= most and self._is_guest(each, running)}
 
-    def _weights(self, tenant: Tenant) -> float:
-        serving = self._tenants.serving
-        return sum(each.weight for each in serving.values()) + (0.0 if tenant.running else tenant.weight)
+    def _weigh(self) -> None:
+        self._weights = sum(tenant.weight for tenant in self._tenants.serving.values())
 
-    def _is_guest(self, tenant: Tenant, weights: float, running: int) -> bool:
+    def _is_guest(self, tenant: Tenant, running: int) -> bool:
+        weights = self._weights if tenant.running else self._weights + tenant.weight
         return 4.0 * (tenant.running + len(tenant.waiting)) * weights <= tenant.weight * running
 
     # ------------------------------------------------------------ short steps
@@ -97,17 +104,22 @@ class Guests:
         self._prompt = min(float(tokens), known + (tokens - known) * FORGET)
 
     def in_turn(self, running: list[Sequence], hosts: dict[str, Tenant]) -> list[Sequence]:
-        """Those of `running` that may decode in a short step, by arrival; all of them if that is short enough, and at
-        least an eighth."""
+        """Those of `running` that may decode in a short step, by arrival; all of them if that is short enough, and of
+        hosts' at least an eighth. In rounds, which those that come in meanwhile join at the end: so each has its turn
+        within nine steps that hosts do not sit out."""
         mine = [seq for seq in running if seq.tenant in hosts and len(seq.tokens) - seq.num_computed == 1]
         room = self.times.sequences_in(self.wait - self.times.step(0, len(running) - len(mine)))
         room = max(room, ceil(len(mine) / 8))
         if len(mine) <= room:
+            self._turn, self._queue = [], []
             return running
-        first = bisect_right(mine, self._turn, key=lambda seq: seq.arrival)
-        mine = mine[first:] + mine[:first]
-        self._turn = mine[room - 1].arrival
-        out = set(mine[room:])
+        decoding = set(mine)
+        queue = [seq for seq in self._queue if seq in decoding]
+        if len(queue) < room:  # the next round
+            decoding.difference_update(queue)
+            queue += [seq for seq in mine if seq in decoding]
+        self._turn, self._queue = queue[:room], queue[room:]
+        out = set(mine).difference(self._turn)
         return [seq for seq in running if seq not in out]
 
     def rest(self, decoding: int) -> int:
@@ -119,4 +131,6 @@ class Guests:
     def sit_out(self, fed: bool) -> bool:
         """Whether hosts leave the step to guests, for whose prompts there are tokens in it or not (`fed`)."""
         self._paused = self._paused + 1 if fed and self._paused < PAUSE else 0
+        if self._paused:
+            self._turn, self._queue = [], self._turn + self._queue
         return self._paused > 0

@@ -12,7 +12,9 @@ room is in admission.py.
 While tenants with few sequences come and go beside tenants with many (guests.py), the latter keep their steps short,
 their prompts come last, and they sit out the steps that compute the others' prompts.
 
-Every sequence gets to its end. The oldest of all that run is never preempted, so it ends, and after it the next. Of
+Every sequence gets to its end. The oldest of all that run is never preempted, and has its turn soon where turns are
+taken, so it ends, and after it the next. (Hosts' prompts stand still while guests' are computed. That ends too: hosts'
+decodes end, from then on hosts are charged nothing, and who has been charged more than they were is no guest.) Of
 those that wait, take the oldest: only finitely many of its tenant are before it, so what they cost is finite, while
 other tenants' counters rise with all they get, until its tenant is first; from then on at most MAX_PASSED come in
 before it, those that run end, and it comes in. (Priorities are a tenant's own affair: a stream of urgent requests
@@ -101,7 +103,7 @@ class Scheduler:
 
     def took(self, batch: Batch, seconds: float) -> None:
         """How long the step took."""
-        self._guests.times.observe(batch.num_tokens - len(batch.items), len(batch.items), seconds)
+        self._guests.took(batch.num_tokens - len(batch.items), len(batch.items), seconds)
 
     def finish(self, seq: Sequence) -> None:
         """Take `seq` out, wherever it is, with all it holds. The owner says why in finish_reason."""
