@@ -3,7 +3,7 @@
 It has one thread, and gives way to everything else as the setting merge_priority says (pace.py). What it has to say
 goes to the file descriptor FD, one JSON object (Said) a line; TASK is the path of a Task as JSON.
 
-What it imports counts: beside busy processors a second is half a minute. torch takes 1.3 s; settings and catalogue
+What it imports counts: beside busy processors a second is 25. torch takes 1.3 s; settings and catalogue
 would be 1 s more.
 """
 

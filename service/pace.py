@@ -8,8 +8,8 @@ whenever it had to wait for a processor: then somebody else wanted that processo
 the kernel's own figure, /proc/PID/schedstat.
 
 So long as anything else wants the processors a job has at most SHARE of one of them, and where up to seven others wait
-for each of them it gets that much. Merging small adapters takes one to two seconds of processor, most of it the import
-of torch: a minute on such a machine.
+for each of them it gets that much. Merging small adapters takes two to three seconds of processor there, most of it
+the import of torch: about a minute.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 
 from service.children import Child
 
-SHARE = 0.03
+SHARE = 0.04
 """Of one processor. Below the 5% that a merge may cost requests, since a step of the engine ends when the last of its
 threads has ended: what one of them loses, all of them lose."""
 SLICE_S = 0.05
