@@ -23,9 +23,9 @@ OVERSHOOT = 8, 2
 @pytest.fixture
 def pair(postgres: Postgres, s3: S3, make_world: Callable[..., World]) -> tuple[World, World]:
     state = {"database": postgres.create(), "blobs_url": s3.create()}
-    # Two API processes each: the leases of one service are kept by one of them.
+    # Two API processes: one of them sees to the leases of both.
     engine = '{"step_s": 0.05}'
-    worlds = make_world(api_workers=2, engine=engine, **state), make_world(api_workers=2, engine=engine, **state)
+    worlds = make_world(engine=engine, **state), make_world(api_workers=2, engine=engine, **state)
     for world in worlds:
         world.start(LORAPLEX_ADMIN_KEY=ADMIN["Authorization"].split()[1])
     return worlds
