@@ -104,6 +104,9 @@ SUCCESSES: dict[str, dict[str, Json]] = {
             "application/octet-stream": _BYTES, "application/json": {"schema": {}},
             "multipart/byteranges": _BYTES}},
         "304": {"description": "The file is the one named by If-None-Match."}},
+    "get_usage": {
+        "200": {"description": "The sums; with `format=csv`, or where Accept says so, as CSV.", "content": {
+            "application/json": _OBJECT, "text/csv": {"schema": {"type": "string"}}}}},
     "put_alias": {
         "201": {"description": "The alias is new.", "content": {"application/json": _OBJECT}}},
     "load_adapter": {
