@@ -22,6 +22,7 @@ import msgspec
 from adapters.blobs import Blobs
 from adapters.merge_request import MergeOptions
 from service.engine import logs
+from service.engine.leaving import Leaving
 from service.merge_task import Priority, Said, Task, explain
 
 log = logging.getLogger(__name__)
@@ -107,4 +108,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    leaving = Leaving()
     main()
+    leaving.with_code(0)

@@ -15,7 +15,6 @@ not served, and starting again will not help.
 from __future__ import annotations
 
 import argparse
-import atexit
 import contextlib
 import logging
 import os
@@ -38,6 +37,7 @@ from service.engine import logs
 from service.engine.config import CANNOT_START, EXIT_CANNOT_START, EngineConfig
 from service.engine.core import Engine
 from service.engine.errors import CannotStart, EngineBroken, IntegrityError
+from service.engine.leaving import Leaving
 from service.engine.messages import FromEngine, Heartbeat, Ping, Ready, Submit, ToEngine, decode_to_engine, encode
 from service.engine.otlp import Spans
 from service.engine.tracing import SequenceTracer
@@ -131,6 +131,9 @@ class Postman(threading.Thread):
         self._closing = True
         self._wake()
         self.join()
+        # Not by the thread itself: it may see that it is to end before it is woken up for that.
+        self._wake_in.close()
+        self._wake_out.close()
 
     def _wake(self) -> None:
         # A full pair has woken the thread already.
@@ -146,8 +149,6 @@ class Postman(threading.Thread):
         finally:
             self._socket.close(linger=1000)
             self._context.term()
-            self._wake_in.close()
-            self._wake_out.close()
 
     def _loop(self) -> None:
         poller = select.poll()
@@ -371,29 +372,6 @@ def main(argv: list[str] | None = None) -> int:
     return process.run()
 
 
-class _Leaving:
-    """Ends the process once the handlers at exit have run, and leaves it to the kernel to take apart what torch has
-    imported: Python needs a second and a half of a core for that, and beside others that want the cores it took longer
-    than the supervisor waits for an engine that has nothing left to do. Made before anything else registers with
-    atexit, so that it comes last."""
-
-    def __init__(self) -> None:
-        self._code: int | None = None
-        atexit.register(self._leave)
-
-    def with_code(self, code: int) -> int:
-        self._code = code
-        return code
-
-    def _leave(self) -> None:
-        if self._code is None:  # an exception, which Python tells of by its own exit code
-            return
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(self._code)
-
-
 if __name__ == "__main__":
-    leaving = _Leaving()
+    leaving = Leaving()
     sys.exit(leaving.with_code(main()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import queue
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 import zmq
 import zmq.asyncio
 
+from adapters.manifest import Manifest
 from service.engine import client as client_module
 from service.engine.client import EngineClient
 from service.engine.config import EngineConfig
@@ -26,7 +28,18 @@ from service.engine.errors import (
     EngineRefused,
     EngineUnavailable,
 )
-from service.engine.messages import AdapterRef, Delta, Ping, Ready, SamplingParams, Submit, decode_from_engine, encode
+from service.engine.messages import (
+    AdapterRef,
+    Delta,
+    Limits,
+    Ping,
+    Ready,
+    SamplingParams,
+    Submit,
+    decode_from_engine,
+    encode,
+)
+from service.engine.process import Postman
 from service.engine.simulated import Options, expected
 
 ROOT = Path(__file__).parents[2]
@@ -376,6 +389,17 @@ async def test_draining_has_an_end(start: Start, client: EngineClient) -> None:
             await read
         assert refused.value.code == "shutting_down"
     assert await asyncio.to_thread(process.wait, 30) == 0
+
+
+def test_the_io_thread_may_have_ended_before_it_is_woken_up_for_it(address: str) -> None:
+    """It looks each time that it wakes up, whatever for, and every second anyway."""
+    manifest = Manifest("f", "A", "a", "float32", 100, 64, ())
+    hello = Ready("engine", manifest, Limits(64, 8, 16, 16, 100, 8, 512, 1 << 20), "cpu", {})
+    postman = Postman(address, hello, queue.SimpleQueue(), 10.0, 20.0)
+    postman.start()
+    postman._closing = True
+    postman.join()
+    postman.close()
 
 
 async def test_an_idle_engine_stops_at_once(start: Start, client: EngineClient) -> None:
