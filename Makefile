@@ -61,7 +61,7 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks $(ARGS)
 
 # Hostile inputs by the ten thousand: FUZZ times as many as in `make test`, from FUZZ_SEED; the counts are printed.
-# Only the API with a tenant's key and the admin's, some 20,000 requests: make fuzz FUZZ=16 ARGS='-k with_keys'.
+# Only the API with a tenant's key and the admin's, some 20,000 requests: make fuzz FUZZ=32 ARGS='-k with_keys'.
 FUZZ ?= 50
 FUZZ_SEED ?= 1
 fuzz: $(VENV)/.installed-dev

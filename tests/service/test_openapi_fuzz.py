@@ -113,8 +113,8 @@ def test_nothing_crashes_with_keys(base_model_dir: Path, tmp_path: Path) -> None
                 assert upload(client, name, seed).status_code == 201
             key = client.headers["authorization"].removeprefix("Bearer ")
             for each in (key, ADMIN):
-                found, _ = fuzz(str(document), server.url, tmp_path, EXAMPLES // 2, key=each, but=but, phases=phases)
-                assert found >= 5 * operation_count
+                found, _ = fuzz(str(document), server.url, tmp_path, EXAMPLES // 4, key=each, but=but, phases=phases)
+                assert found >= 3 * operation_count
             assert server.http.get("/v1/models").status_code == 200
         no_server_errors(server)
         server.wait_until_idle()
