@@ -48,9 +48,9 @@ class Guests:
         self._paused = 0
         """Steps in a row that hosts sat out."""
         self._queue: list[Sequence] = []
-        """Of hosts that take turns: who has not had one in this round."""
-        self._turn: list[Sequence] = []
-        """Whose turn it is."""
+        """Of hosts that take turns: whose is next, and next but one."""
+        self._before: list[Sequence] = []
+        """The same before this step."""
 
     def came(self, tenant: Tenant, running: int) -> None:
         """It has a new request; `running` sequences run."""
@@ -105,21 +105,20 @@ class Guests:
 
     def in_turn(self, running: list[Sequence], hosts: dict[str, Tenant]) -> list[Sequence]:
         """Those of `running` that may decode in a short step, by arrival; all of them if that is short enough, and of
-        hosts' at least an eighth. In rounds, which those that come in meanwhile join at the end: so each has its turn
-        within nine steps that hosts do not sit out."""
+        hosts' at least an eighth. Who had its turn, and who comes in, goes to the end, so nobody is passed: each has its
+        turn within eight of the steps that hosts do not sit out, while no others end."""
         mine = [seq for seq in running if seq.tenant in hosts and len(seq.tokens) - seq.num_computed == 1]
         room = self.times.sequences_in(self.wait - self.times.step(0, len(running) - len(mine)))
         room = max(room, ceil(len(mine) / 8))
         if len(mine) <= room:
-            self._turn, self._queue = [], []
+            self._before = self._queue = []
             return running
         decoding = set(mine)
         queue = [seq for seq in self._queue if seq in decoding]
-        if len(queue) < room:  # the next round
-            decoding.difference_update(queue)
-            queue += [seq for seq in mine if seq in decoding]
-        self._turn, self._queue = queue[:room], queue[room:]
-        out = set(mine).difference(self._turn)
+        decoding.difference_update(queue)
+        self._before = queue = queue + [seq for seq in mine if seq in decoding]
+        self._queue = queue[room:] + queue[:room]
+        out = set(queue[room:])
         return [seq for seq in running if seq not in out]
 
     def rest(self, decoding: int) -> int:
@@ -132,5 +131,5 @@ class Guests:
         """Whether hosts leave the step to guests, for whose prompts there are tokens in it or not (`fed`)."""
         self._paused = self._paused + 1 if fed and self._paused < PAUSE else 0
         if self._paused:
-            self._turn, self._queue = [], self._turn + self._queue
+            self._queue = self._before
         return self._paused > 0
