@@ -105,8 +105,8 @@ class Guests:
 
     def in_turn(self, running: list[Sequence], hosts: dict[str, Tenant]) -> list[Sequence]:
         """Those of `running` that may decode in a short step, by arrival; all of them if that is short enough, and of
-        hosts' at least an eighth. Who had its turn, and who comes in, goes to the end, so nobody is passed: each has its
-        turn within eight of the steps that hosts do not sit out, while no others end."""
+        hosts' at least an eighth. Who had its turn, and who comes in, goes to the end, so nobody is passed: each has
+        its turn within eight of the steps that hosts do not sit out, while no others end."""
         mine = [seq for seq in running if seq.tenant in hosts and len(seq.tokens) - seq.num_computed == 1]
         room = self.times.sequences_in(self.wait - self.times.step(0, len(running) - len(mine)))
         room = max(room, ceil(len(mine) / 8))
