@@ -32,11 +32,10 @@ def service(tmp_path_factory: pytest.TempPathFactory, base_model_dir: Path) -> I
 
 @pytest.fixture(scope="session")
 def service_with_tenants(tmp_path_factory: pytest.TempPathFactory, base_model_dir: Path) -> Iterator[Launched]:
-    """The same with an admin key, and a simulated engine: what it answers is not what that page is about."""
+    """The same with an admin key, and without the examples."""
     data_dir = tmp_path_factory.mktemp("data")
     (data_dir / "models").symlink_to(base_model_dir.parent)
-    simulated = '{"vocab_size": 49152}'
-    with Launched(data_dir, unused_port(), "--simulated", simulated, LORAPLEX_ADMIN_KEY=ADMIN_KEY) as launched:
+    with Launched(data_dir, unused_port(), "--threads", "1", LORAPLEX_ADMIN_KEY=ADMIN_KEY) as launched:
         launched.wait_announced()
         yield launched
 
