@@ -61,8 +61,9 @@ class Pattern:
             re.compile(whole)  # refuses what PEFT would refuse
             self._compiled: Any = regex.compile(whole)
         except (re.error, regex.error, RecursionError, OverflowError, MemoryError) as error:
+            why = ascii(str(error))[1:-1]  # it quotes the pattern, control characters and all
             raise PatternError(
-                f"{field}: {shown(source)} is not a regular expression that Python's re accepts: {error}"
+                f"{field}: {shown(source)} is not a regular expression that Python's re accepts: {why}"
             ) from error
         self._charge(time.thread_time() - started)
 

@@ -475,3 +475,11 @@ def test_a_large_model_with_a_pattern_for_every_module() -> None:
     assert {target.module: target.rank for target in spec.targets} == ranks
     assert {target.scale for target in spec.targets} == {2.0}
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(spec), type=AdapterSpec) == spec
+
+
+def test_an_error_of_the_regular_expression_engine_is_printable() -> None:
+    """It quotes what was uploaded."""
+    with pytest.raises(patterns.PatternError) as refused:
+        patterns.PatternMap("rank_pattern", {"(?\x1f": 4}, Budget())
+    assert str(refused.value).isprintable()
+    assert "unknown extension ?\\x1f" in str(refused.value)
