@@ -477,9 +477,8 @@ def test_a_large_model_with_a_pattern_for_every_module() -> None:
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(spec), type=AdapterSpec) == spec
 
 
-def test_an_error_of_the_regular_expression_engine_is_printable() -> None:
+def test_an_error_of_the_regular_expression_engine_is_printable(adapter: Path, manifest: Manifest) -> None:
     """It quotes what was uploaded."""
-    with pytest.raises(patterns.PatternError) as refused:
-        patterns.PatternMap("rank_pattern", {"(?\x1f": 4}, Budget())
-    assert str(refused.value).isprintable()
-    assert "unknown extension ?\\x1f" in str(refused.value)
+    (reason,) = reasons(adapter, manifest, rank_pattern={"(?\x1f": 4})
+    assert reason.isprintable()
+    assert "unknown extension ?\\x1f" in reason
