@@ -212,7 +212,7 @@ def test_what_the_server_refuses(both: Both, tmp_path: Path) -> None:
     ):
         with pytest.raises(api.NotFound) as other:
             both.do(call())
-        assert other.value.code == "adapter_not_found"
+        assert other.value.code == "single_user"
     assert both.do(client.adapters.get("default/own")).description == ""
     # A name is never another path.
     for name in ("..", "a/b", "x?y=1#z"):
