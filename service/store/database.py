@@ -182,8 +182,9 @@ def _translated() -> Iterator[None]:
 
 
 _BUSY = ("55P03", "40001", "40P01", "57014")  # lock not available, serialisation, deadlock, cancelled
-_GONE = ("08", "57P", "53", "25006", "58", "XX")
-"""SQLSTATE classes: connection failed, shutdown, out of resources, a standby that takes no writes, system failures."""
+_GONE = ("08", "28", "3D", "57P", "53", "25006", "58", "XX")
+"""SQLSTATE classes: connection failed, not let in, no such database, shutdown, out of resources, a standby that takes
+no writes, system failures."""
 
 
 def _says_gone(error: DBAPIError) -> bool:
