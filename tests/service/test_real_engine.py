@@ -163,7 +163,8 @@ def test_a_client_that_leaves_frees_its_sequence_and_pages(service: Launched) ->
         httpx.Client(base_url=service.url, timeout=60, trust_env=False) as leaving,
         leaving.stream("POST", "/v1/completions", json=body) as response,
     ):
-        next(response.iter_lines())
+        lines = response.iter_lines()  # kept: httpx closes the connection of an iterator that nobody holds
+        next(lines)
         wait_for(lambda: gauge("loraplex_engine_sequences_running") == 1)
     wait_for(lambda: gauge("loraplex_engine_sequences_running") == 0, 20)
     wait_for(lambda: gauge("loraplex_engine_adapter_leases") == 0, 20)
