@@ -101,7 +101,8 @@ async def test_a_full_server_says_429_and_when_to_come_back(base_model_dir: Path
             async with asyncio.timeout(60):
                 answers = await asyncio.gather(*(post(port, "/v1/completions", body) for body in bodies))
             assert set(statuses(answers)) == {200, 429}
-            assert statuses(answers)[200] >= 12
+            # What the queue holds; four more run only if the engine takes a step before all have arrived.
+            assert statuses(answers)[200] >= 8
             for answer in answers:
                 if answer.status == 429:
                     assert int(answer.headers["retry-after"]) >= 1
