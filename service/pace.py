@@ -21,7 +21,7 @@ from pathlib import Path
 
 from service.children import Child
 
-SHARE = 0.04
+SHARE = 0.02
 """Of one processor. Below the 5% that a merge may cost requests, since a step of the engine ends when the last of its
 threads has ended: what one of them loses, all of them lose."""
 SLICE_S = 0.05

@@ -86,7 +86,7 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     api_workers: int = Field(1, ge=1, le=256)
     merge_priority: Literal["idle", "low", "normal"] = "low"
-    """low: of processors that others want a merge has 4% of one, besides all that nobody wants. idle: only what nobody
+    """low: of processors that others want a merge has 2% of one, besides all that nobody wants. idle: only what nobody
     wants, so that it stands still while the machine is fully busy. normal: like everything else."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["json", "console"] = "console"

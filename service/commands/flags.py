@@ -17,7 +17,7 @@ HELP = {
     "device": "auto, cpu or cuda.",
     "dtype": "auto, float32, bfloat16 or float16.",
     "api_workers": "API processes.",
-    "merge_priority": "low: merges take 4% of a core that others want; idle: only what nobody wants; normal: more.",
+    "merge_priority": "low: merges take 2% of a core that others want; idle: only what nobody wants; normal: more.",
     "log_level": "debug, info, warning or error.",
     "log_format": "console or json.",
     "max_positions": "Longest sequence in tokens; 0: the model's own limit.",
