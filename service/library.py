@@ -107,6 +107,7 @@ class Library:
         engine and all that follow. Call it once, at start."""
         await asyncio.to_thread(self._spool.sweep)
         await self._janitor.recover()
+        self._spool.serve()
         self._start(self._janitor.run())
         self.engine.on_hello.append(self._prefetch_pinned)
         if self.engine.ready.is_set() and self.engine.last_ready is not None:

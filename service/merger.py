@@ -336,6 +336,7 @@ async def run(settings: Settings) -> None:
         stack.push_async_callback(workers.close)
         spool = Spool(settings.uploads_dir, settings.max_upload_bytes, 1)
         stack.callback(spool.close)
+        spool.serve()
         base_name = settings.base_name()
         library = Library(catalogue, settings.open_blobs(), spool, workers, engine, base_name, settings.cache_dir)
         stack.push_async_callback(library.close)

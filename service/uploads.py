@@ -40,6 +40,8 @@ MAX_BOUNDARY_BYTES = 200
 IDLE_TIMEOUT_S = 60.0  # without a byte from the client
 RETRY_AFTER_S = 2.0  # what a client is told to wait while there are too many uploads
 LOCK_FILE = "lock"
+SERVING_BYTES = 1
+"""Size of the lock file of a process that serves; it is empty before."""
 # Of the disk, uploads leave so much free: the catalogue has to be able to grow, if only to delete.
 RESERVE_BYTES = 32 << 20
 
@@ -105,9 +107,15 @@ class Spool:
                     swept += 1
         return swept
 
+    def serve(self) -> None:
+        """This process may have requests from now on."""
+        self._lock.truncate(SERVING_BYTES)  # needs no room on a full disk
+
     def alone(self) -> bool:
-        """Whether no other living process has a spool here, that is, serves this data folder."""
-        return not any(entry != self._home and _held(entry) for entry in self._root.iterdir())
+        """Whether no other living process serves this data folder. Those that have not come to `serve` do not count:
+        where several start at once, each of them would otherwise leave to another what the first one has to sweep."""
+        others = (entry for entry in self._root.iterdir() if entry != self._home)
+        return not any(_held(entry, SERVING_BYTES) for entry in others)
 
     def lives(self, process: str) -> bool:
         """Whether the process that had this name still runs."""
@@ -172,10 +180,12 @@ def _held_still(root: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _held(entry: Path) -> bool:
-    """Whether a living process holds this folder of the spool."""
+def _held(entry: Path, least_bytes: int = 0) -> bool:
+    """Whether a living process holds this folder of the spool, by a lock file of at least that size."""
     try:
         with (entry / LOCK_FILE).open("rb") as lock:
+            if os.fstat(lock.fileno()).st_size < least_bytes:
+                return False
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

@@ -241,7 +241,7 @@ class EngineClient:
     def answers(self) -> bool:
         """There is an engine, and it was heard of lately. The age of its last heartbeat alone would not do: a process
         that is busy itself (2,000 requests at once) has not read the newest one yet; `_ping` takes care of that."""
-        return self.ready.is_set()
+        return self.ready.is_set() and self._connected
 
     @property
     def stuck(self) -> bool:

@@ -90,6 +90,7 @@ def test_a_hung_engine_is_replaced(launch: Callable[..., Launched]) -> None:
     service.wait_announced()
     first = service.child(ENGINE)
     first.suspend()
+    wait_for(lambda: not service.ready())  # the API process finds out by itself, perhaps after the supervisor
     wait_for(lambda: not first.is_running())
     wait_for(service.ready)
     assert service.http.post("/v1/completions", json=PROMPT).status_code == 200

@@ -258,15 +258,22 @@ def test_the_sweep_spares_the_living(tmp_path: Path) -> None:
     root = tmp_path / "uploads"
     code = (
         "import sys, time; from pathlib import Path; from service.uploads import Spool\n"
-        "spool = Spool(Path(sys.argv[1]), 1); (spool._home / 'upload').mkdir(); print('up', flush=True); time.sleep(60)"
+        "spool = Spool(Path(sys.argv[1]), 1); (spool._home / 'upload').mkdir(); print('up', flush=True)\n"
+        "input(); spool.serve(); print('serving', flush=True); time.sleep(60)"
     )
-    with subprocess.Popen([sys.executable, "-c", code, root], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code, root], cwd=ROOT, text=True, **pipes) as process:
         try:
             assert process.stdout is not None
             assert process.stdout.readline() == "up\n"
             (root / "stray file").write_bytes(b"x")
             spool = Spool(root, LIMIT)
             assert spool.sweep() == 1
+            assert spool.alone(), "the other one has not begun to serve"
+            assert process.stdin is not None
+            process.stdin.write("\n")
+            process.stdin.flush()
+            assert process.stdout.readline() == "serving\n"
             assert not spool.alone()
             assert len(list(root.iterdir())) == 2
         finally:
