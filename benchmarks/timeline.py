@@ -64,7 +64,7 @@ class Timeline:
             clock=lambda: self.now,
             sleep=self._pass,
         )
-        self.engine.runner = Timekeeper(self.engine.pool, lambda _: "", options, self._pass)
+        self.engine.runner = Timekeeper(self.engine.pool, lambda _: "", options, self._pass, lambda: self.now)
         self._ended: list[Callable[[], None]] = []
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = itertools.count()

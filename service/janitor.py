@@ -77,7 +77,9 @@ class Janitor:
         """At start: sweeps what killed processes of this instance have left. Without another process that serves no
         request can need anything deleted, so everything goes at once."""
         async with self._catalogue.write() as edits:
-            alone = self._spool.alone()  # as a writer: who begins to serve hereafter deletes nothing before this is done
+            alone = (
+                self._spool.alone()
+            )  # as a writer: who begins to serve hereafter deletes nothing before this is done
             book = edits.blobs
             await book.here(self.instance)
             await self._give_up_the_dead(book)

@@ -181,7 +181,9 @@ class Admission:
         leader = self.leader.get(seq)
         if leader is None:
             return False
-        if leader.state is not State.FINISHED and leader.num_computed < leader.num_prompt:
+        # Pages can be found once the step that fills them has been read.
+        known = leader.num_generated - leader.pending
+        if leader.state is not State.FINISHED and (leader.num_computed < leader.num_prompt or not known):
             return True
         del self.leader[seq]
         return False

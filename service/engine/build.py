@@ -89,7 +89,7 @@ def build_engine(
         max_rank=MAX_RANK,
         arena_bytes=arena.capacity,
     )
-    runner = Runner(loaded, backend, kernels, config.page_size)
+    runner = Runner(loaded, backend, kernels, config.page_size, ahead=config.ahead)
     if cuda and not config.eager:
         _prepare(config, loaded, runner, backend, kernels, arena, budget)
     multiprocessors = torch.cuda.get_device_properties(loaded.device).multi_processor_count if cuda else 0

@@ -50,6 +50,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     deterministic: bool = False
     eager: bool = False
     """CUDA: neither compile layers nor capture graphs. Starts sooner, decodes several times slower."""
+    ahead: bool | None = None
+    """Prepare each step while the device runs the one before it; None: on CUDA (core.Engine.step)."""
     traces_url: str = ""
     """Where spans go, as OTLP over HTTP (tracing.py); empty: none are made."""
     log_level: str = "info"

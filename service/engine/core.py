@@ -1,6 +1,6 @@
 """The engine: requests in, tokens out, one step at a time. Single-threaded; knows no sockets and no torch.
 
-`step` is the whole of it: place adapters, schedule, run, advance, reply. Everything else here is what happens to a
+`step` is the whole of it: place adapters, schedule, launch, collect, reply. Everything else here is what happens to a
 request before its first step (submit) and after its last.
 """
 
@@ -13,6 +13,7 @@ import time
 import traceback
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 from adapters.errors import AdapterTooLarge
@@ -37,7 +38,7 @@ from service.engine.messages import (
     ToEngine,
 )
 from service.engine.permits import queue_full, too_large
-from service.engine.request import Batch, Sampled, Sequence
+from service.engine.request import PENDING, Batch, Sampled, Sequence, State
 from service.engine.scheduler import Scheduler
 from service.engine.tracing import SequenceTracer, Timeline
 
@@ -54,11 +55,31 @@ Key = tuple[bytes, str]
 """(client, request id)"""
 
 
-class Runner(Protocol):
-    """Executes a batch. One result per item, None where nothing is sampled. Reads its sequences; changes only
-    `prompt_logprobs`, to which it appends."""
+Collect = Callable[[], list[Sampled | None]]
+"""Waits for a launched step: one result per item, None where nothing is sampled. Appends to `prompt_logprobs`."""
 
-    def execute(self, batch: Batch) -> list[Sampled | None]: ...
+
+class Runner(Protocol):
+    """Executes batches, in the order of their launches. Reads its sequences while it launches, and changes nothing of
+    them but `prompt_logprobs`, when the step is collected."""
+
+    ahead: bool
+    """The device works while this process goes on: `launch` only queues the step. Sequences may then end in a PENDING
+    token that the launch before has drawn, and at most two steps are launched and not collected."""
+
+    def launch(self, batch: Batch) -> Collect: ...
+
+
+@dataclass(slots=True)
+class Flight:
+    """A step that was launched."""
+
+    batch: Batch
+    collect: Collect
+    started: float
+    """time.monotonic() when the device could begin with it."""
+    began: float
+    """The same by the engine's clock."""
 
 
 def merged(adapters: Adapters) -> Adapters:
@@ -132,6 +153,7 @@ class Engine:
         self.tracer: SequenceTracer | None = None
         """Set: sequences of traced requests have a Timeline, and are handed to it when they end."""
         self._send = send
+        self._flight: Flight | None = None
         self._requests: dict[Key, dict[int, Sequence]] = {}
         self._outbox: defaultdict[bytes, list[Delta]] = defaultdict(list)
         self._arrivals = itertools.count()
@@ -147,51 +169,89 @@ class Engine:
     # ------------------------------------------------------------ the step
 
     def step(self) -> bool:
-        """Run one step; False if nothing could run. Raises EngineBroken and IntegrityError: end the process."""
+        """Run one step; False if nothing could run. Raises EngineBroken and IntegrityError: end the process.
+
+        Where the device works beside this process, this step is launched before the one before it is collected: all
+        that Python does for a step is done while the device is busy with another. A sequence that turns out to have
+        ended is then computed once more for nothing."""
         self.residency.poll()
         self.calls.answer(self._named)
         batch = self.scheduler.schedule()
         self._refuse_failed()
-        if not batch.items:
+        before, self._flight = self._flight, None
+        if not batch.items and before is None:
             return False
-        started, began = time.monotonic(), self._clock()
-        self.step_started = started
-        try:
-            sampled = self._run(batch)
-        except Exception as error:
-            self._give_up(batch, error)
-            # What the failed step held, on the device above all, is free before the next one.
-            traceback.clear_frames(error.__traceback__)
-        else:
-            self._failed_steps = 0
-            self._advance(batch, sampled)
-            self._reply()
-            self.scheduler.took(batch, self._clock() - began)
-        finally:
-            self.step_started = None
-            self._steps += 1
-            self._step_seconds += time.monotonic() - started
+        after = failure = None
+        if batch.items:
+            started, began = time.monotonic(), self._clock()
+            self.step_started = started if before is None else before.started
+            try:
+                after = Flight(batch, self.runner.launch(batch), started, began)
+            except Exception as error:
+                failure = error
+        if before is not None:
+            self._land(before, after)
+        if failure is not None:
+            self._give_up(batch, failure)
+        if after is not None:
+            self._assume(after)
+            if self.runner.ahead:
+                self._flight = after
+            else:
+                self._land(after)
+        self.step_started = None if self._flight is None else self._flight.started
         return True
 
-    def _run(self, batch: Batch) -> list[Sampled | None]:
-        sampled = self.runner.execute(batch)
-        if [result is not None for result in sampled] != [item.samples for item in batch.items]:
-            raise EngineError("the runner's results do not match its batch")
-        return sampled
+    def _assume(self, flight: Flight) -> None:
+        """The books as if the step had been collected already, but for the tokens that it draws."""
+        for item in flight.batch.items:
+            seq = item.seq
+            if seq.state is not State.RUNNING:
+                continue  # the step before was its last
+            if item.count > 1 or seq.num_computed < seq.num_prompt:
+                self._prefilled += item.count
+                if seq.timeline is not None:
+                    seq.timeline.begun(flight.started)
+            seq.num_computed += item.count
+            if item.samples and not self._is_last(seq):
+                seq.tokens.append(PENDING)
+
+    def _is_last(self, seq: Sequence) -> bool:
+        """Whether the next token of `seq` ends it whatever it is: no step need be prepared for the one after."""
+        return seq.num_generated + 1 >= seq.sampling.max_tokens or len(seq.tokens) + 1 >= self.limits.max_positions
+
+    def _land(self, flight: Flight, after: Flight | None = None) -> None:
+        """Collects a step and tells its clients. `after`: the device goes on with that one."""
+        try:
+            sampled = flight.collect()
+            if [result is not None for result in sampled] != [item.samples for item in flight.batch.items]:
+                raise EngineError("the runner's results do not match its batch")
+        except Exception as error:
+            self._give_up(flight.batch, error)
+        else:
+            self._failed_steps = 0
+            self._advance(flight.batch, sampled)
+            self._reply()
+            self.scheduler.took(flight.batch, self._clock() - flight.began)
+            self._steps += 1
+        now = time.monotonic()
+        self._step_seconds += now - flight.started
+        if after is not None:
+            after.started, after.began = now, self._clock()
 
     def _advance(self, batch: Batch, sampled: list[Sampled | None]) -> None:
         for item, result in zip(batch.items, sampled, strict=True):
             seq = item.seq
-            if item.count > 1 or seq.num_computed < seq.num_prompt:
-                self._prefilled += item.count
-                if seq.timeline is not None:
-                    seq.timeline.begun(self.step_started)
-            seq.num_computed += item.count
-            self.pool.commit(seq)
+            if seq.state is State.FINISHED:
+                continue
+            if seq.state is State.RUNNING:  # else it was preempted meanwhile, and has no pages
+                self.pool.commit(seq)
             if result is not None:
                 self._append(seq, result)
 
     def _append(self, seq: Sequence, result: Sampled) -> None:
+        if seq.pending:
+            seq.tokens.pop()
         delta = Delta(seq.request_id, seq.index, [])
         if seq.num_generated == 0:
             delta.cached_tokens = seq.cached_tokens
@@ -218,7 +278,10 @@ class Engine:
 
     def _give_up(self, batch: Batch, error: Exception) -> None:
         """The step failed: so do its requests, and nothing else."""
+        self._steps += 1
         self._failed_steps += 1
+        # What the failed step held, on the device above all, is free before the next one.
+        traceback.clear_frames(error.__traceback__)
         jobs = list(dict.fromkeys(item.seq.request_id for item in batch.items))
         log.error("step of %d tokens failed", batch.num_tokens, exc_info=error, extra={"jobs": jobs})
         for item in batch.items:
@@ -229,7 +292,8 @@ class Engine:
             self._out_of_memory += 1
             code, message = "out_of_memory", "the engine ran out of memory while it computed this request"
         for key in dict.fromkeys((item.seq.client, item.seq.request_id) for item in batch.items):
-            self._refuse(key, code, message)
+            if key in self._requests:  # the step before may have been its last
+                self._refuse(key, code, message)
         self.check_integrity()
         if self._failed_steps >= MAX_FAILED_STEPS:
             raise EngineBroken(f"{self._failed_steps} steps in a row failed") from error

@@ -24,6 +24,7 @@ from adapters.kernels.device_plan import DevicePlan, PlanShape, PlanSizeError, p
 from adapters.plan import LoraPlan
 from service.engine.attention import StepLayout
 from service.engine.attention_triton import StepArrays, TritonPagedAttention
+from service.engine.transfer import fill_pending
 
 log = logging.getLogger(__name__)
 
@@ -41,10 +42,12 @@ def buckets(max_sequences: int) -> list[int]:
 
 @dataclass(slots=True)
 class _Buffer:
-    """The inputs of one bucket: the same int32 layout in pinned host memory and on the device."""
+    """The inputs of one bucket: the same int32 layout in pinned host memory, twice, and on the device. A step is
+    prepared while the copy for the one before it may not have been made yet, and that before both has been collected."""
 
     size: int
     host: Tensor
+    other: Tensor
     device: Tensor
     ids: slice
     positions: slice
@@ -54,6 +57,10 @@ class _Buffer:
     table: slice
     plan: slice
     plan_shape: PlanShape
+
+    def turn(self) -> None:
+        """From now on the other host buffer is written."""
+        self.host, self.other = self.other, self.host
 
     def part(self, where: slice) -> NDArray[np.int32]:
         return self.host.numpy()[where]
@@ -107,10 +114,16 @@ class DecodeGraphs:
         log.info("%d CUDA graphs captured in %.1f s", len(self._graphs), time.perf_counter() - begin)
 
     def run(
-        self, ids: NDArray[np.int64], positions: NDArray[np.int64], layout: StepLayout, plan: LoraPlan | None
+        self,
+        ids: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        layout: StepLayout,
+        plan: LoraPlan | None,
+        drawn: Tensor,
     ) -> tuple[Tensor, Tensor] | None:
         """(logits [S, vocabulary], most probable tokens [S]) of a step of S decoding sequences; None when no graph
-        fits it. The tensors are overwritten by the next call."""
+        fits it. An id of -1 - i stands for drawn[i]. The tensors are overwritten by the next replay, which is queued
+        behind whatever was queued to read them."""
         count = len(ids)
         size = next((size for size in self._sizes if size >= count), None)
         bound = 0
@@ -121,6 +134,7 @@ class DecodeGraphs:
         if graph is None or size is None:
             return None
         buffer = self._buffers[size]
+        buffer.turn()
         try:
             pack(plan, buffer.plan_shape, buffer.part(buffer.plan))
         except PlanSizeError:  # a composition has more waves than a graph provides for
@@ -137,6 +151,8 @@ class DecodeGraphs:
         width = layout.page_table.shape[1]
         buffer.part(buffer.table).reshape(size, self._pages)[:count, :width] = layout.page_table
         buffer.device.copy_(buffer.host, non_blocking=True)
+        if ids.min() < 0:
+            fill_pending(buffer.device[buffer.ids][:count], drawn)
         graph.graph.replay()
         return graph.logits[:count], graph.greedy[:count]
 
@@ -153,11 +169,13 @@ class DecodeGraphs:
         for name, length in lengths.items():
             parts[name] = slice(at, at + length)
             at += -(-length // _ALIGN) * _ALIGN
-        host = torch.zeros(at, dtype=torch.int32, pin_memory=True)
+        host, other = (torch.zeros(at, dtype=torch.int32, pin_memory=True) for _ in range(2))
         device = torch.zeros(at, dtype=torch.int32, device=self._device)
-        buffer = _Buffer(size=size, host=host, device=device, plan_shape=plan_shape, **parts)
-        buffer.part(buffer.slots)[:] = -1
-        buffer.part(buffer.starts)[:] = np.arange(size + 1)
+        buffer = _Buffer(size=size, host=host, other=other, device=device, plan_shape=plan_shape, **parts)
+        for _ in range(2):
+            buffer.part(buffer.slots)[:] = -1
+            buffer.part(buffer.starts)[:] = np.arange(size + 1)
+            buffer.turn()
         buffer.device.copy_(host)
         return buffer
 

@@ -9,6 +9,11 @@ from service.engine.messages import AdapterRef, SamplingParams, TokenLogprob
 from service.engine.tracing import Timeline
 
 
+PENDING = -1
+"""Stands in `tokens` for a token that has been drawn on the device and is not known here yet. It is always the last one,
+of a sequence that is in the step in flight."""
+
+
 class State(enum.Enum):
     """WAITING (for pages and a slot) | FETCHING (its adapters are on their way) | RUNNING | FINISHED."""
 
@@ -20,7 +25,8 @@ class State(enum.Enum):
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """One stream of tokens. Its KV entries are those of tokens[:num_computed], in `pages`, page_size tokens each."""
+    """One stream of tokens. Its KV entries are those of tokens[:num_computed], in `pages`, page_size tokens each; those
+    of the step in flight count."""
 
     request_id: str
     index: int
@@ -57,7 +63,13 @@ class Sequence:
 
     @property
     def num_generated(self) -> int:
+        """The one that is pending counts."""
         return len(self.tokens) - self.num_prompt
+
+    @property
+    def pending(self) -> bool:
+        """Its last token has been drawn, and is not known here yet."""
+        return self.tokens[-1] == PENDING
 
     @property
     def num_uncomputed(self) -> int:

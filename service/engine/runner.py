@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -18,8 +18,11 @@ from adapters.plan import LoraPlan, build_plan, order_by_adapter
 from adapters.site import Site
 from service.engine import sampler
 from service.engine.attention import Attention, Current, StepLayout, attach
+from service.engine.core import Collect
 from service.engine.model import LoadedModel
-from service.engine.request import Batch, Sampled, Scheduled
+from service.engine.request import PENDING, Batch, Sampled, Scheduled, Sequence
+from service.engine.sampler import Drawn
+from service.engine.transfer import column, fill_pending, to_device
 
 if TYPE_CHECKING:  # it imports Triton, which torch for CPU does not bring
     from service.engine.graphs import DecodeGraphs
@@ -76,11 +79,21 @@ class _Hook:
 class Runner:
     """The model with its LoRA layers and its KV cache.
 
-    `execute` reads its sequences and changes none of them, but for appending prompt log-probabilities."""
+    `launch` reads its sequences and changes none of them; what it returns appends prompt log-probabilities."""
 
     def __init__(
-        self, loaded: LoadedModel, attention: Attention, kernels: LoraKernels, page_size: int, *, fuse: bool = True
+        self,
+        loaded: LoadedModel,
+        attention: Attention,
+        kernels: LoraKernels,
+        page_size: int,
+        *,
+        fuse: bool = True,
+        ahead: bool | None = None,
     ) -> None:
+        """ahead: launch steps before those before them are collected; by default where the device works beside the
+        host."""
+        self.ahead = loaded.device.type == "cuda" if ahead is None else ahead
         self._model = loaded.model
         self._device = loaded.device
         self._attention = attention
@@ -90,27 +103,67 @@ class Runner:
         self.sites = layers.install(loaded.model, loaded.manifest, self.hook, fuse=fuse)
         self.graphs: DecodeGraphs | None = None
         """Set once captured."""
+        self._drawn = torch.empty(0, dtype=torch.int64, device=loaded.device)
+        """The tokens of the last launch."""
+        self._row_of: dict[Sequence, int] = {}
+        """Where in them a sequence's lies."""
         attach(loaded.attention_modules, loaded.shapes, attention)
 
     @torch.inference_mode()
-    def execute(self, batch: Batch) -> list[Sampled | None]:
-        """Runs the batch; one result per item, None for an item that does not sample."""
+    def launch(self, batch: Batch) -> Collect:
+        """Queues the batch on the device. What is returned waits for it: one result per item, None for an item that
+        does not sample. Tokens that the launch before has drawn need not be known here: they are taken where they lie."""
         order = self._order(batch.items)
         items = [batch.items[i] for i in order]
         plan = build_plan(_spans(items))
         layout = self._layout(items)
-        ids, positions = _tokens(items)
-        results: list[Sampled | None] = [None] * len(items)
-        if self.graphs is not None and layout.num_decode == len(items) and all(item.samples for item in items):
-            done = self.graphs.run(ids, positions, layout, plan)
-            if done is not None:
-                for i, sampled in enumerate(sampler.sample(done[0], [item.seq for item in items], done[1])):
-                    results[order[i]] = sampled
-                return results
-        wanted, finish = _wanted_rows(items)
-        for i, sampled in finish(self.forward(ids, positions, layout, plan, wanted)).items():
-            results[order[i]] = sampled
-        return results
+        ids, positions = self._tokens(items)
+        done = self._replay(items, ids, positions, layout, plan)
+        if done is not None:
+            (logits, greedy), wanted = done, _Wanted(samples=list(range(len(items))))
+        else:
+            wanted = _wanted_rows(items)
+            logits = self.forward(ids, positions, layout, plan, np.asarray(wanted.tokens, dtype=np.int64))
+            greedy = None
+        told = [
+            (items[i].seq, sampler.prompt_logprobs(logits[row : row + len(following)], following, alternatives))
+            for i, row, following, alternatives in wanted.prompts
+        ]
+        if told:
+            logits = logits[column(wanted.rows, torch.int64, self._device)]
+        seqs = [items[i].seq for i in wanted.samples]
+        drawn = self._draw(logits, seqs, greedy)
+        places = [order[i] for i in wanted.samples]
+
+        def collect() -> list[Sampled | None]:
+            for seq, parts in told:
+                if seq.prompt_logprobs is not None:
+                    seq.prompt_logprobs += [entry for part in parts for entry in part.read()]
+            results: list[Sampled | None] = [None] * len(items)
+            for place, result in zip(places, drawn.read(), strict=True):
+                results[place] = result
+            return results
+
+        return collect
+
+    def _replay(
+        self,
+        items: list[Scheduled],
+        ids: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        layout: StepLayout,
+        plan: LoraPlan | None,
+    ) -> tuple[Tensor, Tensor] | None:
+        """(logits, most probable tokens) of a step in which every sequence decodes, by its CUDA graph."""
+        if self.graphs is None or layout.num_decode < len(items) or not all(item.samples for item in items):
+            return None
+        return self.graphs.run(ids, positions, layout, plan, self._drawn)
+
+    def _draw(self, logits: Tensor, seqs: list[Sequence], greedy: Tensor | None) -> Drawn:
+        before, rows = self._drawn, self._row_of
+        drawn = sampler.sample(logits, seqs, greedy, lambda i: before[rows[seqs[i]] : rows[seqs[i]] + 1])
+        self._drawn, self._row_of = drawn.tokens, {seq: row for row, seq in enumerate(seqs)}
+        return drawn
 
     @torch.inference_mode()
     def forward(
@@ -121,14 +174,15 @@ class Runner:
         plan: LoraPlan | None,
         wanted: NDArray[np.int64],
     ) -> Tensor:
-        """One step through the model: logits [wanted, vocabulary] of the token indices `wanted`."""
+        """One step through the model: logits [wanted, vocabulary] of the token indices `wanted`. An id of -1 - i stands
+        for the i-th token that the launch before has drawn."""
         Current.backend = self._attention
         self._attention.begin_step(layout)
         self._kernels.begin_step(plan)
         self.hook.active = plan is not None
-        ids_, positions_, wanted_ = (
-            torch.from_numpy(array).to(self._device, non_blocking=True) for array in (ids, positions, wanted)
-        )
+        ids_, positions_, wanted_ = (to_device(array, self._device) for array in (ids, positions, wanted))
+        if ids.min(initial=0) < 0:
+            fill_pending(ids_, self._drawn)
         return self.logits(ids_, positions_, wanted_)
 
     def logits(self, ids: Tensor, positions: Tensor, wanted: Tensor | None) -> Tensor:
@@ -144,6 +198,18 @@ class Runner:
         """Decoding sequences first (attention treats them together), and neighbours share adapters."""
         by_adapter = order_by_adapter([item.seq.rows for item in items])
         return sorted(by_adapter, key=lambda i: items[i].count > 1)
+
+    def _tokens(self, items: list[Scheduled]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(ids, positions) of the step's tokens. A token that is pending has an id that says where it lies."""
+        ids, positions = [], []
+        for item in items:
+            seq, begin, end = item.seq, item.seq.num_computed, item.seq.num_computed + item.count
+            part = np.asarray(seq.tokens[begin:end], dtype=np.int64)
+            if part[-1] == PENDING:
+                part[-1] = -1 - self._row_of[seq]
+            ids.append(part)
+            positions.append(np.arange(begin, end, dtype=np.int64))
+        return np.concatenate(ids), np.concatenate(positions)
 
     def _layout(self, items: list[Scheduled]) -> StepLayout:
         size = self.page_size
@@ -172,46 +238,36 @@ def _spans(items: list[Scheduled]) -> list[tuple[int, int, tuple[tuple[int, floa
     return spans
 
 
-def _tokens(items: list[Scheduled]) -> tuple[np.ndarray, np.ndarray]:
-    ids, positions = [], []
-    for item in items:
-        begin, end = item.seq.num_computed, item.seq.num_computed + item.count
-        ids.append(np.asarray(item.seq.tokens[begin:end], dtype=np.int64))
-        positions.append(np.arange(begin, end, dtype=np.int64))
-    return np.concatenate(ids), np.concatenate(positions)
+@dataclass(slots=True)
+class _Wanted:
+    """Which tokens of a step need logits: only where a token is drawn or a prompt's log-probabilities are asked."""
+
+    tokens: list[int] = field(default_factory=list)
+    """Index in the step, by row of logits."""
+    samples: list[int] = field(default_factory=list)
+    """Items that draw a token."""
+    rows: list[int] = field(default_factory=list)
+    """Their rows."""
+    prompts: list[tuple[int, int, list[int], int]] = field(default_factory=list)
+    """(item, first row, the tokens that follow those of the rows, alternatives)"""
 
 
-def _wanted_rows(items: list[Scheduled]) -> tuple[np.ndarray, Callable[[Tensor], dict[int, Sampled]]]:
-    """Which token positions of the step need logits, and what to do with them: logits are computed only where a
-    token is drawn or a prompt's log-probabilities are asked."""
-    rows: list[int] = []
-    prompts: list[tuple[int, int, int]] = []
-    samples: list[tuple[int, int]] = []
-    start = 0
+def _wanted_rows(items: list[Scheduled]) -> _Wanted:
+    wanted, start = _Wanted(), 0
     for i, item in enumerate(items):
         seq = item.seq
         if seq.prompt_logprobs is not None:
-            # Row of token t predicts token t + 1; a recomputed sequence has some already.
+            # Row of token t predicts token t + 1. A recomputed sequence has some already; what the step in flight will
+            # bring is all before num_computed.
             first = max(seq.num_computed, len(seq.prompt_logprobs) - 1)
             last = min(seq.num_computed + item.count, seq.num_prompt - 1)
             if first < last:
-                prompts.append((i, len(rows), last - first))
-                rows += range(start + first - seq.num_computed, start + last - seq.num_computed)
+                following = seq.tokens[first + 1 : last + 1]
+                wanted.prompts.append((i, len(wanted.tokens), following, seq.sampling.prompt_logprobs or 0))
+                wanted.tokens += range(start + first - seq.num_computed, start + last - seq.num_computed)
         if item.samples:
-            samples.append((i, len(rows)))
-            rows.append(start + item.count - 1)
+            wanted.samples.append(i)
+            wanted.rows.append(len(wanted.tokens))
+            wanted.tokens.append(start + item.count - 1)
         start += item.count
-
-    def finish(logits: Tensor) -> dict[int, Sampled]:
-        for i, row, count in prompts:
-            seq = items[i].seq
-            known = seq.prompt_logprobs
-            if known is None:
-                continue
-            following = seq.tokens[len(known) : len(known) + count]
-            alternatives = seq.sampling.prompt_logprobs or 0
-            known += sampler.prompt_logprobs(logits[row : row + count], following, alternatives)
-        drawn = sampler.sample(logits[[row for _, row in samples]], [items[i].seq for i, _ in samples])
-        return {i: sampled for (i, _), sampled in zip(samples, drawn, strict=True)}
-
-    return np.asarray(rows, dtype=np.int64), finish
+    return wanted

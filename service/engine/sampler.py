@@ -8,7 +8,9 @@ the same tokens alone, in a batch, after a preemption, and on another device up 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,40 +18,79 @@ from torch import Tensor
 
 from service.engine.messages import SamplingParams, TokenLogprob
 from service.engine.request import Sampled, Sequence
+from service.engine.transfer import Readback, column, to_device
 
+GREEDY_BELOW = 1e-5
+"""Temperatures below this are taken for 0 (as vLLM takes them): logits divided by less overflow."""
 LOGPROB_ROWS = 256
 """Rows of a prompt whose log-probabilities are computed at once; bounds the float32 copy of the logits."""
 
 
-def sample(logits: Tensor, seqs: Seq[Sequence], greedy: Tensor | None = None) -> list[Sampled]:
-    """One token per row of `logits` [n, vocabulary] (any float dtype); `seqs[i]` is the sequence of row i.
-    `greedy`: the most probable token of each row, where it is known already."""
-    if not seqs:
-        return []
+Pending = Callable[[int], Tensor]
+"""Row -> the token, [1] on the device, for which PENDING stands at the end of its sequence."""
+
+
+@dataclass(slots=True)
+class Drawn:
+    """Tokens drawn on the device, and a way to know them."""
+
+    tokens: Tensor
+    """int64 [n]"""
+    _tokens: Readback
+    _logprobs: Logprobs | None
+    _alternatives: dict[int, int]
+    """Row that asked for log-probabilities -> how many alternatives; in the order of `_logprobs`."""
+
+    def read(self) -> list[Sampled]:
+        """Waits for the device."""
+        results = [Sampled(token) for token in self._tokens.read().tolist()]
+        if self._logprobs is not None:
+            for (row, most), entry in zip(self._alternatives.items(), self._logprobs.read(), strict=True):
+                results[row].logprob = TokenLogprob(entry.token_id, entry.logprob, entry.top[:most])
+        return results
+
+
+def sample(logits: Tensor, seqs: Seq[Sequence], greedy: Tensor | None = None, pending: Pending | None = None) -> Drawn:
+    """Draws one token per row of `logits` [n, vocabulary] (any float dtype); `seqs[i]` is the sequence of row i.
+    `greedy`: the most probable token of each row, where it is known already. Queues work, and waits for none."""
     if all(_is_plain(seq.sampling) for seq in seqs):
         chosen = logits.argmax(-1) if greedy is None else greedy
     else:
-        chosen = _choose(logits.float(), seqs)
-    tokens: list[int] = chosen.tolist()
-    results = [Sampled(token) for token in tokens]
-    asked = [i for i, seq in enumerate(seqs) if seq.sampling.logprobs is not None]
+        chosen = _choose(logits.float(), seqs, pending)
+    asked = {i: seq.sampling.logprobs for i, seq in enumerate(seqs) if seq.sampling.logprobs is not None}
+    logprobs = None
     if asked:
-        most = max(seqs[i].sampling.logprobs or 0 for i in asked)
-        entries = _logprobs(logits[asked], [tokens[i] for i in asked], most)
-        for i, entry in zip(asked, entries, strict=True):
-            results[i].logprob = TokenLogprob(
-                entry.token_id, entry.logprob, entry.top[: seqs[i].sampling.logprobs or 0]
-            )
-    return results
+        rows = column(list(asked), torch.int64, logits.device)
+        logprobs = Logprobs(logits[rows], chosen[rows], max(asked.values()))
+    return Drawn(chosen, Readback(chosen), logprobs, asked)
 
 
-def prompt_logprobs(logits: Tensor, next_tokens: Seq[int], alternatives: int) -> list[TokenLogprob]:
+class Logprobs:
+    """Log-probabilities of `tokens` [n] and of the `alternatives` most probable ones under `logits` [n, vocabulary]."""
+
+    def __init__(self, logits: Tensor, tokens: Tensor, alternatives: int) -> None:
+        logprobs = torch.log_softmax(logits.float(), dim=-1)
+        self._tokens = Readback(tokens)
+        self._own = Readback(logprobs.gather(1, tokens[:, None])[:, 0])
+        values, ids = logprobs.topk(alternatives, dim=-1)
+        self._values, self._ids = Readback(values), Readback(ids)
+
+    def read(self) -> list[TokenLogprob]:
+        """Waits for the device."""
+        parts = (part.read().tolist() for part in (self._tokens, self._own, self._ids, self._values))
+        return [
+            TokenLogprob(token, value, list(zip(ids, values, strict=True)))
+            for token, value, ids, values in zip(*parts, strict=True)
+        ]
+
+
+def prompt_logprobs(logits: Tensor, next_tokens: Seq[int], alternatives: int) -> list[Logprobs]:
     """Log-probability of each prompt token given those before it: row i of `logits` predicts next_tokens[i]."""
-    found: list[TokenLogprob] = []
-    for begin in range(0, len(next_tokens), LOGPROB_ROWS):
-        rows = slice(begin, begin + LOGPROB_ROWS)
-        found += _logprobs(logits[rows], next_tokens[rows], alternatives)
-    return found
+    following = column(next_tokens, torch.int64, logits.device)
+    return [
+        Logprobs(logits[begin : begin + LOGPROB_ROWS], following[begin : begin + LOGPROB_ROWS], alternatives)
+        for begin in range(0, len(next_tokens), LOGPROB_ROWS)
+    ]
 
 
 def uniform(seed: int, position: int) -> float:
@@ -64,9 +105,13 @@ def uniform(seed: int, position: int) -> float:
     return (state >> 11) * 2.0**-53
 
 
+def _is_greedy(p: SamplingParams) -> bool:
+    return p.temperature < GREEDY_BELOW
+
+
 def _is_plain(p: SamplingParams) -> bool:
     """Greedy with nothing that moves the logits."""
-    return p.temperature == 0.0 and not _moves_logits(p)
+    return _is_greedy(p) and not _moves_logits(p)
 
 
 def _moves_logits(p: SamplingParams) -> bool:
@@ -75,37 +120,46 @@ def _moves_logits(p: SamplingParams) -> bool:
     )
 
 
-def _choose(logits: Tensor, seqs: Seq[Sequence]) -> Tensor:
+def _choose(logits: Tensor, seqs: Seq[Sequence], pending: Pending | None) -> Tensor:
     logits = logits.clone()
     for row, seq in enumerate(seqs):
         if _moves_logits(seq.sampling):
-            _move(logits[row], seq)
+            _move(logits[row], seq, pending(row) if pending is not None and seq.pending else None)
     chosen = logits.argmax(-1)
-    drawn = [i for i, seq in enumerate(seqs) if seq.sampling.temperature > 0.0]
+    drawn = [i for i, seq in enumerate(seqs) if not _is_greedy(seq.sampling)]
     if drawn:
-        index = torch.tensor(drawn, device=logits.device)
+        index = column(drawn, torch.int64, logits.device)
         chosen[index] = _draw(logits[index], [seqs[i] for i in drawn])
     return chosen
 
 
-def _move(row: Tensor, seq: Sequence) -> None:
-    """Applies bans, biases and penalties to the logits [vocabulary] of one sequence, in place."""
+def _move(row: Tensor, seq: Sequence, last: Tensor | None) -> None:
+    """Applies bans, biases and penalties to the logits [vocabulary] of one sequence, in place. `last`: its last token,
+    if that is not known here."""
     p = seq.sampling
     device = row.device
+    if seq.num_generated < p.min_tokens and p.stop_token_ids:
+        row[column(p.stop_token_ids, torch.int64, device)] = float("-inf")
+    if p.logit_bias:
+        row[column(list(p.logit_bias), torch.int64, device)] += column(list(p.logit_bias.values()), row.dtype, device)
+    known = seq.tokens if last is None else seq.tokens[:-1]
     if p.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted(set(seq.tokens)), device=device)
+        seen = column(sorted(set(known)), torch.int64, device)
+        if last is not None:
+            seen = torch.cat((seen, last))  # perhaps twice: both write the same
         values = row[seen]
         row[seen] = torch.where(values > 0, values / p.repetition_penalty, values * p.repetition_penalty)
     if p.presence_penalty or p.frequency_penalty:
-        ids, counts = np.unique(np.asarray(seq.tokens[seq.num_prompt :], dtype=np.int64), return_counts=True)
-        if len(ids):
-            times = torch.from_numpy(counts).to(device=device, dtype=row.dtype)
-            row[torch.from_numpy(ids).to(device)] -= p.presence_penalty + p.frequency_penalty * times
-    if p.logit_bias:
-        ids_of_bias = torch.tensor(list(p.logit_bias), device=device)
-        row[ids_of_bias] += torch.tensor(list(p.logit_bias.values()), device=device, dtype=row.dtype)
-    if seq.num_generated < p.min_tokens and p.stop_token_ids:
-        row[torch.tensor(p.stop_token_ids, device=device)] = float("-inf")
+        ids, counts = np.unique(np.asarray(known[seq.num_prompt :], dtype=np.int64), return_counts=True)
+        tokens, times = to_device(ids, device), to_device(counts.astype(np.float32), device)
+        present = torch.ones_like(times)
+        if last is not None:
+            same = tokens == last
+            fresh = ~same.any(dim=0, keepdim=True)
+            tokens = torch.cat((tokens, last))
+            times = torch.cat((times + same, fresh.to(times.dtype)))
+            present = torch.cat((present, fresh.to(times.dtype)))
+        row.index_add_(0, tokens, -(p.presence_penalty * present + p.frequency_penalty * times))
 
 
 def _draw(logits: Tensor, seqs: Seq[Sequence]) -> Tensor:
@@ -124,7 +178,7 @@ def _draw(logits: Tensor, seqs: Seq[Sequence]) -> Tensor:
         rows = [i for i, is_cut in enumerate(cut) if is_cut is wanted]
         if not rows:
             continue
-        index = torch.tensor(rows, device=logits.device)
+        index = column(rows, torch.int64, logits.device)
         if wanted:
             kept, order = _cut_by_rank(probs[index], [params[i] for i in rows])
             chosen[index] = order.gather(1, _inverse(kept, numbers[index]))[:, 0]
@@ -153,16 +207,4 @@ def _inverse(probs: Tensor, numbers: Tensor) -> Tensor:
 
 
 def _column(values: list[float], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.tensor(values, device=like.device, dtype=dtype)[:, None]
-
-
-def _logprobs(logits: Tensor, tokens: Seq[int], alternatives: int) -> list[TokenLogprob]:
-    logprobs = torch.log_softmax(logits.float(), dim=-1)
-    own = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
-    if not alternatives:
-        return [TokenLogprob(token, value, []) for token, value in zip(tokens, own, strict=True)]
-    values, ids = logprobs.topk(alternatives, dim=-1)
-    return [
-        TokenLogprob(token, value, list(zip(i, v, strict=True)))
-        for token, value, i, v in zip(tokens, own, ids.tolist(), values.tolist(), strict=True)
-    ]
+    return column(values, dtype, like.device)[:, None]

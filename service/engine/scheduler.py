@@ -138,7 +138,8 @@ class Scheduler:
         for seq in list(running):
             known, computed = len(seq.tokens), seq.num_computed
             if known - computed != 1:
-                begun.setdefault(seq.tenant, []).append(seq)
+                if known != computed:  # equal: the step in flight draws its last token
+                    begun.setdefault(seq.tenant, []).append(seq)
             elif seq.state is State.RUNNING and (len(seq.pages) * size >= known or self._grow(seq)):
                 if seq.paid > computed or computed < seq.num_prompt:
                     self._put(seq, 1)

@@ -22,12 +22,12 @@ from adapters.regions import Region, RegionAllocator
 from adapters.residency import Residency
 from adapters.tiers import BlockInfo, Completion, Fence, RowEntries
 from service.engine.config import EngineConfig
-from service.engine.core import Engine
+from service.engine.core import Collect, Engine
 from service.engine.errors import IntegrityError
 from service.engine.fairness import Prices
 from service.engine.kv_cache import PagePool
 from service.engine.messages import AdapterRef, FromEngine, Limits, SamplingParams, TokenLogprob
-from service.engine.request import Batch, Sampled, Scheduled, Sequence
+from service.engine.request import PENDING, Batch, Sampled, Scheduled, Sequence
 
 _MASK = 2**64 - 1
 
@@ -41,6 +41,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds more for each token of the step."""
     decode_token_s: float | None = None
     """The same for the one token of a sequence that decodes; None: as any other."""
+    ahead: bool = False
+    """The device works beside the engine, as a GPU does: tokens are not known before the step is collected."""
     busy_s: float = 0.0
     """Seconds more for which a step holds the interpreter's lock, as preparing and launching a real one does."""
     load_s: float = 0.0
@@ -128,26 +130,68 @@ class SimulatedRunner:
         digest_of: Callable[[int], str],
         options: Options,
         sleep: Callable[[float], None] = time.sleep,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.options = options
+        self._clock = clock
         self._sleep = sleep
+        self._device_until = 0.0
+        """When the device has done all that was launched."""
+        self._drawn: dict[Sequence, int] = {}
+        """By the last launch."""
+        self._told: list[tuple[Sequence, int, TokenLogprob]] = []
+        """Log-probabilities of prompts' tokens, by position, that the last launch has computed."""
         self.batches: list[int] = []
         """Tokens of each step, for tests."""
         self._size = pool.page_size
         self._digest_of = digest_of
         self._entries = [[0] * pool.page_size for _ in range(pool.num_pages)]
 
-    def execute(self, batch: Batch) -> list[Sampled | None]:
-        if (seconds := self.seconds(batch)) > 0:
-            self._sleep(seconds)
-        until = time.perf_counter() + self.options.busy_s
-        while time.perf_counter() < until:
-            pass
+    @property
+    def ahead(self) -> bool:
+        return self.options.ahead
+
+    def launch(self, batch: Batch) -> Collect:
+        if not self.ahead:
+            self._work(self.seconds(batch))
         self.batches.append(batch.num_tokens)
         every = self.options.out_of_memory_every
         if every and len(self.batches) % every == 0:
             raise OutOfMemoryError("CUDA out of memory (simulated)")
-        return [self._run(item) for item in batch.items]
+        failure, drawn = None, {}
+        results: list[Sampled | None] = []
+        told = self._told = []
+        for item in batch.items:
+            try:
+                result = self._run(item)
+            except RuntimeError as error:  # what a device says, it says late
+                if not self.ahead:
+                    raise
+                failure, result = error, Sampled(0)
+            if result is not None:
+                drawn[item.seq] = result.token_id
+            results.append(result)
+        self._drawn = drawn
+        ready = self._device_until = max(self._clock(), self._device_until) + self.seconds(batch)
+
+        def collect() -> list[Sampled | None]:
+            if self.ahead:
+                self._work(ready - self._clock())
+            if failure is not None:
+                raise failure
+            for seq, position, entry in told:
+                if seq.prompt_logprobs is not None and len(seq.prompt_logprobs) == position:
+                    seq.prompt_logprobs.append(entry)
+            return results
+
+        return collect
+
+    def _work(self, seconds: float) -> None:
+        if seconds > 0:
+            self._sleep(seconds)
+        until = time.perf_counter() + self.options.busy_s
+        while time.perf_counter() < until:
+            pass
 
     def seconds(self, batch: Batch) -> float:
         """What the step takes."""
@@ -162,13 +206,14 @@ class SimulatedRunner:
         entry = self._entry(seq, seq.num_computed - 1) if seq.num_computed else 0
         for position in range(seq.num_computed, seq.num_computed + item.count):
             token = seq.tokens[position]
+            if token == PENDING:
+                token = self._drawn[seq]
             if token == self.options.poison:
                 raise RuntimeError(f"token {token} is poison")
             if token == self.options.out_of_memory:
                 raise MemoryError
-            known = seq.prompt_logprobs
-            if known is not None and position and len(known) == position < seq.num_prompt:
-                known.append(TokenLogprob(token, _logprob(entry, token), []))
+            if seq.prompt_logprobs is not None and 0 < position < seq.num_prompt:
+                self._told.append((seq, position, TokenLogprob(token, _logprob(entry, token), [])))
             entry = _mix(entry, token, mixed)
             self._entries[seq.pages[position // self._size]][position % self._size] = entry
         if not item.samples:
@@ -341,7 +386,7 @@ def build_engine(
         max_rank=512,
         arena_bytes=arena.capacity,
     )
-    runner = SimulatedRunner(pool, arena.digest_of, options, sleep)
+    runner = SimulatedRunner(pool, arena.digest_of, options, sleep, clock)
     # An adapter is to the base what one of rank 16 is to a model of 8 billion parameters.
     prices = Prices(base_bytes=170.0 * options.adapter_bytes)
     base = manifest(options, limits.max_positions)

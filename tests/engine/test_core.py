@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from service.engine.config import EngineConfig
-from service.engine.core import MAX_FAILED_STEPS, is_out_of_memory
+from service.engine.core import MAX_FAILED_STEPS, Collect, is_out_of_memory
 from service.engine.errors import EngineBroken
 from service.engine.messages import (
     Abort,
@@ -374,8 +374,10 @@ def test_results_that_do_not_match_the_batch_are_an_error() -> None:
     bench = Bench()
 
     class Forgetful:
-        def execute(self, batch: Batch) -> list[Sampled | None]:
-            return [None for _ in batch.items]
+        ahead = False
+
+        def launch(self, batch: Batch) -> Collect:
+            return lambda: [None for _ in batch.items]
 
     bench.engine.runner = Forgetful()
     bench.submit("r", [1])
@@ -459,6 +461,96 @@ def test_stats_add_up() -> None:
     assert all(isinstance(value, int | float) for value in stats.values())
 
 
+AHEAD = Options(vocab_size=VOCABULARY, adapter_bytes=256, ahead=True)
+
+
+def test_a_step_is_launched_before_the_one_before_it_is_collected() -> None:
+    bench = Bench(AHEAD)
+    events: list[str] = []
+    launch, numbers = bench.engine.runner.launch, iter(range(100))
+
+    def noted(batch: Batch) -> Collect:
+        number, collect = next(numbers), launch(batch)
+        events.append(f"launch {number}")
+
+        def collected() -> list[Sampled | None]:
+            events.append(f"collect {number}")
+            return collect()
+
+        return collected
+
+    bench.engine.runner.launch = noted  # type: ignore[method-assign]
+    request = bench.submit("r", [1, 2, 3], sampling=SamplingParams(temperature=0.0, max_tokens=3))
+    bench.step()
+    assert bench.engine.step_started is not None, "a hang of the step in flight must be seen"
+    assert bench.tokens("r") == []
+    bench.finish()
+    bench.check(request, 0)
+    # Nothing is launched after the third: whatever it draws is the last token.
+    assert events == ["launch 0", "launch 1", "collect 0", "launch 2", "collect 1", "collect 2"]
+    assert bench.engine.step_started is None
+    assert not bench.engine.step()
+
+
+def test_who_stops_is_computed_once_more_for_nothing() -> None:
+    bench = Bench(AHEAD)
+    stream = expected([1, 2, 3], GREEDY, vocab_size=VOCABULARY)
+    bench.submit("r", [1, 2, 3], sampling=SamplingParams(temperature=0.0, max_tokens=8, stop_token_ids=(stream[3],)))
+    other = bench.submit("other", [4, 5], sampling=SamplingParams(temperature=0.0, max_tokens=20))
+    bench.finish()
+    known = stream[: stream.index(stream[3]) + 1]
+    assert bench.tokens("r") == known
+    assert bench.reason("r") == "stop"
+    bench.check(other, 0)
+    assert sum(bench.engine.runner.batches) == 5 + len(known) + 19
+
+
+def test_a_launch_that_fails_costs_nothing_of_the_step_in_flight() -> None:
+    bench = Bench(Options(vocab_size=VOCABULARY, adapter_bytes=256, ahead=True, out_of_memory=13))
+    one = SamplingParams(temperature=0.0, max_tokens=1)
+    last = bench.submit("last", [1, 2], sampling=one)
+    bench.submit("runs", [3, 4], sampling=SamplingParams(temperature=0.0, max_tokens=9))
+    bench.step()
+    bench.submit("bad", [13])
+    bench.step()
+    bench.check(last, 0)
+    assert "last" not in bench.refused
+    assert bench.refused["bad"].code == bench.refused["runs"].code == "out_of_memory"
+    assert len(bench.tokens("runs")) == 1
+    good = bench.submit("good", [5])
+    bench.finish()
+    bench.check(good, 0)
+
+
+def test_a_step_that_fails_when_it_is_collected_takes_its_requests_and_nobody_else() -> None:
+    bench = Bench(Options(vocab_size=VOCABULARY, adapter_bytes=256, ahead=True, poison=13))
+    bench.submit("bad", [13, 13])
+    bench.step()
+    good = bench.submit("good", [5, 6])
+    bench.step()
+    assert bench.refused["bad"].code == "engine_error"
+    bench.finish()
+    bench.check(good, 0)
+    assert "good" not in bench.refused
+
+
+def test_a_device_that_keeps_failing_gives_up() -> None:
+    bench = Bench(Options(vocab_size=VOCABULARY, adapter_bytes=256, ahead=True, poison=13))
+    with pytest.raises(EngineBroken, match="3 steps"):
+        for i in range(MAX_FAILED_STEPS + 2):
+            bench.submit(f"r{i}", [13])
+            bench.step()
+
+
+def test_choices_find_their_prompt_in_the_cache_when_steps_are_prepared_ahead() -> None:
+    bench = Bench(AHEAD)
+    request = bench.submit("r", list(range(1, 22)), n=3)
+    bench.finish()
+    for index in range(3):
+        bench.check(request, index)
+    assert [bench.deltas[ME, "r", index][0].cached_tokens for index in range(3)] == [0, 20, 20]
+
+
 def _random_request(rng: random.Random, bench: Bench, name: str, client: bytes) -> Submit:
     shared = [i % VOCABULARY for i in range(7, 60)]
     prompts = []
@@ -481,10 +573,10 @@ def _random_request(rng: random.Random, bench: Bench, name: str, client: bytes) 
     )  # fmt: skip
 
 
-def _play(seed: int) -> Bench:
+def _play(seed: int, ahead: bool) -> Bench:
     rng = random.Random(seed)
     bench = Bench(
-        Options(vocab_size=VOCABULARY, adapter_bytes=256, load_s=rng.choice([0.0, 2.0])),
+        Options(vocab_size=VOCABULARY, adapter_bytes=256, load_s=rng.choice([0.0, 2.0]), ahead=ahead),
         kv_pages=rng.randint(12, 20),
         max_sequences=rng.randint(2, 6),
         max_tokens_per_step=rng.randint(6, 20),
@@ -543,17 +635,19 @@ def _play(seed: int) -> Bench:
     return bench
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("seed", range(40))
-def test_whatever_happens_every_stream_is_what_it_is_alone(seed: int) -> None:
+def test_whatever_happens_every_stream_is_what_it_is_alone(seed: int, ahead: bool) -> None:
     """Random submits, aborts, loads and unloads over few pages and a small arena; books checked after each."""
-    _play(seed)
+    _play(seed, ahead)
 
 
-def test_the_random_plays_reach_what_they_are_for() -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_the_random_plays_reach_what_they_are_for(ahead: bool) -> None:
     """Otherwise the test above could pass for lack of trouble."""
     totals: dict[str, float] = defaultdict(float)
     for seed in range(5):
-        for name, value in _play(seed).engine.stats().items():
+        for name, value in _play(seed, ahead).engine.stats().items():
             totals[name] += value
     for trouble in ("preemptions", "prefix_hit_tokens", "adapter_evictions_device", "adapter_misses"):
         assert totals[f"{trouble}_total"] > 0, trouble

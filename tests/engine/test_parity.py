@@ -102,8 +102,9 @@ def test_alone(world, tmp_path):
     engine.close()
 
 
-def test_all_mixed_in_one_batch_with_chunked_prompts_and_prompt_logprobs(world, tmp_path):
-    engine = world.engine(tmp_path, max_tokens_per_step=48)
+@pytest.mark.parametrize("ahead", [False, True])
+def test_all_mixed_in_one_batch_with_chunked_prompts_and_prompt_logprobs(world, tmp_path, ahead):
+    engine = world.engine(tmp_path, max_tokens_per_step=48, ahead=ahead)
     for name in world.adapters:
         engine.load(name)
     ask_all(engine, world, prompt_logprobs=VOCABULARY, max_tokens=24)
@@ -167,9 +168,35 @@ def test_with_prefix_cache_hits_that_never_cross_adapters(world, tmp_path):
     engine.close()
 
 
-def test_with_only_20_pages(world, tmp_path):
+def test_sampling_and_stops_are_the_same_whether_steps_are_prepared_ahead(world, tmp_path):
+    """Penalties look at tokens that are still on the device, stops end sequences that are in the next step already."""
+    ways = []
+    for ahead in (False, True):
+        engine = world.engine(tmp_path / str(ahead), max_tokens_per_step=48, ahead=ahead)
+        for i, (name, (tokens, mix)) in enumerate(world.requests.items()):
+            options = [
+                {"temperature": 1.0, "top_p": 0.9},
+                {"temperature": 0.8, "presence_penalty": 1.5, "stop_token_ids": tuple(range(2, 60)), "min_tokens": 3},
+                {"frequency_penalty": 1.5, "stop_token_ids": tuple(range(0, 320, 9))},
+                {"repetition_penalty": 1.6, "logprobs": 4, "prompt_logprobs": 2},
+            ][i % 4]
+            engine.ask(name, tokens, mix, n=1 + i % 3, seed=i, max_tokens=20, **options)
+        engine.run()
+        assert not engine.refused
+        ways.append(engine.streams)
+        engine.close()
+    assert ways[0].keys() == ways[1].keys()
+    for key, stream in ways[0].items():
+        assert (stream.tokens, stream.finish_reason) == (ways[1][key].tokens, ways[1][key].finish_reason), key
+        assert len(stream.logprobs) == len(ways[1][key].logprobs)
+        assert len(stream.prompt_logprobs) == len(ways[1][key].prompt_logprobs)
+    assert {stream.finish_reason for stream in ways[1].values()} == {"stop", "length"}
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_with_only_20_pages(world, tmp_path, ahead):
     """Sequences of up to 11 pages in a cache of 20: they are preempted and recomputed, and nothing is lost."""
-    engine = world.engine(tmp_path, kv_pages=20, max_tokens_per_step=64)
+    engine = world.engine(tmp_path, kv_pages=20, max_tokens_per_step=64, ahead=ahead)
     names = [name for name in world.requests if "long" in name]
     for name in world.adapters:
         engine.load(name)

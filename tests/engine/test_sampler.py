@@ -16,7 +16,7 @@ from transformers import (
 
 from service.engine import sampler
 from service.engine.messages import SamplingParams
-from service.engine.request import Sequence
+from service.engine.request import PENDING, Sampled, Sequence
 
 VOCABULARY = 97
 
@@ -30,16 +30,20 @@ def logits(rows: int = 1, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, VOCABULARY, generator=torch.Generator().manual_seed(seed)) * 3
 
 
+def drawn(rows: torch.Tensor, seqs: list[Sequence], **options) -> list[Sampled]:
+    return sampler.sample(rows, seqs, **options).read()
+
+
 def draws(row: torch.Tensor, count: int, **params) -> np.ndarray:
     """Token counts of `count` draws from one row."""
     seqs = [sequence(seed=i, **params) for i in range(count)]
-    tokens = [s.token_id for s in sampler.sample(row.expand(count, -1), seqs)]
+    tokens = [s.token_id for s in drawn(row.expand(count, -1), seqs)]
     return np.bincount(tokens, minlength=VOCABULARY)
 
 
 def test_greedy_takes_the_most_probable_token():
     rows = logits(4)
-    assert [s.token_id for s in sampler.sample(rows, [sequence(temperature=0.0)] * 4)] == rows.argmax(-1).tolist()
+    assert [s.token_id for s in drawn(rows, [sequence(temperature=0.0)] * 4)] == rows.argmax(-1).tolist()
 
 
 @pytest.mark.parametrize(
@@ -85,8 +89,8 @@ def test_a_draw_depends_on_seed_and_position_alone():
         sequence(seed=7, repetition_penalty=1.3),
         sequence(seed=8, frequency_penalty=0.5, generated=(4, 4, 9)),
     ]
-    together = [s.token_id for s in sampler.sample(rows, mix)]
-    alone = [sampler.sample(rows[i : i + 1], [seq])[0].token_id for i, seq in enumerate(mix)]
+    together = [s.token_id for s in drawn(rows, mix)]
+    alone = [drawn(rows[i : i + 1], [seq])[0].token_id for i, seq in enumerate(mix)]
     assert together == alone
 
 
@@ -101,34 +105,34 @@ def test_presence_and_frequency_penalties_count_generated_tokens_only():
     row = torch.zeros(1, VOCABULARY)
     row[0, 5], row[0, 8] = 3.0, 2.0  # 5 stands in the prompt, which these penalties do not look at
     plain = sequence(temperature=0.0, presence_penalty=2.0)
-    assert sampler.sample(row, [plain])[0].token_id == 5
+    assert drawn(row, [plain])[0].token_id == 5
     once = sequence(temperature=0.0, presence_penalty=2.0, generated=(5,))
-    assert sampler.sample(row, [once])[0].token_id == 8
+    assert drawn(row, [once])[0].token_id == 8
     twice = sequence(temperature=0.0, frequency_penalty=0.6, generated=(5, 5))
-    assert sampler.sample(row, [twice])[0].token_id == 8
+    assert drawn(row, [twice])[0].token_id == 8
 
 
 def test_logit_bias_and_min_tokens():
     row = logits(seed=1)
     best, second = row[0].topk(2).indices.tolist()
-    assert sampler.sample(row, [sequence(temperature=0.0, logit_bias={best: -100.0})])[0].token_id == second
+    assert drawn(row, [sequence(temperature=0.0, logit_bias={best: -100.0})])[0].token_id == second
     banned = sequence(temperature=0.0, min_tokens=2, stop_token_ids=(best,), generated=(1,))
-    assert sampler.sample(row, [banned])[0].token_id == second
+    assert drawn(row, [banned])[0].token_id == second
     free = sequence(temperature=0.0, min_tokens=2, stop_token_ids=(best,), generated=(1, 1))
-    assert sampler.sample(row, [free])[0].token_id == best
+    assert drawn(row, [free])[0].token_id == best
 
 
 def test_logprobs_are_of_the_raw_logits_and_sorted():
     row = logits(seed=2)
     expected = row[0].log_softmax(-1)
-    result = sampler.sample(row, [sequence(seed=1, temperature=0.5, logprobs=3, logit_bias={0: 5.0})])[0]
+    result = drawn(row, [sequence(seed=1, temperature=0.5, logprobs=3, logit_bias={0: 5.0})])[0]
     assert result.logprob is not None
     assert result.logprob.logprob == pytest.approx(float(expected[result.token_id]), abs=1e-6)
     values, ids = expected.topk(3)
     assert result.logprob.top == [
         (i, pytest.approx(v, abs=1e-6)) for i, v in zip(ids.tolist(), values.tolist(), strict=True)
     ]
-    none = sampler.sample(row, [sequence(temperature=0.0, logprobs=0)])[0]
+    none = drawn(row, [sequence(temperature=0.0, logprobs=0)])[0]
     assert none.logprob is not None
     assert none.logprob.top == []
 
@@ -136,14 +140,49 @@ def test_logprobs_are_of_the_raw_logits_and_sorted():
 def test_the_rows_of_different_requests_keep_their_own_number_of_alternatives():
     rows = logits(3, seed=6)
     seqs = [sequence(temperature=0.0, logprobs=n) for n in (1, 5)] + [sequence(temperature=0.0)]
-    results = sampler.sample(rows, seqs)
+    results = drawn(rows, seqs)
     assert [r.logprob and len(r.logprob.top) for r in results] == [1, 5, None]
 
 
 def test_prompt_logprobs_span_more_rows_than_one_piece():
     rows = logits(sampler.LOGPROB_ROWS + 10, seed=4)
     following = torch.randint(VOCABULARY, (len(rows),), generator=torch.Generator().manual_seed(1)).tolist()
-    entries = sampler.prompt_logprobs(rows, following, 2)
+    entries = [entry for part in sampler.prompt_logprobs(rows, following, 2) for entry in part.read()]
     expected = rows.log_softmax(-1)[range(len(rows)), following]
     assert [e.token_id for e in entries] == following
     np.testing.assert_allclose([e.logprob for e in entries], expected.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-39, 1e-46, 5e-324])
+def test_the_lowest_temperatures_are_greedy(temperature: float):
+    rows = logits(4, seed=11) * 10
+    assert [s.token_id for s in drawn(rows, [sequence(seed=3, temperature=temperature)] * 4)] == rows.argmax(
+        -1
+    ).tolist()
+
+
+def test_a_bias_is_applied_before_penalties():
+    """As vLLM does, whose parameters these are: a seen token's -1 + 10 is then divided by 2."""
+    row = torch.full((1, VOCABULARY), -50.0)
+    row[0, 5], row[0, 6], row[0, 9] = -1.0, -50.0, 6.0
+    seq = sequence(temperature=0.0, repetition_penalty=2.0, logit_bias={5: 10.0})
+    assert drawn(row, [seq])[0].token_id == 9, "4.5 is less than 6; penalised first it would be 8"
+
+
+@pytest.mark.parametrize("generated", [(9,), (9, 9, 4), (4, 11), (5,)])
+@pytest.mark.parametrize(
+    "params",
+    [{"presence_penalty": 1.3}, {"frequency_penalty": 0.7}, {"presence_penalty": -0.4, "frequency_penalty": 1.1},
+     {"repetition_penalty": 1.7}, {"repetition_penalty": 0.6, "frequency_penalty": 0.2, "logit_bias": {9: 1.0}}],
+)  # fmt: skip
+def test_a_token_that_is_still_on_the_device_counts_like_a_known_one(generated, params):
+    row = logits(seed=21)
+    for temperature in (0.0, 1.0):
+        known = [sequence(seed=seed, generated=generated, temperature=temperature, **params) for seed in range(40)]
+        waiting = [
+            sequence(seed=seed, generated=(*generated[:-1], PENDING), temperature=temperature, **params)
+            for seed in range(40)
+        ]
+        rows = row.expand(40, -1)
+        found = drawn(rows, waiting, pending=lambda _: torch.tensor([generated[-1]]))
+        assert found == drawn(rows, known)
