@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+Integer = TypeVar("Integer", bound=np.integer)
 Rows = tuple[tuple[int, float], ...]
 """(arena row, weight) of each adapter of a sequence; at most one entry per row."""
 
@@ -57,7 +59,7 @@ def build_plan(spans: Iterable[tuple[int, int, Rows]]) -> LoraPlan | None:
     waves: list[dict[int, list[tuple[int, int, float]]]] = []
     for first, count, rows in spans:
         live = [(row, weight) for row, weight in rows if weight != 0.0]
-        if len({row for row, _ in live}) != len(live):
+        if len(live) > 1 and len({row for row, _ in live}) != len(live):
             raise ValueError(f"rows: {rows!r} names a row twice; weights of one adapter must be added up first")
         # Sorted, so that the same adapter tends to fall in the same wave for different mixes.
         for depth, (row, weight) in enumerate(sorted(live)):
@@ -67,8 +69,9 @@ def build_plan(spans: Iterable[tuple[int, int, Rows]]) -> LoraPlan | None:
     if not waves:
         return None
 
-    tokens: list[NDArray[np.int32]] = []
-    weights: list[NDArray[np.float32]] = []
+    firsts: list[int] = []
+    counts: list[int] = []
+    weights: list[float] = []
     seg_row: list[int] = []
     seg_start = [0]
     bounds: list[tuple[int, int]] = []
@@ -77,16 +80,25 @@ def build_plan(spans: Iterable[tuple[int, int, Rows]]) -> LoraPlan | None:
         for row in sorted(wave):
             total = 0
             for first, count, weight in wave[row]:
-                tokens.append(np.arange(first, first + count, dtype=np.int32))
-                weights.append(np.full(count, weight, dtype=np.float32))
+                firsts.append(first)
+                counts.append(count)
+                weights.append(weight)
                 total += count
             seg_row.append(row)
             seg_start.append(seg_start[-1] + total)
         bounds.append((begin, len(seg_row)))
     return LoraPlan(
-        tokens=np.concatenate(tokens),
-        weights=np.concatenate(weights),
+        tokens=ranges(np.array(firsts, dtype=np.int32), counts),
+        weights=np.repeat(np.array(weights, dtype=np.float32), counts),
         seg_row=np.asarray(seg_row, dtype=np.int32),
         seg_start=np.asarray(seg_start, dtype=np.int32),
         waves=tuple(bounds),
     )
+
+
+def ranges(begins: NDArray[Integer], counts: Sequence[int] | NDArray[np.integer]) -> NDArray[Integer]:
+    """begins[0], begins[0] + 1, ... (counts[0] of them), begins[1], ..., in the dtype of `begins` [n]."""
+    lengths = np.asarray(counts, dtype=begins.dtype)
+    ends = np.cumsum(lengths)
+    total = int(ends[-1]) if len(ends) else 0
+    return np.arange(total, dtype=begins.dtype) + np.repeat(begins - (ends - lengths), lengths)

@@ -93,9 +93,11 @@ def merged(adapters: Adapters) -> Adapters:
 def finish_reason(seq: Sequence, max_positions: int) -> str | None:
     """Whether the token just appended to `seq` is its last: "stop", "length" or None. min_tokens needs no care here:
     before it, the sampler draws no stop token."""
-    if seq.num_generated and seq.tokens[-1] in seq.sampling.stop_token_ids:
+    known = len(seq.tokens)
+    generated = known - seq.num_prompt
+    if generated and seq.tokens[-1] in seq.sampling.stop_token_ids:
         return "stop"
-    if seq.num_generated >= seq.sampling.max_tokens or len(seq.tokens) >= max_positions:
+    if generated >= seq.sampling.max_tokens or known >= max_positions:
         return "length"
     return None
 
@@ -213,12 +215,10 @@ class Engine:
                 if seq.timeline is not None:
                     seq.timeline.begun(flight.started)
             seq.num_computed += item.count
-            if item.samples and not self._is_last(seq):
+            # If the next token ends it whatever it is, no step need be prepared for the one after.
+            known = len(seq.tokens) + 1
+            if item.samples and known - seq.num_prompt < seq.sampling.max_tokens and known < self.limits.max_positions:
                 seq.tokens.append(PENDING)
-
-    def _is_last(self, seq: Sequence) -> bool:
-        """Whether the next token of `seq` ends it whatever it is: no step need be prepared for the one after."""
-        return seq.num_generated + 1 >= seq.sampling.max_tokens or len(seq.tokens) + 1 >= self.limits.max_positions
 
     def _land(self, flight: Flight, after: Flight | None = None) -> None:
         """Collects a step and tells its clients. `after`: the device goes on with that one."""
@@ -244,22 +244,24 @@ class Engine:
             seq = item.seq
             if seq.state is State.FINISHED:
                 continue
-            if seq.state is State.RUNNING:  # else it was preempted meanwhile, and has no pages
+            # If a page has become full. One that was preempted meanwhile has no pages.
+            if seq.num_computed % self.pool.page_size < item.count and seq.state is State.RUNNING:
                 self.pool.commit(seq)
             if result is not None:
                 self._append(seq, result)
 
     def _append(self, seq: Sequence, result: Sampled) -> None:
-        if seq.pending:
-            seq.tokens.pop()
+        tokens = seq.tokens
+        if tokens[-1] == PENDING:
+            tokens.pop()
         delta = Delta(seq.request_id, seq.index, [])
-        if seq.num_generated == 0:
+        if len(tokens) == seq.num_prompt:
             delta.cached_tokens = seq.cached_tokens
             delta.prompt_logprobs, seq.prompt_logprobs = seq.prompt_logprobs, None
             if seq.timeline is not None:
                 seq.timeline.token()
         if seq.sampling.max_tokens > 0:  # 0: only the prompt's log-probabilities are wanted
-            seq.tokens.append(result.token_id)
+            tokens.append(result.token_id)
             delta.token_ids.append(result.token_id)
             if result.logprob is not None:
                 delta.logprobs = [result.logprob]

@@ -42,8 +42,8 @@ def buckets(max_sequences: int) -> list[int]:
 
 @dataclass(slots=True)
 class _Buffer:
-    """The inputs of one bucket: the same int32 layout in pinned host memory, twice, and on the device. A step is
-    prepared while the copy for the one before it may not have been made yet, and that before both has been collected."""
+    """The inputs of one bucket: the same int32 layout in pinned host memory, twice, and on the device. While a step is
+    prepared, the copy for the one before it may not have been made yet; the one before both has been collected."""
 
     size: int
     host: Tensor

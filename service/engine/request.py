@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from service.engine.messages import AdapterRef, SamplingParams, TokenLogprob
 from service.engine.tracing import Timeline
 
-
 PENDING = -1
-"""Stands in `tokens` for a token that has been drawn on the device and is not known here yet. It is always the last one,
-of a sequence that is in the step in flight."""
+"""Stands in `tokens` for a token that the step in flight draws on the device, and that is not known here yet. It is
+always the last one."""
 
 
 class State(enum.Enum):

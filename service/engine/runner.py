@@ -14,7 +14,7 @@ from torch.nn import functional
 from adapters import layers
 from adapters.arena import Arena
 from adapters.kernels import reference
-from adapters.plan import LoraPlan, build_plan, order_by_adapter
+from adapters.plan import LoraPlan, build_plan, order_by_adapter, ranges
 from adapters.site import Site
 from service.engine import sampler
 from service.engine.attention import Attention, Current, StepLayout, attach
@@ -107,12 +107,14 @@ class Runner:
         """The tokens of the last launch."""
         self._row_of: dict[Sequence, int] = {}
         """Where in them a sequence's lies."""
+        self._pages_of: dict[Sequence, tuple[list[int], NDArray[np.int32]]] = {}
+        """Of the sequences of the last step, as an array: pages change once in page_size tokens."""
         attach(loaded.attention_modules, loaded.shapes, attention)
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> Collect:
-        """Queues the batch on the device. What is returned waits for it: one result per item, None for an item that
-        does not sample. Tokens that the launch before has drawn need not be known here: they are taken where they lie."""
+        """Queues the batch on the device. What is returned waits for it: one result per item, None for one that does
+        not sample. Tokens that the launch before has drawn need not be known here: they are taken where they lie."""
         order = self._order(batch.items)
         items = [batch.items[i] for i in order]
         plan = build_plan(_spans(items))
@@ -201,32 +203,37 @@ class Runner:
 
     def _tokens(self, items: list[Scheduled]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """(ids, positions) of the step's tokens. A token that is pending has an id that says where it lies."""
-        ids, positions = [], []
+        ids: list[int] = []
         for item in items:
             seq, begin, end = item.seq, item.seq.num_computed, item.seq.num_computed + item.count
-            part = np.asarray(seq.tokens[begin:end], dtype=np.int64)
-            if part[-1] == PENDING:
-                part[-1] = -1 - self._row_of[seq]
-            ids.append(part)
-            positions.append(np.arange(begin, end, dtype=np.int64))
-        return np.concatenate(ids), np.concatenate(positions)
+            ids += seq.tokens[begin:end]
+            if ids[-1] == PENDING:
+                ids[-1] = -1 - self._row_of[seq]
+        begins = np.array([item.seq.num_computed for item in items], dtype=np.int64)
+        return np.array(ids, dtype=np.int64), ranges(begins, [item.count for item in items])
 
     def _layout(self, items: list[Scheduled]) -> StepLayout:
         size = self.page_size
-        contexts = np.array([item.seq.num_computed + item.count for item in items], dtype=np.int32)
+        counts = np.array([item.count for item in items], dtype=np.int32)
+        contexts = np.array([item.seq.num_computed for item in items], dtype=np.int32) + counts
         table = np.zeros((len(items), int(-(-contexts.max() // size))), dtype=np.int32)
-        slots = []
+        known, self._pages_of = self._pages_of, {}
         for s, item in enumerate(items):
-            used = -(-int(contexts[s]) // size)
-            table[s, :used] = item.seq.pages[:used]
-            position = np.arange(item.seq.num_computed, contexts[s])
-            slots.append(table[s, position // size].astype(np.int64) * size + position % size)
+            seq = item.seq
+            pages = known.get(seq)
+            if pages is None or pages[0] != seq.pages:
+                pages = list(seq.pages), np.array(seq.pages, dtype=np.int32)
+            self._pages_of[seq] = pages
+            row = pages[1][: table.shape[1]]
+            table[s, : len(row)] = row
+        positions = ranges((contexts - counts).astype(np.int64), counts)
+        owner = np.repeat(np.arange(len(items)), counts)
         return StepLayout(
-            slots=np.concatenate(slots),
-            query_lens=np.array([item.count for item in items], dtype=np.int32),
+            slots=table[owner, positions // size].astype(np.int64) * size + positions % size,
+            query_lens=counts,
             context_lens=contexts,
             page_table=table,
-            num_decode=sum(item.count == 1 for item in items),
+            num_decode=int((counts == 1).sum()),
         )
 
 
