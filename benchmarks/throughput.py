@@ -4,8 +4,8 @@
 
 MODEL and DIR as benchmarks/random_base.py makes them. PATH is a closed-loop load generator that speaks the OpenAI API
 (options --base-url --base-model --adapters --adapter-prefix --dist --concurrency --warmup --input-len --output-len
---json); it is no part of this project, so that the same one can be run against other servers. A row is
-`distribution:concurrency`. Results go to RESULTS.md beside this file.
+--vocab-low --vocab-high --json); it is no part of this project, so that the same one can be run against other servers.
+A row is `distribution:concurrency`. Results go to RESULTS.md beside this file.
 """
 
 from __future__ import annotations
@@ -57,21 +57,48 @@ def upload(url: str, folders: list[Path]) -> list[float]:
     return seconds
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def measure(url: str, row: str, adapters: int, args: argparse.Namespace) -> dict:
+    """What the load generator says of one row, `distribution:concurrency`."""
+    distribution, concurrency = row.split(":")
+    with tempfile.TemporaryDirectory() as temporary:
+        out = Path(temporary) / "row.json"
+        command = [sys.executable, str(args.loadgen), "--base-url", url, "--base-model", "base"]
+        command += ["--adapters", str(adapters), "--adapter-prefix", args.prefix, "--dist", distribution]
+        command += ["--concurrency", concurrency, "--warmup", concurrency, "--json", str(out)]
+        command += ["--input-len", str(args.input_len), "--output-len", str(args.output_len)]
+        command += ["--vocab-low", "3", "--vocab-high", str(args.vocabulary)]
+        subprocess.run(command, check=False)  # 1: some requests failed, which the row says
+        return json.loads(out.read_text())
+
+
+def options(description: str | None) -> argparse.ArgumentParser:
+    """What every benchmark over HTTP asks for."""
+    parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--adapters", type=Path, required=True)
     parser.add_argument("--prefix", default="all-")
     parser.add_argument("--loadgen", type=Path, required=True)
-    parser.add_argument("--rows", default="none:1,none:64,identical:64,distinct:64")
     parser.add_argument("--input-len", type=int, default=512)
     parser.add_argument("--output-len", type=int, default=128)
+    parser.add_argument("--vocabulary", type=int, default=100000, help="prompts are of token ids below this")
     parser.add_argument("--port", type=int, default=8300)
     parser.add_argument("--data", type=Path, help="data folder to keep (compile caches); default: a temporary one")
     parser.add_argument("--serve", default="--device cuda", help="further options of the server")
     parser.add_argument("--note", default="", help="what to say of the machine in RESULTS.md")
+    return parser
+
+
+def adapters_of(args: argparse.Namespace) -> list[Path]:
+    """The folders PREFIX0, PREFIX1, ..., by number."""
+    folders = args.adapters.glob(f"{args.prefix}*")
+    return sorted(folders, key=lambda path: int(path.name.removeprefix(args.prefix)))
+
+
+def main() -> None:
+    parser = options(__doc__)
+    parser.add_argument("--rows", default="none:1,none:64,identical:64,distinct:64")
     args = parser.parse_args()
-    folders = sorted(args.adapters.glob(f"{args.prefix}*"), key=lambda path: int(path.name.removeprefix(args.prefix)))
+    folders = adapters_of(args)
     url = f"http://127.0.0.1:{args.port}"
     with tempfile.TemporaryDirectory() as temporary:
         server, ready = start(args.model, args.port, args.data or Path(temporary) / "data", args.serve.split())
@@ -81,14 +108,7 @@ def main() -> None:
             seconds = upload(url, folders)
             print(f"{len(folders)} adapters uploaded, {sum(seconds) / max(1, len(seconds)):.2f} s each", flush=True)
             for row in args.rows.split(","):
-                distribution, concurrency = row.split(":")
-                out = Path(temporary) / "row.json"
-                command = [sys.executable, str(args.loadgen), "--base-url", url, "--base-model", "base"]
-                command += ["--adapters", str(len(folders)), "--adapter-prefix", args.prefix, "--dist", distribution]
-                command += ["--concurrency", concurrency, "--warmup", concurrency, "--json", str(out)]
-                command += ["--input-len", str(args.input_len), "--output-len", str(args.output_len)]
-                subprocess.run(command, check=False)
-                rows.append((row, json.loads(out.read_text())))
+                rows.append((row, measure(url, row, len(folders), args)))
         finally:
             server.send_signal(signal.SIGTERM)
             server.wait(60)
