@@ -63,9 +63,10 @@ class Runner(Protocol):
     """Executes batches, in the order of their launches. Reads its sequences while it launches, and changes nothing of
     them but `prompt_logprobs`, when the step is collected."""
 
-    ahead: bool
-    """The device works while this process goes on: `launch` only queues the step. Sequences may then end in a PENDING
-    token that the launch before has drawn, and at most two steps are launched and not collected."""
+    @property
+    def ahead(self) -> bool:
+        """The device works while this process goes on: `launch` only queues the step. Sequences may then end in a
+        PENDING token that the launch before has drawn, and at most two steps are launched and not collected."""
 
     def launch(self, batch: Batch) -> Collect: ...
 
