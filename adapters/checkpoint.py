@@ -37,7 +37,7 @@ COPY_BYTES = 8 << 20
 
 @dataclass(frozen=True)
 class MergedFile:
-    """One file of a merged checkpoint."""
+    """One file of a merged checkpoint. `name`: its path in the folder, with a slash for the one in a folder below."""
 
     name: str
     bytes: int
@@ -55,8 +55,7 @@ def merge_checkpoint(
     """Writes the checkpoint into `out`, which is emptied first; `model`, the base's folder, is only read.
 
     Weights are written first, then the shards' index, the files beside them, and config.json last of all: a folder
-    without config.json is not complete, and nothing loads it. Gives all files with their hashes, sorted by name; all
-    lie in `out` itself.
+    without config.json is not complete, and nothing loads it. Gives all files with their hashes, sorted by name.
     AdapterRefused with every reason that `check_merge` gives, or when a sum is beyond its dtype; ValueError when `out`
     contains the base or lies in it; `progress` as in `merge_adapters`, by bytes."""
     if _overlap(out.resolve(), model.resolve()):
@@ -87,9 +86,10 @@ def merge_checkpoint(
                         progress(done / layout.tensor_bytes)
             written.append(writer.result())
     if len(shards) > 1:
-        written.append(_write(out / INDEX_FILE, _index(shards, layout)))
-    written += [_write(out / path.name, path.read_bytes()) for path in layout.companions()]
-    written.append(_write(out / CONFIG_FILE, (model / CONFIG_FILE).read_bytes()))
+        written.append(_write(out, INDEX_FILE, _index(shards, layout)))
+    for path in layout.companions():
+        written.append(_write(out, path.relative_to(model).as_posix(), path.read_bytes()))
+    written.append(_write(out, CONFIG_FILE, (model / CONFIG_FILE).read_bytes()))
     progress(1.0)
     return [MergedFile(*file) for file in sorted(written)]
 
@@ -166,6 +166,8 @@ def _index(shards: dict[str, list[TensorPlan]], layout: Layout) -> bytes:
     return json.dumps(content, indent=2).encode()
 
 
-def _write(path: Path, data: bytes) -> WrittenFile:
+def _write(folder: Path, name: str, data: bytes) -> WrittenFile:
+    path = folder / name
+    path.parent.mkdir(exist_ok=True)
     write_synced(path, data)
-    return WrittenFile(path.name, len(data), hashlib.sha256(data).hexdigest())
+    return WrittenFile(name, len(data), hashlib.sha256(data).hexdigest())

@@ -16,11 +16,16 @@ from adapters.safetensors_header import Header, TensorRef, load_json, read_heade
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
+SOURCE_FILE = "loraplex-source.json"
+"""Beside weights that loraplex has converted: it says of that very folder what it was made from."""
 MERGED_DTYPES = ("F32", "F16", "BF16")
 
-_COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*", "USE_POLICY*")
-"""Configuration, generation configuration, tokenizer, chat template, the model's own code and its terms."""
-_NO_COMPANIONS = ("adapter_config.json", CONFIG_FILE)
+_COMPANIONS = (
+    "*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*",
+    "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
+"""Configuration, generation configuration, tokenizer, chat templates, the model's own code and its terms."""
+_NO_COMPANIONS = ("adapter_config.json", CONFIG_FILE, SOURCE_FILE)
 _BIN = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack")
 
 
@@ -37,7 +42,8 @@ class Layout:
         return sum(ref.end - ref.begin for ref in self.tensors.values())
 
     def companions(self) -> list[Path]:
-        """The files beside the weights that belong to the model, but for config.json, sorted."""
+        """The files beside the weights that belong to the model, but for config.json, sorted. All lie in `folder`
+        itself but additional chat templates."""
         found = {path for pattern in _COMPANIONS for path in self.folder.glob(pattern) if path.is_file()}
         return sorted(
             path

@@ -23,11 +23,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-SOURCE_FILE = "loraplex-source.json"
-"""Beside the converted weights: where they come from and which converter wrote them."""
+from adapters.checkpoint_layout import CONFIG_FILE, SINGLE_FILE, SOURCE_FILE
+
 CONVERTER = 1
 """Raised when the converter changes, so that folders of an older one are written anew."""
-
+_ALWAYS = (CONFIG_FILE, "tokenizer.json", SINGLE_FILE)
 
 _helpers: set[subprocess.Popen[str]] = set()
 
@@ -56,12 +56,17 @@ def sha256_of(path: Path) -> str:
 
 
 def is_converted(folder: Path, sha256: str) -> bool:
-    """Whether `folder` is the finished conversion of the file with this digest, by this converter."""
+    """Whether `folder` is the finished conversion of the file with this digest, by this converter: SOURCE_FILE says so,
+    and every file that was written with it is there in the size that it had. Weights are not read."""
     try:
         source = json.loads((folder / SOURCE_FILE).read_bytes())
-    except (OSError, ValueError):
+        if source["sha256"] != sha256 or source["converter"] != CONVERTER:
+            return False
+        # Folders that the first versions wrote have no list.
+        sizes: dict[str, int | None] = source.get("files") or dict.fromkeys(_ALWAYS)
+        return all(size in ((folder / name).stat().st_size, None) for name, size in sizes.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
-    return bool(source.get("sha256") == sha256 and source.get("converter") == CONVERTER)
 
 
 @contextlib.contextmanager
@@ -81,7 +86,8 @@ def convert(gguf: Path, folder: Path, sha256: str, report: Report = silent) -> N
     try:
         report(f"converting {gguf.name}", 0.0)
         _run_converter(gguf, work, report)
-        source = {"file": gguf.name, "sha256": sha256, "converter": CONVERTER}
+        files = {path.name: path.stat().st_size for path in sorted(work.iterdir())}
+        source = {"file": gguf.name, "sha256": sha256, "converter": CONVERTER, "files": files}
         (work / SOURCE_FILE).write_text(json.dumps(source, indent=2) + "\n")
         for path in work.iterdir():
             path.chmod(0o644)

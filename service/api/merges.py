@@ -178,10 +178,11 @@ async def list_merge_files(merge: str, merges: MergesDep, caller: CallerDep) -> 
     return _list_json([{"id": file["name"], "object": "merge.file", **file} for file in files], False)
 
 
-@router.get("/{merge}/files/{filename}", response_class=FileResponse)
+@router.get("/{merge}/files/{filename:path}", response_class=FileResponse)
 @allow("upload", "manage")
 async def get_merge_file(request: Request, merge: str, filename: str, merges: MergesDep, caller: CallerDep) -> Response:
-    """One file of a checkpoint. The ETag is its sha256; ranges work, so a download can be resumed."""
+    """One file of a checkpoint, by its name in the list; that of a chat template may have a folder and a slash in it.
+    The ETag is its sha256; ranges work, so a download can be resumed."""
     job = await _job(merges, merge, caller.tenant)
     file = next((file for file in job.files if file["name"] == filename), None)
     missing = ApiError(404, f"Merge {job.id} has no file {shown(filename)}.", code="file_not_found")
@@ -196,4 +197,4 @@ async def get_merge_file(request: Request, merge: str, filename: str, merges: Me
     except FileNotFoundError:
         raise missing from None  # deleted since then, or made by another server of this catalogue
     media_type = "application/json" if filename.endswith(".json") else "application/octet-stream"
-    return FileResponse(path, headers=headers, media_type=media_type, filename=filename, stat_result=stat)
+    return FileResponse(path, headers=headers, media_type=media_type, filename=path.name, stat_result=stat)

@@ -42,7 +42,7 @@ def fetch_all(
     for sink, remote in zip(sinks, remotes, strict=True):
         if sink in missing:
             with sink:
-                yield from _fetch(f"{root}/{quote(remote.name, safe='')}", params or {}, sink)
+                yield from _fetch(f"{root}/{quote(remote.name)}", params or {}, sink)
         before += remote.bytes
         report(0)
     return [sink.path for sink in sinks]

@@ -84,6 +84,11 @@ def _shards(index: Path) -> list[str]:
     return names
 
 
+def _inside(name: str) -> bool:
+    """Whether it names a file in a folder or in one of that folder's own, and nothing outside."""
+    return all(map(_plain, name.split("/")))
+
+
 def _plain(name: object) -> bool:
     """Whether it names a file in a folder, and nothing outside."""
     return isinstance(name, str) and re.fullmatch(r"[^/\\\0]{1,255}", name) is not None and name not in (".", "..")
@@ -187,11 +192,11 @@ class FileSink:
 
     def __init__(self, folder: Path, remote: Remote, progress: Callable[[int], None]) -> None:
         """`progress`: called with the bytes there are. Raises LocalFileError for a name that leaves the folder."""
-        if not _plain(remote.name):
+        if not _inside(remote.name):
             raise LocalFileError(f"the server names a file {remote.name!r}, which is no name for a file here")
         self.path = folder / remote.name
         # With the digest in its name, what is left of another file is never continued.
-        self._part = folder / f".{remote.name[:150]}.{remote.sha256[:16]}.part"
+        self._part = self.path.with_name(f".{self.path.name[:150]}.{remote.sha256[:16]}.part")
         self._remote = remote
         self._progress = progress
         self._hash: Any = hashlib.sha256()

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from adapters import checkpoint
 from adapters.checkpoint import MergedFile, merge_checkpoint
-from adapters.checkpoint_layout import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
+from adapters.checkpoint_layout import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, SOURCE_FILE
 from adapters.errors import AdapterRefused, BlobDamaged
 from adapters.manifest import Manifest
 from adapters.merge_request import MergeOptions, check_merge
@@ -177,8 +177,11 @@ def test_the_folder(bases: Callable[[str], Base], tmp_path: Path) -> None:
     GenerationConfig(max_new_tokens=7, temperature=0.5, do_sample=True).save_pretrained(model)
     tokenizer = _tokenizer(model)
     (model / "LICENSE").write_text("free")
+    tools = model / "additional_chat_templates" / "tool_use.jinja"
+    tools.parent.mkdir()
+    tools.write_text("{{ tools | length }} tools")
     (model / ".cache").mkdir()
-    for other in ("README.md", "pytorch_model.bin", "optimizer.pt", ".hidden.json", "adapter_config.json"):
+    for other in ("README.md", "pytorch_model.bin", "optimizer.pt", ".hidden.json", "adapter_config.json", SOURCE_FILE):
         (model / other).write_text("{}")
     untouched = {path: (_sha(path), path.stat().st_mtime_ns) for path in model.rglob("*") if path.is_file()}
     for path in untouched:
@@ -195,14 +198,15 @@ def test_the_folder(bases: Callable[[str], Base], tmp_path: Path) -> None:
     assert shares == sorted(shares)
     assert (shares[0], shares[-1]) == (0.0, 1.0)
     assert len(set(shares)) > 10
-    assert [MergedFile(p.name, p.stat().st_size, _sha(p)) for p in sorted(out.iterdir())] == files
+    written = sorted((path.relative_to(out).as_posix(), path) for path in out.rglob("*") if path.is_file())
+    assert [MergedFile(name, path.stat().st_size, _sha(path)) for name, path in written] == files
     shards = sorted(out.glob("*.safetensors"))
     assert [path.name for path in shards] == [
         f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)
     ]
-    assert {path.name for path in out.iterdir()} - {path.name for path in shards} == {
+    assert {file.name for file in files} - {path.name for path in shards} == {
         "config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json",
-        "tokenizer_config.json", "chat_template.jinja", "LICENSE",
+        "tokenizer_config.json", "chat_template.jinja", "additional_chat_templates/tool_use.jinja", "LICENSE",
     }  # fmt: skip
     index = json.loads((out / INDEX_FILE).read_bytes())
     originals = load_file(model / SINGLE_FILE)
@@ -218,8 +222,13 @@ def test_the_folder(bases: Callable[[str], Base], tmp_path: Path) -> None:
     loaded = AutoTokenizer.from_pretrained(out)
     message = [{"role": "user", "content": "hi"}]
     assert loaded.apply_chat_template(message, tokenize=False) == tokenizer.apply_chat_template(message, tokenize=False)
+    assert loaded.apply_chat_template(message, tools=[_tool], chat_template="tool_use", tokenize=False) == "1 tools"
     generation = AutoModelForCausalLM.from_pretrained(out).generation_config
     assert (generation.max_new_tokens, generation.temperature) == (7, 0.5)
+
+
+def _tool() -> None:
+    """Does nothing."""
 
 
 def _tokenizer(folder: Path) -> Any:

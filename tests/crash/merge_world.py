@@ -22,6 +22,7 @@ from tests.service.launch import wait_for
 
 MERGER, JOB = "service.merger", "service.merge_job"
 Q = "model.layers.0.self_attn.q_proj"
+TEMPLATE = "additional_chat_templates/tool_use.jinja"
 MERGE_S = 240.0
 KILLER = Path(__file__).parent / "killer"
 FLAGS = ("--merge-priority", "normal")
@@ -29,7 +30,8 @@ FLAGS = ("--merge-priority", "normal")
 
 
 def mergeable(world: World) -> World:
-    """Gives its base the weights of the simulated engine's manifest, and a large tensor that no adapter changes."""
+    """Gives its base the weights of the simulated engine's manifest, a large tensor that no adapter changes, and a chat
+    template in a folder of its own."""
     rng = np.random.default_rng(7)
     shapes = {
         "model.embed_tokens.weight": (WORDS, 16), f"{Q}.weight": (16, 16),
@@ -38,6 +40,9 @@ def mergeable(world: World) -> World:
     }  # fmt: skip
     tensors = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
     save_file(tensors, world.base / "model.safetensors", metadata={"format": "pt"})
+    template = world.base / TEMPLATE
+    template.parent.mkdir(exist_ok=True)
+    template.write_text("{{ tools }}")
     return world
 
 

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from service import client as api
 from service.cli import app
-from tests.crash.merge_world import FLAGS, Client, Q, delta, mergeable
+from tests.crash.merge_world import FLAGS, TEMPLATE, Client, Q, delta, mergeable
 from tests.crash.world import World
 from tests.ports import unused_port
 from tests.service.client_helpers import Both
@@ -100,6 +100,10 @@ def test_into_an_adapter(cli: Callable[..., Any], direct: Client) -> None:
     assert job["id"] in gone.stderr
 
 
+def files_below(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
 def test_into_a_checkpoint(cli: Callable[..., Any], direct: Client, tmp_path: Path) -> None:
     content = direct.upload("whole-source", 3, rank=8)
     output = tmp_path / "merged"
@@ -108,7 +112,7 @@ def test_into_a_checkpoint(cli: Callable[..., Any], direct: Client, tmp_path: Pa
     )
     assert done.exit_code == 0, done.output
     paths = [Path(line) for line in done.stdout.splitlines()]
-    assert sorted(paths) == sorted(output.iterdir())
+    assert sorted(paths) == files_below(output)
     assert {"config.json", "tokenizer.json", "model.safetensors.index.json"} <= {path.name for path in paths}
     base = load_file(direct.world.base / "model.safetensors")
     merged: dict[str, np.ndarray] = {}
@@ -127,7 +131,7 @@ def test_into_a_checkpoint(cli: Callable[..., Any], direct: Client, tmp_path: Pa
     largest.unlink()
     (output / f".{largest.name}.{hashlib.sha256(good).hexdigest()[:16]}.part").write_bytes(good[:1000])
     assert cli("merges", "download", identity, output).exit_code == 0
-    assert sorted(output.iterdir()) == sorted(paths)
+    assert files_below(output) == sorted(paths)
     assert largest.read_bytes() == good
     largest.write_bytes(b"mine")
     assert cli("merges", "download", identity, output).exit_code == 2
@@ -222,8 +226,11 @@ def _client_merges(kind: str, both: Both, direct: Client, tmp_path: Path) -> Non
     assert seen[-1].state == "succeeded"
     files = both.do(merges.files(job.id))
     assert {file.name for file in files} == {file.name for file in done.files or ()}
-    paths = both.do(merges.download(job.id, tmp_path / "down"))
-    assert {path.name: path.stat().st_size for path in paths} == {file.name: file.bytes for file in files}
+    down = tmp_path / "down"
+    paths = both.do(merges.download(job.id, down))
+    sizes = {path.relative_to(down).as_posix(): path.stat().st_size for path in paths}
+    assert sizes == {file.name: file.bytes for file in files}
+    assert (down / TEMPLATE).read_bytes() == (direct.world.base / TEMPLATE).read_bytes()
     assert both.all(merges.list(state="succeeded"))[0].id == job.id
     assert both.do(merges.delete(job.id)) is None
     with pytest.raises(api.NotFound):

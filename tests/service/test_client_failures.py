@@ -389,7 +389,7 @@ def test_damaged_and_hostile_files(connect: Connect, tmp_path: Path) -> None:
         with pytest.raises(api.DamagedFile):
             both.do(both.client.merges.download("m", tmp_path / "out"))
         assert list((tmp_path / "out").iterdir()) == []
-    for name in ("../evil", "/etc/evil", "", ".."):
+    for name in ("../evil", "/etc/evil", "", "..", "sub/../../evil", "sub//evil", "sub/"):
         entry = {"name": name, "bytes": 1, "sha256": "ab"}
         with scripted(lambda x, entry=entry: x.answer(200, {**OK, "data": [entry]})) as (url, seen):
             both = connect(url)

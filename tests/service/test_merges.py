@@ -17,7 +17,7 @@ import psutil
 import pytest
 from safetensors.numpy import load_file
 
-from tests.crash.merge_world import JOB, Client, Moments, Q, at, delta, merge_service
+from tests.crash.merge_world import JOB, TEMPLATE, Client, Moments, Q, at, delta, merge_service
 from tests.crash.world import API, BASE, World
 from tests.service.launch import wait_for
 
@@ -159,7 +159,10 @@ def test_an_adapter_into_the_base(client: Client) -> None:
     assert (same.status_code, same.content, other.status_code, other.content) == (206, whole[:2], 200, whole)
     assert client.http.get(url, headers={"If-None-Match": etag}).status_code == 304
     assert error_of(client.http.get(f"/v1/merges/{identity}/files/other"))["code"] == "file_not_found"
-    for path in ("..%2f..%2fcatalogue.sqlite3", "%2e%2e", "work"):
+    assert TEMPLATE in {file["name"] for file in listed}
+    got = client.http.get(f"/v1/merges/{identity}/files/{TEMPLATE.replace('/', '%2F')}")
+    assert got.content == (client.world.base / TEMPLATE).read_bytes()
+    for path in ("..%2f..%2fcatalogue.sqlite3", "%2e%2e", "work", TEMPLATE.partition("/")[0], f"x/{TEMPLATE}"):
         assert client.http.get(f"/v1/merges/{identity}/files/{path}").status_code == 404
 
     assert client.http.delete(f"/v1/merges/{identity}").json()["deleted"]

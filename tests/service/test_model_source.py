@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, pre_tokenizers
 
-from service.gguf_model import CONVERTER, SOURCE_FILE, ModelError
+from adapters.checkpoint_layout import SOURCE_FILE
+from service.gguf_model import CONVERTER, ModelError
 from service.model_source import resolve_model
 
 HIDDEN, LAYERS, HEADS, FEED_FORWARD = 32, 2, 2, 64
@@ -85,6 +86,13 @@ def test_a_gguf_file_is_converted_once(tmp_path: Path) -> None:
     assert resolve_model(str(source), tmp_path / "data", report) == folder
     assert not any("writing" in step for step in steps)
     assert (folder / "model.safetensors").stat().st_mtime_ns == written
+
+    # A folder that says so, but is not what was written then.
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1])
+    assert resolve_model(str(source), tmp_path / "data") == folder
+    assert weights.read_bytes() == whole
 
 
 def test_a_file_that_is_no_gguf_leaves_nothing_behind(tmp_path: Path) -> None:
