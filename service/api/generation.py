@@ -167,9 +167,9 @@ class _Choice:
     def take(self, delta: Delta) -> Piece | None:
         """The piece that a delta makes certain; None if nothing."""
         text = self._decode(delta)
+        if delta.finish_reason is not None and not self.stopped:
+            text += self._rest()  # which may complete a stop string
         finish = "stop" if self.stopped else delta.finish_reason
-        if finish is not None and not self.stopped:
-            text += self._rest()
         self.released += len(text)
         tokens = self._certain_tokens(finish) if self.job.sampling.logprobs is not None else None
         if not text and not tokens and finish is None:

@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.api.generation import StopMatcher
+from service.api.generation import Job, StopMatcher, _Choice
+from service.engine.messages import Delta, SamplingParams
+from service.tokenizer import Detokenizer
 from tests.service.inference_helpers import BASE, InferenceServer
 
 PROMPT = "It was the best of times"
@@ -183,3 +185,27 @@ def test_text_held_back_comes_at_the_end(server: InferenceServer) -> None:
     )
     assert answer.choices[0].text == text
     assert answer.choices[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize("include", [False, True])
+@pytest.mark.parametrize("armed", [False, True])
+def test_a_stop_string_that_half_a_character_completes(server: InferenceServer, include: bool, armed: bool) -> None:
+    """The last token is half a character: its replacement character is known only when no token follows."""
+    ids = [*server.tokenizer.encode_now(["so \u6f22"])[0]][:-1]
+    text = server.tokenizer.decode(ids)
+    assert text.endswith("\ufffd")
+    job = Job(
+        request_id="r",
+        prompts=[[5]],
+        sampling=SamplingParams(max_tokens=len(ids), min_tokens=0 if armed else len(ids) + 1),
+        stop=("o \ufffd",),
+        include_stop=include,
+    )
+    choice = _Choice(job, 0, Detokenizer(server.tokenizer), StopMatcher(job.stop, include))
+    pieces = [choice.take(Delta("r", 0, [token])) for token in ids[:-1]]
+    pieces.append(choice.take(Delta("r", 0, ids[-1:], "length")))
+    said = "".join(piece.text for piece in pieces if piece is not None)
+    assert pieces[-1] is not None
+    assert (said, pieces[-1].finish_reason) == (
+        ("so \ufffd" if include else "s", "stop") if armed else (text, "length")
+    )
