@@ -37,6 +37,13 @@ class Manifest(msgspec.Struct, frozen=True):
     max_positions: int
     modules: tuple[Module, ...]
     """Every module an adapter may name, in model order."""
+    former: tuple[str, ...] = ()
+    """Fingerprints that earlier versions of this code gave for the same base: what was stored with one still fits."""
+
+    @property
+    def fingerprints(self) -> tuple[str, ...]:
+        """All that this base is known by."""
+        return (self.fingerprint, *self.former)
 
     @property
     def linears(self) -> tuple[Module, ...]:

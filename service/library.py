@@ -109,9 +109,9 @@ class Library:
         await self._janitor.recover()
         self._spool.serve()
         self._start(self._janitor.run())
-        self.engine.on_hello.append(self._prefetch_pinned)
+        self.engine.on_hello.append(self._greet)
         if self.engine.ready.is_set() and self.engine.last_ready is not None:
-            self._prefetch_pinned(self.engine.last_ready)
+            self._greet(self.engine.last_ready)
         # A worker takes a second to start; the first upload should not wait for it.
         self._start(self._workers.run(import_modules, "adapters.inspection"))
 
@@ -312,20 +312,30 @@ class Library:
                 known = await self.engine.residency(wanted, timeout_s=2.0)
         return {digest: known.get(digest, "unknown") for digest in wanted}
 
-    def fingerprint(self) -> str | None:
-        """Of the base model served; None until the engine has said."""
+    def fingerprints(self) -> tuple[str, ...] | None:
+        """All that the base model served is known by; None until the engine has said."""
         try:
-            return self.engine.manifest.fingerprint
+            return self.engine.manifest.fingerprints
         except EngineError:
             return None
 
-    def _prefetch_pinned(self, hello: Ready) -> None:
+    def _greet(self, _: Ready) -> None:
+        manifest = self.engine.manifest
+
         async def prefetch() -> None:
-            digests = await self.catalogue.pinned_digests(hello.manifest.fingerprint)
+            digests = await self.catalogue.pinned_digests(manifest.fingerprints)
             if digests:
                 self.engine.prefetch(digests)
 
+        async def adopt() -> None:
+            # Not waited for: what an earlier version stored fits before as well. From then on a change of the base
+            # is noticed that the former fingerprint did not show.
+            count = await self.catalogue.adopt(manifest.fingerprint, manifest.former)
+            if count:
+                log.info("%d adapter versions are known to be for this base by its new fingerprint", count)
+
         self._start(prefetch())
+        self._start(adopt())
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

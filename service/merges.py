@@ -103,7 +103,7 @@ class Merges:
             if found.tenant != tenant:  # to use what others share is not to take it away
                 message = f"{shown(model)} belongs to another tenant; only adapters of your own can be merged."
                 raise ApiError(403, message, code="not_your_tenant", param="sources")
-            found.require_base(manifest.fingerprint)
+            found.require_base(*manifest.fingerprints)
             size += found.bytes
             sources.append(Source(found.name, found.version, found.digest, weight))
         require_space(self._folder, wanted.target, self._model, size)

@@ -118,8 +118,8 @@ def _spec(version: Version) -> dict[str, Any]:
 
 
 def _adapter_json(adapter: Adapter, library: Library, residency: dict[str, str], caller: Caller) -> dict[str, Any]:
-    base = library.fingerprint()
-    compatible = None if base is None else adapter.default.fingerprint == base
+    bases = library.fingerprints()
+    compatible = None if bases is None else adapter.default.fingerprint in bases
     answer = {
         "id": caller.says(adapter.tenant, adapter.name),
         "object": "adapter",
@@ -147,7 +147,7 @@ def _adapter_json(adapter: Adapter, library: Library, residency: dict[str, str],
 
 
 def _version_json(name: str, version: Version, library: Library, residency: dict[str, str]) -> dict[str, Any]:
-    base = library.fingerprint()
+    bases = library.fingerprints()
     return {
         "id": f"{name}@{version.number}",
         "object": "adapter.version",
@@ -157,7 +157,7 @@ def _version_json(name: str, version: Version, library: Library, residency: dict
         "spec": _spec(version),
         "files": [_file_json(version, file.filename) for file in version.files],
         "residency": residency[version.digest],
-        "compatible": None if base is None else version.fingerprint == base,
+        "compatible": None if bases is None else version.fingerprint in bases,
         "base_fingerprint": version.fingerprint,
         "created": version.created_at,
     }
@@ -303,12 +303,12 @@ async def list_adapters(
         if owner not in (None, caller.namespace):
             return _list_json([], False)
         owner = caller.namespace
-    fingerprint = library.engine.manifest.fingerprint if state is not None else None
+    fingerprints = library.engine.manifest.fingerprints if state is not None else None
     page = await library.catalogue.list_adapters(
         limit,
         after,
         label=label,
-        fingerprint=fingerprint,
+        fingerprints=fingerprints,
         other_base=state == "incompatible",
         tenant=caller.tenant,
         others=caller is not auth.SINGLE_USER,
@@ -486,7 +486,7 @@ async def delete_alias(name: str, alias: str, library: Lib, condition: Cond, cal
 async def _wanted(library: Library, caller: Caller, name: str, version: str | None) -> Resolved:
     selector = None if version is None else _selector(name, version)
     found = await library.catalogue.find_version(name, selector, caller.namespace, caller.viewer)
-    found.require_base(library.engine.manifest.fingerprint)
+    found.require_base(*library.engine.manifest.fingerprints)
     if not library.engine.ready.is_set():
         raise EngineUnavailable("it is not ready")
     return found

@@ -106,21 +106,26 @@ async def list_models(
         data.append(_base_model(services))
     after = None if after == services.base_name else after
     ready = services.engine.last_ready
-    fingerprint = ready.manifest.fingerprint if ready is not None else None
+    fingerprints = ready.manifest.fingerprints if ready is not None else None
     more = True
-    while more and (limit is None or len(data) < limit):
+    while more:
         count = _MODELS_AT_ONCE if limit is None else limit - len(data)
         page = await services.catalogue.list_adapters(
-            count,
+            max(1, count),
             after,
-            fingerprint=fingerprint,
+            fingerprints=fingerprints,
             tenant=caller.tenant,
             others=caller is not SINGLE_USER,
             viewer=caller.viewer,
         )
+        if count == 0:  # the base model was all that was asked for: this page only says whether there is more
+            more = bool(page.items)
+            break
         data += [_adapter_model(services, caller, adapter) for adapter in page.items]
         more = page.has_more
         after = data[-1]["id"] if page.items else after
+        if limit is not None:
+            break
     first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
     return {"object": "list", "data": data, "first_id": first, "last_id": last, "has_more": more}
 
@@ -135,7 +140,7 @@ async def get_model(model: str, services: ServicesDep, caller: CallerDep) -> dic
     except NotFound as exc:
         raise _unknown_model(model, "model", exc) from exc
     if (ready := services.engine.last_ready) is not None:
-        found.require_base(ready.manifest.fingerprint)
+        found.require_base(*ready.manifest.fingerprints)
     return _model(services, model, found.created_at, services.base_name)
 
 
@@ -160,7 +165,7 @@ async def resolve(services: Services, body: Sampled, caller: Caller) -> Target:
             found = await services.catalogue.resolve(adapter.name, caller.namespace, caller.viewer)
         except NotFound as exc:
             raise _unknown_model(adapter.name, f"adapters[{i}].name" if composed else "model", exc) from exc
-        found.require_base(services.engine.manifest.fingerprint)
+        found.require_base(*services.engine.manifest.fingerprints)
         # The same adapter twice is one with the sum of its weights.
         weights[found.digest] = weights.get(found.digest, 0.0) + adapter.weight
         said = caller.says(found.tenant, found.name)

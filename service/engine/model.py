@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +16,7 @@ from service.engine import attention
 from service.engine.attention import LayerShape
 from service.engine.config import EngineConfig
 from service.engine.errors import UnsupportedModel
+from service.engine.fingerprint import fingerprint, former_fingerprints
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ROTARY_BY_LENGTH = {"dynamic": "max_position_embeddings", "longrope": "original_max_position_embeddings"}
@@ -57,11 +56,17 @@ def load_model(config: EngineConfig) -> LoadedModel:
         trust_remote_code=False,
         use_safetensors=True,
     )
-    return describe(model, device, dtype, max_positions, fingerprint(Path(config.model_path)))
+    folder = Path(config.model_path)
+    return describe(model, device, dtype, max_positions, fingerprint(folder), former_fingerprints(folder))
 
 
 def describe(
-    model: PreTrainedModel, device: torch.device, dtype: torch.dtype, max_positions: int, identity: str
+    model: PreTrainedModel,
+    device: torch.device,
+    dtype: torch.dtype,
+    max_positions: int,
+    identity: str,
+    former: tuple[str, ...] = (),
 ) -> LoadedModel:
     """Freezes and probes a causal language model that is already on its device."""
     model.eval().requires_grad_(False)
@@ -77,6 +82,7 @@ def describe(
         vocab_size=cast(nn.Embedding, model.get_input_embeddings()).num_embeddings,
         max_positions=max_positions,
         modules=tuple(_modules(model)),
+        former=former,
     )
     return LoadedModel(
         model=model,
@@ -86,26 +92,6 @@ def describe(
         device=device,
         dtype=dtype,
     )
-
-
-def fingerprint(folder: Path) -> str:
-    """Identity of a checkpoint: its config and, of every weight file, name, size, header and 16 samples of 64 KiB.
-
-    A full hash of 16 GB would cost ten seconds at every start; samples catch any retrained checkpoint."""
-    digest = hashlib.sha256()
-    config = json.loads((folder / "config.json").read_text())
-    for volatile in ("transformers_version", "_name_or_path", "torch_dtype", "dtype"):
-        config.pop(volatile, None)
-    digest.update(json.dumps(config, sort_keys=True).encode())
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size}".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(8 + int.from_bytes(file.read(8), "little")))
-            for i in range(16):
-                file.seek(size * i // 16)
-                digest.update(file.read(65536))
-    return digest.hexdigest()
 
 
 def _dtype(config: EngineConfig, hf_config: Any) -> torch.dtype:

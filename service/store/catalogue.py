@@ -167,7 +167,7 @@ class Catalogue:
         after: str | None = None,
         *,
         label: str | None = None,
-        fingerprint: str | None = None,
+        fingerprints: Sequence[str] | None = None,
         other_base: bool = False,
         tenant: str = DEFAULT_TENANT,
         others: bool = False,
@@ -177,8 +177,8 @@ class Catalogue:
         """Adapters by name, those behind the name `after`. With `others`, all that `viewer` may see (None: everything):
         `tenant`'s first, then others' by their owners, for which `after` is `owner/name`; or those of `owner` alone.
 
-        `label`: `key` or `key=value`. `fingerprint`: only adapters whose default version was made for that base, or,
-        with `other_base`, for any other.
+        `label`: `key` or `key=value`. `fingerprints`: only adapters whose default version was made for the base known
+        by them, or, with `other_base`, for any other.
         """
         statement = _ADAPTER.limit(limit + 1)
         if not others:
@@ -199,8 +199,8 @@ class Catalogue:
             key, equals, value = label.partition("=")
             wanted = sa.select(labels.c.adapter_id).where(labels.c.key == key)
             statement = statement.where(adapters.c.id.in_(wanted.where(labels.c.value == value) if equals else wanted))
-        if fingerprint is not None:
-            same = versions.c.fingerprint == fingerprint
+        if fingerprints is not None:
+            same = versions.c.fingerprint.in_(fingerprints)
             statement = statement.where(sa.not_(same) if other_base else same)
         async with self._database.snapshot() as connection:
             rows = (await connection.execute(statement)).all()
@@ -265,12 +265,22 @@ class Catalogue:
         async with self._database.read() as connection:
             return {row.digest: row.bytes for row in await connection.execute(statement)}
 
-    async def pinned_digests(self, fingerprint: str) -> tuple[str, ...]:
-        """Default versions of the pinned adapters made for this base."""
+    async def adopt(self, fingerprint: str, former: Sequence[str]) -> int:
+        """Versions made for a base that was known by `former` are from now on for the same base by its new
+        `fingerprint`; how many there were. Nothing is written where there are none."""
+        known = versions.c.fingerprint.in_(former)
+        async with self._database.read() as connection:
+            if not former or await connection.scalar(sa.select(sa.func.count()).where(known)) == 0:
+                return 0
+        async with self._database.write() as connection:
+            return (await connection.execute(sa.update(versions).where(known).values(fingerprint=fingerprint))).rowcount
+
+    async def pinned_digests(self, fingerprints: Sequence[str]) -> tuple[str, ...]:
+        """Default versions of the pinned adapters made for the base known by these fingerprints."""
         statement = (
             sa.select(versions.c.digest)
             .join_from(adapters, versions, sa.and_(_of_adapter, versions.c.number == adapters.c.default_version))
-            .where(adapters.c.pinned, versions.c.fingerprint == fingerprint)
+            .where(adapters.c.pinned, versions.c.fingerprint.in_(fingerprints))
             .distinct()
         )
         async with self._database.read() as connection:

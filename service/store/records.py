@@ -25,13 +25,13 @@ class Resolved:
     bytes: int
     created_at: int
 
-    def fits(self, fingerprint: str) -> bool:
-        """Whether it was made for the base with this fingerprint."""
-        return self.fingerprint == fingerprint
+    def fits(self, *fingerprints: str) -> bool:
+        """Whether it was made for the base that is known by these fingerprints (Manifest.fingerprints)."""
+        return self.fingerprint in fingerprints
 
-    def require_base(self, fingerprint: str) -> None:
-        """Raises WrongBase unless it was made for the base with this fingerprint."""
-        if not self.fits(fingerprint):
+    def require_base(self, *fingerprints: str) -> None:
+        """Raises WrongBase unless it was made for the base that is known by these fingerprints."""
+        if not self.fits(*fingerprints):
             raise WrongBase(self.name, self.version)
 
 

@@ -47,7 +47,7 @@ def build(options: dict[str, Any]) -> FastAPI:
     async def resolve(model: str) -> dict[str, Any]:
         library = app.state.library
         found = await library.catalogue.resolve(model)
-        found.require_base(library.engine.manifest.fingerprint)
+        found.require_base(*library.engine.manifest.fingerprints)
         return {"name": found.name, "version": found.version, "digest": found.digest}
 
     return app

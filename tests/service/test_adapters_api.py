@@ -491,6 +491,45 @@ def test_another_base(
     assert response.json()["compatible"] is True
 
 
+def test_a_base_that_an_upgrade_knows_by_another_fingerprint(
+    tmp_path: Path, variant: Callable[[int], list[Any]], free_port: Callable[[], int]
+) -> None:
+    """Adapters stored under a former one go on as before, and soon have the new one."""
+
+    def server(*former: str) -> Server:
+        module = Module("model.layers.0.self_attn.q_proj", "linear", 16, 16)
+        known = Manifest(*("renewed", "X", "x", "float32", 10, 100, (module,)), former)
+        path = tmp_path / f"manifest{len(former)}.json"
+        path.write_bytes(msgspec.json.encode(known))
+        return Server(tmp_path / "data", free_port(), manifest=path).start()
+
+    engine = Engine(tmp_path / "data")
+    before = Server(tmp_path / "data", free_port()).start()
+    after = None
+    try:
+        before.client.put("/v1/adapters/old", files=variant(1)).raise_for_status()
+        before.close()
+        after = server("simulated", "older still")
+        assert after.client.get("/resolve?model=old").status_code == 200
+        assert after.client.get("/v1/adapters/old").json()["state"] == "ready"
+        listed = after.client.get("/v1/adapters", params={"state": "ready"}).json()["data"]
+        assert [entry["name"] for entry in listed] == ["old"]
+        assert [model["id"] for model in after.client.get("/v1/models").json()["data"]][1:] == ["old"]
+        of_version = "/v1/adapters/old/versions/1"
+        client = after.client
+        wait_until(lambda: client.get(of_version).json()["base_fingerprint"] == "renewed")
+        assert client.get(of_version).json()["compatible"] is True
+        after.close()
+        after = server()
+        assert after.client.get("/resolve?model=old").status_code == 200
+    finally:
+        for each in (before, after, engine):
+            if isinstance(each, Engine):
+                each.stop()
+            elif each is not None:
+                each.close()
+
+
 def test_without_an_engine(tmp_path: Path, peft: Path, free_port: Callable[[], int]) -> None:
     server = Server(tmp_path / "data", free_port()).start(ready=False)
     try:

@@ -92,6 +92,27 @@ async def test_base_is_checked(catalogue: Catalogue) -> None:
         found.require_base("new")
 
 
+async def test_a_base_that_has_another_fingerprint_since_an_upgrade(catalogue: Catalogue) -> None:
+    """What is stored with a former one fits before and after it has been given the new one."""
+    await publish(catalogue, "law", 1, fingerprint="former")
+    await publish(catalogue, "other", 2, fingerprint="another base")
+    async with catalogue.write() as edits:
+        await edits.change("law", pinned=True)
+    known = ("new", "former")
+    assert [adapter.name for adapter in (await catalogue.list_adapters(fingerprints=known)).items] == ["law"]
+    assert await catalogue.pinned_digests(known) == (content(1).digest,)
+    (await catalogue.resolve("law")).require_base(*known)
+    etag = (await catalogue.get_adapter("law")).etag
+    assert await catalogue.adopt("new", []) == 0
+    assert await catalogue.adopt("new", ["former", "older"]) == 1
+    assert await catalogue.adopt("new", ["former", "older"]) == 0
+    found = await catalogue.resolve("law")
+    found.require_base("new")
+    assert not found.fits("former"), "a base that only the former fingerprint takes for the same"
+    assert (await catalogue.get_adapter("law")).etag == etag
+    assert not (await catalogue.resolve("other")).fits(*known)
+
+
 async def test_the_same_content_for_a_new_base(catalogue: Catalogue) -> None:
     await publish(catalogue, "law", 1, fingerprint="old")
     etag = (await catalogue.get_adapter("law")).etag
@@ -135,8 +156,8 @@ async def test_pages_and_filters(catalogue: Catalogue) -> None:
     assert len((await catalogue.list_adapters(100, label="team")).items) == 25
     assert [a.labels for a in (await catalogue.list_adapters(100, label="x")).items] == [{"team": "red", "x": "1"}]
     assert (await catalogue.list_adapters(100, label="team=")).items == []
-    assert len((await catalogue.list_adapters(100, fingerprint="base")).items) == 20
-    assert len((await catalogue.list_adapters(100, fingerprint="base", other_base=True)).items) == 5
+    assert len((await catalogue.list_adapters(100, fingerprints=["base"])).items) == 20
+    assert len((await catalogue.list_adapters(100, fingerprints=["base"], other_base=True)).items) == 5
 
 
 async def test_versions_with_files_and_aliases(catalogue: Catalogue) -> None:

@@ -197,6 +197,15 @@ def test_models(server: InferenceServer, adapters: dict[str, str]) -> None:
     assert seen == list(models)
 
 
+def test_a_page_of_the_base_alone_is_the_last_one(slow: InferenceServer) -> None:
+    """This server has no adapters."""
+    assert slow.http.get("/v1/adapters").json()["data"] == []
+    page = slow.http.get("/v1/models", params={"limit": 1}).json()
+    assert ([model["id"] for model in page["data"]], page["has_more"]) == ([BASE], False)
+    page = slow.http.get("/v1/models", params={"limit": 1, "after": BASE}).json()
+    assert (page["data"], page["has_more"]) == ([], False)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_completion_logprobs_with_echo(server: InferenceServer, stream: bool) -> None:
     arguments: dict[str, Any] = {"model": BASE, "prompt": PROMPT, "temperature": 0, "max_tokens": 12}
@@ -310,6 +319,7 @@ def test_a_client_that_leaves_frees_its_sequences(slow: InferenceServer, tmp_pat
     assert after[name] == before[name] + 1
     name = "loraplex_engine_generated_tokens_total"
     assert 0 < after[name] - before[name] < 4 * 400
+    assert slow.http.delete("/v1/adapters/left").status_code == 200
 
 
 def test_request_ids_and_the_access_line(server: InferenceServer, adapters: dict[str, str]) -> None:
