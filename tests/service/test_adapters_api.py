@@ -514,7 +514,6 @@ def test_a_base_that_an_upgrade_knows_by_another_fingerprint(
         assert after.client.get("/v1/adapters/old").json()["state"] == "ready"
         listed = after.client.get("/v1/adapters", params={"state": "ready"}).json()["data"]
         assert [entry["name"] for entry in listed] == ["old"]
-        assert [model["id"] for model in after.client.get("/v1/models").json()["data"]][1:] == ["old"]
         of_version = "/v1/adapters/old/versions/1"
         client = after.client
         wait_until(lambda: client.get(of_version).json()["base_fingerprint"] == "renewed")
