@@ -4,14 +4,17 @@ cannot show (log-probabilities with alternatives, sampling, what adapters do) an
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
 import pytest
 from openai import AsyncOpenAI, BadRequestError, OpenAI
 
+from service.tokenizer import Tokenizer
 from tests.engine.oracle import Recipe, make_adapter
 from tests.ports import unused_port
 from tests.service.launch import Launched, wait_for
@@ -151,6 +154,123 @@ def test_stop_strings_penalties_and_limits(client: OpenAI) -> None:
     assert " the" not in biased.text
     with pytest.raises(BadRequestError, match="1024"):
         client.completions.create(model=BASE, prompt=PROMPT, max_tokens=2000)
+
+
+REPEATING = "one two one two one two three one two one two"
+Change = Callable[[Any, list[int], list[int]], None]
+"""(logits [vocabulary] to change, tokens of the prompt, tokens made so far)."""
+
+
+@pytest.fixture(scope="module")
+def expected(base_model_dir: Path) -> Callable[[Change, int], str]:
+    """What transformers' own generate says, greedily, when a change has been at the logits of each step. A step that
+    two tokens could win would show nothing, and is an error."""
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    tokenizer = Tokenizer.load(base_model_dir)
+    model = AutoModelForCausalLM.from_pretrained(base_model_dir, dtype=torch.float32).eval()
+    prompt = tokenizer.encode_now([REPEATING])[0]
+
+    def say(change: Change, count: int) -> str:
+        def process(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            scores = scores.clone()
+            change(scores[0], prompt, ids[0, len(prompt) :].tolist())
+            first, second = scores[0].topk(2).values.tolist()
+            assert first - second > 1e-3, "choose another prompt"
+            return scores
+
+        ids = torch.tensor([prompt])
+        config = GenerationConfig(max_new_tokens=count, do_sample=False, pad_token_id=0)
+        found = model.generate(ids, config, attention_mask=torch.ones_like(ids), logits_processor=[process])
+        made = found[0, len(prompt) :].tolist()
+        assert not set(made) & set(tokenizer.eos_token_ids), "choose another prompt"
+        return tokenizer.decode(made)
+
+    return say
+
+
+def test_each_penalty_is_its_own(client: OpenAI, expected: Callable[[Change, int], str]) -> None:
+    """Three penalties that change the text, each in its own way and each as it is defined."""
+
+    def presence(logits: Any, prompt: list[int], made: list[int]) -> None:
+        for token in set(made):
+            logits[token] -= 1.5
+
+    def frequency(logits: Any, prompt: list[int], made: list[int]) -> None:
+        for token in made:
+            logits[token] -= 1.5
+
+    def repetition(logits: Any, prompt: list[int], made: list[int]) -> None:
+        for token in {*prompt, *made}:
+            logits[token] = logits[token] / 1.5 if logits[token] > 0 else logits[token] * 1.5
+
+    def nothing(logits: Any, prompt: list[int], made: list[int]) -> None:
+        pass
+
+    changes: dict[str, Change] = {
+        "presence_penalty": presence, "frequency_penalty": frequency, "repetition_penalty": repetition, "": nothing,
+    }  # fmt: skip
+    wanted = {field: expected(change, 16) for field, change in changes.items()}
+    assert len(set(wanted.values())) == len(wanted), wanted
+    for field, text in wanted.items():
+        done = client.completions.create(
+            model=BASE, prompt=REPEATING, max_tokens=16, temperature=0, extra_body={field: 1.5} if field else {}
+        )
+        assert (field, done.choices[0].text) == (field, text)
+
+
+def test_what_cuts_the_distribution(client: OpenAI) -> None:
+    """One token, drawn often: all that are left are among those that the cut leaves, and several of these come."""
+    prompt = "My favourite animal is the"
+    scored = client.completions.create(model=BASE, prompt=prompt, max_tokens=1, temperature=0, logprobs=20).choices[0]
+    assert scored.logprobs is not None
+    assert scored.logprobs.top_logprobs is not None
+    top = dict(sorted(scored.logprobs.top_logprobs[0].items(), key=lambda entry: -entry[1]))
+    masses = [math.exp(value) for value in top.values()]
+
+    def drawn(temperature: float = 1.0, **fields: float) -> set[str]:
+        done = client.completions.create(
+            model=BASE, prompt=prompt, max_tokens=1, n=40, seed=5, temperature=temperature, extra_body=fields
+        )
+        return {choice.text for choice in done.choices}
+
+    def nucleus(mass: float) -> set[str]:
+        return set(list(top)[: next(i for i in range(1, 20) if sum(masses[:i]) >= mass)])
+
+    def at_least(share: float) -> set[str]:
+        return {token for token, mass in zip(top, masses, strict=True) if mass >= share * masses[0]}
+
+    assert len(drawn()) > 12, "choose another prompt"
+    assert drawn(temperature=0.05) <= set(list(top)[:2])
+    assert drawn(top_k=3) == set(list(top)[:3])
+    assert drawn(top_p=0.2) == nucleus(0.2)
+    assert drawn(min_p=0.5) == at_least(0.5)
+    kept = [set(list(top)[:3]), nucleus(0.2), at_least(0.5)]
+    assert all(2 <= len(one) <= 8 for one in kept), kept
+    assert (
+        drawn(temperature=2.0, top_k=1) == drawn(temperature=2.0, top_p=0.001) == drawn(min_p=1.0) == {next(iter(top))}
+    )
+
+
+def test_what_ends_an_answer(client: OpenAI, base_model_dir: Path) -> None:
+    """With a bias that no logit reaches the end is the next token, and so is what would come after it."""
+    end = Tokenizer.load(base_model_dir).eos_token_ids[0]
+
+    def say(token: int = end, **fields: Any) -> tuple[str, int]:
+        done = client.completions.create(
+            model=BASE, prompt=PROMPT, max_tokens=6, temperature=0, logit_bias={str(token): 100}, extra_body=fields
+        )
+        assert done.usage is not None
+        return done.choices[0].finish_reason, done.usage.completion_tokens
+
+    assert say() == ("stop", 1)
+    assert say(min_tokens=3) == ("stop", 4)
+    assert say(ignore_eos=True) == ("length", 6)
+    assert say(token=260) == ("length", 6)
+    assert say(token=260, stop_token_ids=[260]) == ("stop", 1)
+    assert say(token=260, stop_token_ids=[260], min_tokens=2) == ("stop", 3)
+    assert say(token=260, stop_token_ids=[260], ignore_eos=True) == ("stop", 1)
 
 
 def test_a_client_that_leaves_frees_its_sequence_and_pages(service: Launched) -> None:
