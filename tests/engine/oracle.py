@@ -78,6 +78,15 @@ def recipes(architecture: str) -> dict[str, Recipe]:
     }
 
 
+HIGH_RANKS = {
+    "rank128": Recipe(128, {"target_modules": ["q_proj", "up_proj"]}, {"lora_alpha": 128}),
+    "rank256-rs": Recipe(256, {"target_modules": ["v_proj", "down_proj"]}, {"use_rslora": True}, torch.bfloat16),
+    "rank512": Recipe(512, options={"lora_alpha": 512}),
+    "rank512-patterns": Recipe(512, options={"lora_alpha": 300, "rank_pattern": {"q_proj": 129, "mlp.*": 200}}),
+}
+"""Up to the highest rank that is served, for the architectures with projections of their own."""
+
+
 def make_base(architecture: str, folder: Path) -> Path:
     """A tiny random model, saved. Norm weights and biases are random too, so that none of them is ignored unseen."""
     torch.manual_seed(7)

@@ -9,7 +9,17 @@ import pytest
 import torch
 
 from tests.engine.harness import Harness, Stream
-from tests.engine.oracle import ARCHITECTURES, VOCABULARY, Mix, Oracle, make_adapter, make_base, recipes
+from tests.engine.oracle import (
+    ARCHITECTURES,
+    HIGH_RANKS,
+    VOCABULARY,
+    Mix,
+    Oracle,
+    Recipe,
+    make_adapter,
+    make_base,
+    recipes,
+)
 
 TOLERANCE = 1e-4
 """Of the largest logit, float32."""
@@ -23,19 +33,19 @@ MIXES: list[Mix] = [
 class World:
     """One architecture: base, adapters, oracle; engines are made per test, over the same files."""
 
-    def __init__(self, architecture: str, folder: Path) -> None:
+    def __init__(self, architecture: str, folder: Path, made: dict[str, Recipe], mixes: list[Mix]) -> None:
         self.architecture = architecture
         self.base = make_base(architecture, folder / "base")
         self.adapters = {
             name: make_adapter(self.base, folder / name, recipe, seed=i)
-            for i, (name, recipe) in enumerate(recipes(architecture).items())
+            for i, (name, recipe) in enumerate(made.items())
         }
         self.oracle = Oracle(self.base, self.adapters)
         self.requests: dict[str, tuple[list[int], Mix]] = {"base": (prompt(0), ()), "base-long": (prompt(1, 100), ())}
         for i, name in enumerate(self.adapters):
             self.requests[name] = (prompt(2 + i), ((name, 1.0),))
             self.requests[f"{name}-long"] = (prompt(20 + i, 100), ((name, 1.0),))
-        for i, mix in enumerate(MIXES):
+        for i, mix in enumerate(mixes):
             self.requests[f"mix{i}"] = (prompt(40 + i, 30), mix)
 
     def engine(self, folder: Path, **config) -> Harness:
@@ -69,7 +79,7 @@ def prompt(seed: int, length: int = 23) -> list[int]:
 
 @pytest.fixture(scope="module", params=sorted(ARCHITECTURES))
 def world(request, tmp_path_factory) -> World:
-    return World(request.param, tmp_path_factory.mktemp(request.param))
+    return World(request.param, tmp_path_factory.mktemp(request.param), recipes(request.param), MIXES)
 
 
 def ask_all(engine: Harness, world: World, names: list[str] | None = None, **options) -> None:
@@ -205,3 +215,19 @@ def test_with_only_20_pages(world, tmp_path, ahead):
     check_all(engine, world, names)
     assert engine.stats()["preemptions_total"] > 0
     engine.close()
+
+
+def test_the_highest_ranks(tmp_path):
+    """All mixed, and again where there is room for the mix of the two largest and not for all."""
+    mixes: list[Mix] = [(("rank512", 0.5), ("rank512-patterns", -0.4)), (("rank512", 0.5),)]
+    world = World("llama", tmp_path, HIGH_RANKS, mixes)
+    test_the_adapters_change_what_the_model_says(world)
+    for arena_mb in (24, 9):
+        engine = world.engine(tmp_path / str(arena_mb), arena_bytes=arena_mb << 20, max_tokens_per_step=48)
+        for _ in range(2):
+            ask_all(engine, world)
+            engine.run()
+            check_all(engine, world)
+        evicted = sum(value for name, value in engine.stats().items() if "evict" in name)
+        assert (evicted > 0) == (arena_mb == 9), engine.stats()
+        engine.close()
