@@ -182,7 +182,7 @@ class Supervisor:
     """One run of the service, from start to stop.
 
     `simulated`: JSON options of the simulated engine, or None for the real one. `examples`: upload the example
-    adapters on the first start.
+    adapters on the first start. `integrity_interval_s`: the engine's (engine/config.py), if not its own.
     """
 
     def __init__(
@@ -193,12 +193,14 @@ class Supervisor:
         examples: bool = False,
         simulated: str | None = None,
         silent_s: float = SILENT_S,
+        integrity_interval_s: float | None = None,
     ) -> None:
         self._settings = settings
         self._display = display
         self._examples = examples
         self._simulated = simulated
         self._silent_s = silent_s
+        self._integrity_interval_s = integrity_interval_s
         self._env: dict[str, str] = {}
         self._engine_arguments: list[str] = []
         self._children: set[Child] = set()
@@ -269,7 +271,10 @@ class Supervisor:
             self._env.setdefault("GOMP_SPINCOUNT", "2000")
         if hub_name and not settings.served_name:
             self._env[f"{PREFIX}SERVED_NAME"] = hub_name  # the folder's name is a commit
-        self._engine_arguments = [msgspec.json.encode(settings.engine_config(model)).decode()]
+        config = settings.engine_config(model)
+        if self._integrity_interval_s is not None:
+            config = msgspec.structs.replace(config, integrity_interval_s=self._integrity_interval_s)
+        self._engine_arguments = [msgspec.json.encode(config).decode()]
         if self._simulated is not None:
             self._engine_arguments += ["--simulated", self._simulated]
 

@@ -50,6 +50,7 @@ def serve(
     examples: bool = typer.Option(False, "--examples", help="Upload the example adapters on the first start."),
     simulated: str = typer.Option("", hidden=True, help="JSON: no model, a simulated engine with these options."),
     unhealthy_s: float = typer.Option(0.0, hidden=True, help="Seconds after which a silent engine is replaced."),
+    integrity_s: float = typer.Option(-1.0, hidden=True, help="Seconds between an idle engine's integrity checks."),
     **settings: Any,
 ) -> None:
     """Serve the base model and its adapters over HTTP."""
@@ -66,10 +67,12 @@ def serve(
         display = LoggedDisplay(loaded)
     for variable in Settings.unknown_variables():
         display.line(f"loraplex: {variable} is set, but there is no such setting; it is ignored", "yellow")
-    raise typer.Exit(_run(loaded, display, examples, simulated or None, unhealthy_s))
+    raise typer.Exit(_run(loaded, display, examples, simulated or None, unhealthy_s, integrity_s))
 
 
-def _run(settings: Settings, display: Any, examples: bool, simulated: str | None, unhealthy_s: float) -> int:
+def _run(
+    settings: Settings, display: Any, examples: bool, simulated: str | None, unhealthy_s: float, integrity_s: float
+) -> int:
     # Imported late, so that --help and a wrong value answer at once.
     from service.gguf_model import ModelError
     from service.supervisor import SILENT_S, StartError, Stopped, Supervisor
@@ -79,7 +82,12 @@ def _run(settings: Settings, display: Any, examples: bool, simulated: str | None
 
     async def run() -> None:
         supervisor = Supervisor(
-            settings, display, examples=examples, simulated=simulated, silent_s=unhealthy_s or SILENT_S
+            settings,
+            display,
+            examples=examples,
+            simulated=simulated,
+            silent_s=unhealthy_s or SILENT_S,
+            integrity_interval_s=integrity_s if integrity_s >= 0 else None,
         )
         await supervisor.run()
 

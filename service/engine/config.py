@@ -52,6 +52,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """CUDA: neither compile layers nor capture graphs. Starts sooner, decodes several times slower."""
     ahead: bool | None = None
     """Prepare each step while the device runs the one before it; None: on CUDA (core.Engine.step)."""
+    integrity_interval_s: float = 30.0
+    """Between two integrity checks of an idle engine. Tests that drive a whole service choose 0: one whenever it has
+    become idle."""
     traces_url: str = ""
     """Where spans go, as OTLP over HTTP (tracing.py); empty: none are made."""
     log_level: str = "info"

@@ -53,7 +53,6 @@ EXIT_GRACE_S = 5.0
 LOADER_POLL_S = 0.01
 """While nothing runs and adapters are on their way; their first token may be late by this."""
 STATS_INTERVAL_S = 0.25
-INTEGRITY_INTERVAL_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,12 +235,11 @@ class EngineProcess:
         *,
         client_timeout_s: float = CLIENT_TIMEOUT_S,
         drain_s: float = DRAIN_S,
-        integrity_interval_s: float = INTEGRITY_INTERVAL_S,
     ) -> None:
         self.inbox: Inbox = queue.SimpleQueue()
         self._drain_s = drain_s
         self._drain_until: float | None = None
-        self._integrity_interval_s = integrity_interval_s
+        self._integrity_interval_s = config.integrity_interval_s
         self._checked = 0.0
         self._checks = 0
         self._published = 0.0
@@ -347,7 +345,6 @@ def _process(config: EngineConfig, simulated_options: str | None) -> EngineProce
         lambda config, send, _: simulated.build_engine(config, send, options),
         client_timeout_s=options.client_timeout_s,
         drain_s=options.drain_s,
-        integrity_interval_s=options.integrity_interval_s,
     )
 
 

@@ -22,7 +22,7 @@ from service.engine.messages import AdapterRef, SamplingParams
 from service.engine.simulated import expected
 from service.tokenizer import Tokenizer
 from tests.real_parts import bucket_names
-from tests.service.launch import Launched, wait_for
+from tests.service.launch import UNSOUND, Launched, wait_for
 
 WORDS = 1000
 BASE = "base"
@@ -164,6 +164,7 @@ class World:
     def stop(self) -> int:
         """SIGTERM; the exit code."""
         service = self.running
+        service.check()
         service.process.terminate()
         code = service.process.wait(60)
         wait_for(lambda: not service.survivors(), 10)
@@ -178,6 +179,7 @@ class World:
     def _ended(self) -> None:
         self.running.http.close()
         self.logs.append(self.running.log.read_text())
+        assert UNSOUND not in self.logs[-1]
         self.service = None
 
     # ------------------------------------------------------------ what lies on the disk

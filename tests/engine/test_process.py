@@ -41,6 +41,7 @@ from service.engine.messages import (
 )
 from service.engine.process import Postman
 from service.engine.simulated import Options, expected
+from tests.soundness import check_engine, checking
 
 ROOT = Path(__file__).parents[2]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8)
@@ -57,22 +58,30 @@ def address(tmp_path: Path) -> str:
 
 @pytest.fixture
 def start(address: str, tmp_path: Path) -> Iterator[Start]:
-    """Starts an engine process; all end with the test."""
+    """Starts an engine process; all end with the test. One that has not ended by then, and is not to load an adapter
+    for the rest of it, has to be sound."""
     processes: list[subprocess.Popen[bytes]] = []
+    checked: list[subprocess.Popen[bytes]] = []
 
     def start(options: Options | None = None, **settings: Any) -> subprocess.Popen[bytes]:
-        config = EngineConfig(
-            model_path="", blobs_dir=str(tmp_path), cache_dir=str(tmp_path), socket=address, **settings
+        config = checking(
+            EngineConfig(model_path="", blobs_dir=str(tmp_path), cache_dir=str(tmp_path), socket=address, **settings)
         )
         command = [sys.executable, "-m", "service.engine.process", msgspec.json.encode(config).decode()]
         command += ["--simulated", msgspec.json.encode(options or Options()).decode()]
         processes.append(subprocess.Popen(command, cwd=ROOT))
+        if (options or Options()).load_s < 100:
+            checked.append(processes[-1])
         return processes[-1]
 
     yield start
-    for process in processes:
-        process.kill()
-        process.wait()
+    try:
+        if any(process.poll() is None for process in checked):
+            check_engine(address)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 @pytest.fixture
@@ -180,7 +189,7 @@ async def test_reading_a_finished_stream_to_its_end_leaves_the_next_of_its_name_
     start(SLOW)
     await client.wait_ready(60)
     first = client.submit(request("r", [1]))
-    await asyncio.sleep(0.1)
+    await until(lambda: client.stats.get("generated_tokens_total", 0) > 0)
     await idle(client)
     second = client.submit(request("r", [2]))
     assert len([delta async for delta in first]) == 1

@@ -19,6 +19,7 @@ import tokenizers
 from safetensors.numpy import load_file, save_file
 
 from service.settings import Settings
+from tests.soundness import check_engine, checking
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = "base-model"
@@ -30,7 +31,8 @@ class Engine:
 
     def __init__(self, data: Path, **options: Any) -> None:
         settings = Settings.load(data_dir=data)
-        config = settings.engine_config("")
+        config = checking(settings.engine_config(""))
+        self._socket = config.socket
         Path(config.socket.removeprefix("ipc://")).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         command = [sys.executable, "-m", "service.engine.process", msgspec.json.encode(config).decode()]
         self._process = subprocess.Popen(
@@ -38,7 +40,12 @@ class Engine:
         )
 
     def stop(self) -> None:
-        if self._process.poll() is None:
+        """Raises AssertionError if it is not sound."""
+        try:
+            if self._process.poll() is None:
+                check_engine(self._socket)
+            assert self._process.poll() != 1, "the engine has ended: it was broken, or found itself unsound"
+        finally:
             self._process.kill()
             self._process.wait()
 

@@ -24,6 +24,7 @@ from service.engine.simulated import expected
 from service.settings import Settings
 from service.tokenizer import Tokenizer
 from tests.ports import unused_port
+from tests.soundness import check_engine, checking
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCABULARY = 49152  # SmolLM2's
@@ -67,7 +68,7 @@ class InferenceServer:
         return self
 
     def start_engine(self) -> None:
-        config = msgspec.json.encode(self.settings.engine_config(self.settings.model)).decode()
+        config = msgspec.json.encode(checking(self.settings.engine_config(self.settings.model))).decode()
         command = [sys.executable, "-m", "service.engine.process", config, "--simulated"]
         self.engine = subprocess.Popen(
             [*command, json.dumps(self._engine_options)], cwd=ROOT, env=self.environment, stderr=subprocess.DEVNULL
@@ -75,6 +76,7 @@ class InferenceServer:
 
     def kill_engine(self) -> None:
         if self.engine is not None:
+            assert self.engine.poll() != 1, "the engine has ended: it was broken, or found itself unsound"
             self.engine.kill()
             self.engine.wait()
             self.engine = None
@@ -125,11 +127,18 @@ class InferenceServer:
             finally:
                 self.api.kill()
                 self.api.wait()
+        try:
+            if self.engine is not None and self.engine.poll() is None:
+                check_engine(self.settings.engine_socket)
+        finally:
+            self._clean_up()
+        return code
+
+    def _clean_up(self) -> None:
         self.kill_engine()
         self.http.close()
         self.openai.close()
         self._folder.cleanup()
-        return code
 
     # ------------------------------------------------------------ what it should answer
 

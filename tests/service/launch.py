@@ -13,8 +13,13 @@ from types import TracebackType
 import httpx
 import psutil
 
+from service.settings import Settings
+from tests.soundness import check_engine
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 SIMULATED = '{"vocab_size": 49152}'
+UNSOUND = "IntegrityError"
+"""In the log of a service whose engine has found itself unsound, and was replaced."""
 START_S = 180.0
 """Generous: a busy machine may take many times what an idle one does."""
 
@@ -45,7 +50,8 @@ class Launched:
         self.url = f"http://127.0.0.1:{port}"
         self.log = data_dir / "output.log"
         self.http = httpx.Client(base_url=self.url, timeout=120.0, trust_env=False)
-        command = [*prefix, sys.executable, "-m", "service", "--port", str(port), "--data-dir", str(data_dir), *flags]
+        command = [*prefix, sys.executable, "-m", "service", "--port", str(port), "--data-dir", str(data_dir)]
+        command += ["--integrity-s", "0", *flags]
         with self.log.open("w") as output:
             self.process = subprocess.Popen(
                 command, cwd=ROOT, env={**os.environ, **env},
@@ -57,6 +63,19 @@ class Launched:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                self.check()
+        finally:
+            self._stop()
+
+    def check(self) -> None:
+        """That its engine, if it has one to ask, is sound, and that none before it was not."""
+        if self.process.poll() is None and self.ready():
+            check_engine(Settings.load(data_dir=self.data_dir).engine_socket)
+        assert UNSOUND not in self.log.read_text()
+
+    def _stop(self) -> None:
         self.http.close()
         self.process.terminate()
         try:

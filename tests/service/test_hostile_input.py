@@ -36,10 +36,7 @@ JSON = "Content-Type: application/json"
 
 @pytest.fixture(scope="module")
 def hostile_server(base_model_dir: Path) -> Iterator[InferenceServer]:
-    options = {"integrity_interval_s": 0.0}
-    server = InferenceServer(
-        base_model_dir, engine_options=options, max_body_bytes=MAX_BODY, max_upload_bytes=MAX_UPLOAD
-    )
+    server = InferenceServer(base_model_dir, max_body_bytes=MAX_BODY, max_upload_bytes=MAX_UPLOAD)
     try:
         yield server.start()
     finally:

@@ -23,8 +23,7 @@ pytestmark = pytest.mark.xdist_group("openapi")
 
 @pytest.fixture(scope="module")
 def fuzzed(base_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[InferenceServer]:
-    options = {"integrity_interval_s": 0.0}
-    server = InferenceServer(base_model_dir, engine_options=options, max_body_bytes="1MiB", max_upload_bytes="32MiB")
+    server = InferenceServer(base_model_dir, max_body_bytes="1MiB", max_upload_bytes="32MiB")
     try:
         server.start()
         folder = tmp_path_factory.mktemp("adapters")
