@@ -103,6 +103,21 @@ def test_both_images_run_the_same_versions() -> None:
     assert not [name for name in cpu if name.startswith(("nvidia-", "triton"))]
 
 
+def test_the_check_without_docker_fits_the_dockerfile() -> None:
+    """deploy/docker/check_image.sh itself takes minutes, root and a network: here only what it needs of other files."""
+    script = DEPLOY / "docker" / "check_image.sh"
+    assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
+    text = script.read_text()
+    takes = re.findall(r"sed -n '(s/[^']*)' (Dockerfile|requirements/cpu\.txt)", text)
+    assert len(takes) == 3
+    for expression, file in takes:
+        done = subprocess.run(["sed", "-n", expression, ROOT / file], capture_output=True, text=True, check=True)
+        assert done.stdout.strip(), expression
+    arguments = set(re.findall(r"--build-arg \"?(\w+)=", text))
+    assert arguments <= {rest.partition("=")[0] for word, rest in dockerfile() if word == "ARG"}
+    assert f"--target {IMAGES[0]}" in text
+
+
 def test_the_health_check_asks_the_service(tmp_path: Path, base_model_dir: Path) -> None:
     script = DEPLOY / "docker" / "healthcheck.py"
     (tmp_path / "data").mkdir()
