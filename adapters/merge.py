@@ -26,10 +26,10 @@ from torch import Tensor
 from adapters.errors import AdapterRefused, capped
 from adapters.folders import emptied, write_synced
 from adapters.manifest import Manifest, Module
-from adapters.merge_methods import Factors, merge_module, merged_rank
+from adapters.merge_methods import merge_module, merged_rank
 from adapters.merge_request import MergeOptions, MergeSource, OpenedSource, open_sources
 from adapters.peft_config import CONFIG_NAME
-from adapters.peft_format import parse_adapter
+from adapters.peft_format import TargetSpec, parse_adapter
 from adapters.safetensors_header import load_json, read_header
 from adapters.safetensors_writer import SafetensorsWriter, TensorPlan
 from adapters.tensor_reader import TensorReader, bytes_of
@@ -69,8 +69,8 @@ def merge_adapters(
     manifest's order, which is PEFT's. So PEFT on CPU gives the same adapter when torch.manual_seed(seed) is called
     after it has added the new adapter's layers (whose initialisation draws numbers too) and before it merges.
 
-    Memory: one module's tensors of all sources; for the *_svd methods that prune, about (1.5·sources + 7)·d·k·4 bytes
-    of the largest module (measured: 2 sources 9.7, 6 sources 15.7), and each module costs a dense SVD."""
+    Memory: what adapters/merge_memory.py says, of one module at a time. The *_svd methods that prune cost a dense SVD
+    per module."""
     opened = open_sources(sources, manifest, options, "adapter")
     plan = _plan(opened, manifest, options)
     generator = torch.Generator().manual_seed(options.seed or 0)
@@ -85,9 +85,9 @@ def merge_adapters(
         costs = [planned.module.in_features * planned.module.out_features for planned in plan]
         done = 0
         for planned, cost in zip(plan, costs, strict=True):
-            factors = [_factors(opened[i], readers[i], planned.module) for i in planned.sources]
+            stored = [_stored(opened[i], readers[i], planned.module) for i in planned.sources]
             with torch.no_grad():
-                merged = merge_module(factors, options, planned.rank, generator)
+                merged = merge_module(stored, options, planned.rank, generator)
             for side, tensor in zip("AB", merged, strict=True):
                 reasons += _value_faults(tensor, f"lora_{side} of {planned.module.name}", manifest)
                 writer.write(bytes_of(tensor))
@@ -113,9 +113,33 @@ def _plan(opened: Sequence[OpenedSource], manifest: Manifest, options: MergeOpti
     return plan
 
 
-def _factors(one: OpenedSource, reader: TensorReader, module: Module) -> Factors:
-    target = one.targets[module.name]
-    return Factors(reader.tensor(target.a), reader.tensor(target.b), target.scale, one.source.weight)
+@dataclass(frozen=True)
+class _Stored:
+    """adapters.merge_methods.Source: A and B are read each time they are asked for, and nothing of them is kept."""
+
+    reader: TensorReader
+    target: TargetSpec
+    weight: float
+
+    @property
+    def a(self) -> Tensor:
+        return self.reader.tensor(self.target.a)
+
+    @property
+    def b(self) -> Tensor:
+        return self.reader.tensor(self.target.b)
+
+    @property
+    def rank(self) -> int:
+        return self.target.rank
+
+    @property
+    def scale(self) -> float:
+        return self.target.scale
+
+
+def _stored(one: OpenedSource, reader: TensorReader, module: Module) -> _Stored:
+    return _Stored(reader, one.targets[module.name], one.source.weight)
 
 
 def _value_faults(tensor: Tensor, label: str, manifest: Manifest) -> list[str]:

@@ -12,43 +12,66 @@ Differences, all of them where PEFT computes something else than what was asked 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from adapters.merge_memory import SLICE_VALUES, is_dense
 from adapters.merge_request import METHODS, MergeOptions, Method
 
-SLICE_VALUES = 1 << 18
-"""Pruned tensors are added up in slices of so many values, whose temporaries then cost MBs, not several times d·k."""
+RUN = 16
+"""torch.sum(dim=0) adds up the tensors of a stack in runs of so many, and then the runs' sums (on CPU, up to 256)."""
+
+
+class Source(Protocol):
+    """One source's share of a module: weight · scale · B A. a [r, k] and b [d, r] in float32 may be read anew whenever
+    they are asked for."""
+
+    @property
+    def a(self) -> Tensor: ...
+    @property
+    def b(self) -> Tensor: ...
+    @property
+    def rank(self) -> int: ...
+    @property
+    def scale(self) -> float: ...
+    @property
+    def weight(self) -> float: ...
 
 
 @dataclass(frozen=True)
 class Factors:
-    """One source's share of a module: weight · scale · B A. a [r, k] and b [d, r] in float32."""
+    """A Source in memory."""
 
     a: Tensor
     b: Tensor
     scale: float
     weight: float
 
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
 
 def merge_module(
-    sources: Sequence[Factors], options: MergeOptions, rank: int, generator: torch.Generator
+    sources: Sequence[Source], options: MergeOptions, rank: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """(A [rank, k], B [d, rank]) of the merged module, to be applied with scale 1. `rank` as `merged_rank` gives it.
 
-    `generator` is advanced by dare_*: for A of each source, then B of each; with SVD once for the product of each."""
+    `generator` is advanced by dare_*: for A of each source, then B of each; with SVD once for the product of each.
+    adapters/merge_memory.py says what memory it takes."""
     method = METHODS[options.method]
     if options.method == "cat":
         a = torch.cat([one.a * one.weight * one.scale for one in sources], dim=0)
         return a, torch.cat([one.b for one in sources], dim=1)
-    if options.method == "svd":
-        return _svd_of_products(sources, rank)
     if method.svd:
-        products = ((one.b @ one.a) * one.scale for one in sources)
-        return _svd(_combine(products, [one.weight for one in sources], method, options, generator), rank)
+        d, k = sources[0].b.shape[0], sources[0].a.shape[1]
+        if is_dense(options.method, d, k, [one.rank for one in sources]):
+            return _svd(_combine_products(sources, method, options, generator), rank)
+        return _svd_of_factors(sources, rank)
     # Half of the weight on each side; its sign on A alone, else it would cancel.
     roots = [math.sqrt(abs(one.weight * one.scale)) for one in sources]
     signed = [root if one.weight * one.scale >= 0 else -root for root, one in zip(roots, sources, strict=True)]
@@ -96,6 +119,65 @@ def _combine(
     return result.view(shape)
 
 
+def _combine_products(
+    sources: Sequence[Source], method: Method, options: MergeOptions, generator: torch.Generator
+) -> Tensor:
+    """The same with each source's scale · B A [d, k], of which one at a time is in memory.
+
+    An election has to see all of them before the first can be added, so they are computed twice, the second time with
+    the same random numbers. The sums are PEFT's bit for bit: see _Sum."""
+    density = 1.0 if options.density is None else options.density
+    state = generator.get_state()
+
+    def pruned() -> Iterator[tuple[Tensor, float]]:
+        generator.set_state(state)
+        for one in sources:
+            yield _prune((one.b @ one.a).mul_(one.scale), method, density, generator), one.weight
+
+    total = _Sum()
+    if not method.elects_sign:
+        for tensor, weight in pruned():
+            total.add(tensor.mul_(weight))
+        return total.value()
+    votes = _Sum()
+    for tensor, _ in pruned():
+        votes.add(tensor if (options.majority_sign_method or "total") == "total" else tensor.sign_())
+    positive = votes.value() >= 0
+    del votes, tensor
+    count = torch.zeros_like(positive, dtype=torch.uint8)
+    for tensor, weight in pruned():
+        agrees = torch.where(positive, tensor > 0, tensor < 0)
+        count += agrees
+        total.add(tensor.mul_(weight).mul_(agrees))
+    return total.value() / count.clamp_(min=1)
+
+
+class _Sum:
+    """Σ of tensors in the order of torch.sum(dim=0) over a stack of them, which then need not be in memory together.
+
+    Bit for bit but for the last d·k modulo 32 values, in whose place torch's loop adds up in another order. A tensor
+    that is added belongs to the sum."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._run: Tensor | None = None
+        self._runs: Tensor | None = None
+
+    def add(self, tensor: Tensor) -> None:
+        self._run = tensor if self._run is None else self._run.add_(tensor)
+        self._count += 1
+        if self._count % RUN == 0:
+            self._runs = self._run if self._runs is None else self._runs.add_(self._run)
+            self._run = None
+
+    def value(self) -> Tensor:
+        """ValueError if nothing was added. Nothing can be added after it."""
+        parts = [part for part in (self._run, self._runs) if part is not None]
+        if not parts:
+            raise ValueError("a sum of nothing")
+        return parts[0] if len(parts) == 1 else parts[0].add_(parts[1])
+
+
 def _prune(tensor: Tensor, method: Method, density: float, generator: torch.Generator) -> Tensor:
     if method.prune is None or density >= 1:
         return tensor
@@ -104,7 +186,7 @@ def _prune(tensor: Tensor, method: Method, density: float, generator: torch.Gene
         return tensor * kept / density
     count = int(density * tensor.numel())
     mask = torch.zeros_like(tensor).reshape(-1)
-    mask[torch.topk(tensor.abs().reshape(-1), k=count, largest=True)[1]] = 1
+    mask[torch.topk(tensor.abs().reshape(-1), k=count, sorted=False)[1]] = 1  # sorting took most of the time
     return tensor * mask.reshape(tensor.shape)
 
 
@@ -115,7 +197,7 @@ def _elected(stack: Tensor, majority: str) -> Tensor:
     return sign == torch.where(votes >= 0, 1, -1)
 
 
-def _svd_of_products(sources: Sequence[Factors], rank: int) -> tuple[Tensor, Tensor]:
+def _svd_of_factors(sources: Sequence[Source], rank: int) -> tuple[Tensor, Tensor]:
     """Truncated SVD of Σ w·s·B A out of its factors: an SVD of [R, R] instead of [d, k], R the sum of the ranks.
 
     With B = Qb Rb and Aᵀ = Qa Ra, B A = Qb (Rb Raᵀ) Qaᵀ, whose outer factors are orthonormal. In float64: the

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 from adapters.checkpoint_layout import check_base
 from adapters.errors import AdapterRefused, capped, shown
 from adapters.manifest import Manifest, Module
+from adapters.merge_memory import memory_bytes
 from adapters.peft_config import FLOAT32_MAX, MAX_CONFIG_BYTES, MAX_RANK, LoraSettings, read_config
 from adapters.peft_format import MAX_INDEX_BYTES, AdapterSpec, TargetSpec, examine
 from adapters.safetensors_header import Header, read_header
@@ -104,11 +105,16 @@ def check_merge(
     options: MergeOptions,
     into: Into = "adapter",
     model: Path | None = None,
+    memory: int | None = None,
 ) -> list[str]:
     """Every reason why this merge is impossible; empty: it can be queued. Reads configurations and headers only.
 
-    `model`: the base's Hugging Face folder; with into="checkpoint" its configuration and headers are checked too."""
-    return _open(sources, manifest, options, into, model)[1]
+    `model`: the base's Hugging Face folder; with into="checkpoint" its configuration and headers are checked too.
+    `memory`: the bytes that the merge's process may take."""
+    opened, reasons = _open(sources, manifest, options, into, model)
+    if memory is not None and len(opened) == len(sources) and options.method in METHODS:
+        reasons = capped([*reasons, *_memory_faults(opened, options.method, into, manifest, memory)])
+    return reasons
 
 
 def open_sources(
@@ -270,3 +276,20 @@ def _rank_faults(opened: list[OpenedSource], method: str, manifest: Manifest) ->
             " use cat, svd or another *_svd method"
         )
     return reasons
+
+
+def _memory_faults(opened: list[OpenedSource], method: str, into: Into, manifest: Manifest, memory: int) -> list[str]:
+    """The module that needs most, if that is more than there may be."""
+    worst, largest = 0, None
+    for module in manifest.linears:
+        if ranks := [one.targets[module.name].rank for one in opened if module.name in one.targets]:
+            needed = memory_bytes(method, into, module.out_features, module.in_features, ranks)
+            if needed > worst:
+                worst, largest = needed, module
+    if largest is None or worst <= memory:
+        return []
+    return [
+        f"method {method} of {len(opened)} adapters needs up to {worst / 1e9:.1f} GB of memory for {largest.name}"
+        f" ({largest.out_features} x {largest.in_features}), and a merge may take {memory / 1e9:.1f}"
+        " (LORAPLEX_MERGE_MEMORY_BYTES); use another method, or fewer adapters at a time"
+    ]

@@ -81,6 +81,7 @@ class Merges:
         self.library = library
         self._workers = workers
         self._model = Path(settings.model)
+        self._memory = settings.merge_memory_bytes
         self._folder = merges_dir(settings)
         self._folder.mkdir(parents=True, exist_ok=True)
 
@@ -123,7 +124,9 @@ class Merges:
         stored = await stored_sources(self.library, sources, tenant)
         local = await asyncio.to_thread(lambda: [source.fetch(self.library.blobs) for source in stored])
         options = MergeOptions(**wanted.options)
-        reasons = await self._workers.run(check_merge, local, manifest, options, wanted.target, self._model)
+        reasons = await self._workers.run(
+            check_merge, local, manifest, options, wanted.target, self._model, self._memory
+        )
         if reasons:
             texts = [str(reason) for reason in reasons]
             raise ApiError(422, "The merge is impossible: " + "; ".join(texts), code="merge_refused", reasons=texts)

@@ -88,6 +88,8 @@ class Settings(BaseSettings):
     merge_priority: Literal["idle", "low", "normal"] = "low"
     """low: of processors that others want a merge has 2% of one, besides all that nobody wants. idle: only what nobody
     wants, so that it stands still while the machine is fully busy. normal: like everything else."""
+    merge_memory_bytes: Annotated[int, BeforeValidator(parse_size), Field(ge=1)] = 6_000_000_000
+    """A merge that would need more for one module (adapters/merge_memory.py) is refused."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["json", "console"] = "console"
     max_positions: Count = 0

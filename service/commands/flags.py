@@ -18,6 +18,7 @@ HELP = {
     "dtype": "auto, float32, bfloat16 or float16.",
     "api_workers": "API processes.",
     "merge_priority": "low: merges take 2% of a core that others want; idle: only what nobody wants; normal: more.",
+    "merge_memory_bytes": "Host memory that a merge may take: one that needs more is refused. 6000000000, 12GiB.",
     "log_level": "debug, info, warning or error.",
     "log_format": "console or json.",
     "max_positions": "Longest sequence in tokens; 0: the model's own limit.",
