@@ -16,6 +16,8 @@ import pytest
 
 from tests.crash.confined import Disk
 from tests.crash.world import BASE, WEIGHTS, Content, World, wait_for
+from tests.docs.conftest import ADDRESS, STRICT
+from tests.docs.markdown import bash_under
 from tests.service.launch import ROOT, run
 
 WorldMaker = Callable[..., World]
@@ -179,8 +181,12 @@ def test_a_damaged_file_is_said_and_never_served_until_it_is_repaired(
         assert f"{WEIGHTS} of {name}@1 is damaged" in log
         assert str(path) in log
     assert metric(http, world, "loraplex_damaged_blobs_total") == 6
+    (repair,) = bash_under("operations.md", "A damaged file")
     for name, content in zip("abc", CONTENTS, strict=False):
-        assert upload(http, world, name, content).status_code == 200, "no new version"
+        for filename, data in content.files.items():
+            (world.folder / filename).write_bytes(data)
+        command = repair.replace(ADDRESS, f"127.0.0.1:{world.port}").replace("/NAME", f"/{name}")
+        subprocess.run(["bash", "-c", STRICT + command], cwd=world.folder, check=True, capture_output=True)
         assert download(http, world, name).content == content.weights
         assert http.get(f"{world.url}/v1/adapters/{name}").json()["versions"] == [1]
 
@@ -227,8 +233,7 @@ def test_a_damaged_catalogue_is_one_line_and_can_be_restored_as_documented(
         assert "docs/operations.md" in hint
         assert world.blobs() == CONTENTS[0].blobs | CONTENTS[1].blobs
 
-    text = (ROOT / "docs" / "operations.md").read_text()
-    steps = text.partition("## A damaged catalogue")[2].partition("```bash\n")[2].partition("```")[0]
+    (steps,) = bash_under("operations.md", "A damaged catalogue")
     subprocess.run(["bash", "-euc", steps], cwd=world.folder, check=True)
     world.start()
     listed = http.get(f"{world.url}/v1/adapters").json()["data"]

@@ -4,8 +4,8 @@ what the other needs. Backup and restore of such a pair."""
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import obstore
 import pytest
 
 from tests.crash.world import API, Content, World
-from tests.real_parts import PASSWORD, S3, Postgres, bucket, bucket_names
+from tests.docs.markdown import bash_under
+from tests.real_parts import PASSWORD, S3, Postgres, bucket_names
 from tests.service.launch import wait_for
 
 MakeWorld = Callable[..., World]
@@ -117,28 +117,28 @@ def shared(contents: list[Content]) -> set[str]:
 def test_backup_and_restore(
     postgres: Postgres, s3: S3, state: dict[str, str], make_world: MakeWorld, tmp_path: Path
 ) -> None:
-    """As docs/operations.md says: files, then the dump, then files again; what happens meanwhile does no harm."""
+    """docs/operations.md as printed, but for addresses: settings, files, dump, files again; what happens in between
+    does no harm."""
     contents = [Content.make(20 + number, rank=4) for number in range(4)]
-    world = make_world(**state)
-    world.start()
+    (settings,) = bash_under("operations.md", "PostgreSQL and S3")
+    backup, restore = bash_under("operations.md", "Backup and restore")
+    world = make_world(**settings_of(settings, postgres, s3, state))
+    world.start(**AWS)
     assert put(world, "kept", contents[0]).status_code == 201
     assert put(world, "gone", contents[1]).status_code == 201
-    files = tmp_path / "files"
-    copy_bucket(state["blobs_url"], files)
+    copy, dump, copy_again = backup.splitlines()
+    run = Commands(postgres, s3, tmp_path)
+    run(copy, state)
     assert put(world, "new", contents[2]).status_code == 201
-    dump = tmp_path / "dump"
-    name = state["database"].rpartition("/")[2]
-    pg(postgres, "pg_dump", "--format=custom", f"--file={dump}", name)
+    run(dump, state)
     assert put(world, "later", contents[3]).status_code == 201
     assert httpx.delete(f"{world.url}/v1/adapters/gone", timeout=60, trust_env=False).status_code == 200
     wait_for(lambda: not (contents[1].blobs - shared([contents[0]])) & bucket_names(state["blobs_url"]))
-    copy_bucket(state["blobs_url"], files)
+    run(copy_again, state)
     world.stop()
 
     restored = {"database": postgres.create(), "blobs_url": s3.create()}
-    pg(postgres, "pg_restore", "--dbname", restored["database"].rpartition("/")[2], str(dump))
-    for path in files.iterdir():
-        obstore.put(bucket(restored["blobs_url"]), f"{path.name[:2]}/{path.name}", path)
+    run(restore, restored)
     again = make_world(**restored)
     again.start()
     for name, content in (("kept", contents[0]), ("gone", contents[1]), ("new", contents[2])):
@@ -149,21 +149,46 @@ def test_backup_and_restore(
     assert put(again, "later", contents[3]).status_code == 201
 
 
-def copy_bucket(url: str, folder: Path) -> None:
-    """What is new, and deletes nothing: as `aws s3 sync` does."""
-    folder.mkdir(exist_ok=True)
-    for name in bucket_names(url):
-        if not (folder / name).exists():
-            (folder / name).write_bytes(obstore.get(bucket(url), f"{name[:2]}/{name}").bytes())
+AWS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1"}
+PRINTED = "bucket/prefix"
 
 
-def pg(postgres: Postgres, program: str, *arguments: str) -> None:
-    found = postgres.bin / program
-    command = str(found) if found.exists() else shutil.which(program)
-    if command is None:
-        raise RuntimeError(f"no {program}")
-    server = ["-h", "127.0.0.1", "-p", str(postgres.port), "-U", "loraplex"]
-    done = subprocess.run(
-        [command, *server, *arguments], env={**os.environ, "PGPASSWORD": PASSWORD}, capture_output=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+def place(blobs_url: str) -> str:
+    """bucket/prefix of a blobs URL."""
+    return blobs_url.removeprefix("s3://").partition("?")[0]
+
+
+def settings_of(block: str, postgres: Postgres, s3: S3, state: dict[str, str]) -> dict[str, str]:
+    """What a shell has exported after the block, as make_world takes it: printed addresses replaced by real ones."""
+    printed = "postgresql://loraplex:PASSWORD@db.internal:5432/loraplex"
+    assert printed in block
+    block = block.replace(printed, state["database"]).replace(PRINTED, place(state["blobs_url"]))
+    block = block.replace("http://store:9000", f"http://127.0.0.1:{s3.port}")
+    code = f'{block}\nprintf "%s\\n" "$LORAPLEX_DATABASE_URL" "$LORAPLEX_BLOBS_URL"'
+    done = subprocess.run(["bash", "-euc", code], capture_output=True, text=True, check=True)
+    database, blobs_url = done.stdout.splitlines()
+    assert str(s3.port) in blobs_url
+    return {"database": database, "blobs_url": blobs_url}
+
+
+class Commands:
+    """Runs printed commands in one folder, with PostgreSQL's programs and the AWS command line."""
+
+    def __init__(self, postgres: Postgres, s3: S3, folder: Path) -> None:
+        self._folder = folder
+        path = [str(postgres.bin), f"{sys.prefix}/bin", os.environ["PATH"]]
+        self._env = {
+            **os.environ,
+            **AWS,
+            "PATH": os.pathsep.join(path),
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{s3.port}",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+
+    def __call__(self, commands: str, state: dict[str, str]) -> None:
+        text = commands.replace(f"s3://{PRINTED}", f"s3://{place(state['blobs_url'])}")
+        env = {**self._env, "LORAPLEX_DATABASE_URL": state["database"]}
+        done = subprocess.run(
+            ["bash", "-euc", text], cwd=self._folder, env=env, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"

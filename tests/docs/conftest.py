@@ -55,18 +55,18 @@ def execute_with_tenants(service_with_tenants: Launched, tmp_path_factory: pytes
     return _executor(service_with_tenants, tmp_path_factory.mktemp("clone"), LORAPLEX_ADMIN_KEY=ADMIN_KEY)
 
 
-def _clone(folder: Path, service: Launched) -> Path:
-    """The project's folder, with the service's data in ./data; what a block writes into it stays out of the project."""
+def make_clone(folder: Path, data_dir: Path) -> Path:
+    """The project's folder, with a service's data in ./data; what a block writes into it stays out of the project."""
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in sorted({line.partition("/")[0] for line in tracked.splitlines()}):
         (folder / name).symlink_to(ROOT / name)
     (folder / ".venv").symlink_to(sys.prefix)
-    (folder / "data").symlink_to(service.data_dir)
+    (folder / "data").symlink_to(data_dir)
     return folder
 
 
 def _executor(service: Launched, folder: Path, **variables: str) -> Execute:
-    clone = _clone(folder, service)
+    clone = make_clone(folder, service.data_dir)
     address = service.url.removeprefix("http://")
     environment = {
         **os.environ,
