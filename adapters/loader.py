@@ -11,16 +11,16 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from adapters.arena import Arena, StreamFence
 from adapters.blobs import Blobs
-from adapters.block import block_path, read_header
+from adapters.block import CHECKED_BYTES, block_path, checksum_of, read_header, read_payload
 from adapters.errors import (
     AdapterMissing,
     AdapterUnavailable,
@@ -35,7 +35,7 @@ from adapters.tiers import BlockInfo, Completion, Fence, RowEntries, Stage
 
 log = logging.getLogger(__name__)
 
-BOUNCE_BYTES = 8 << 20
+BOUNCE_BYTES = CHECKED_BYTES  # what is copied to the device piece by piece is checked before
 
 
 class Packing(Protocol):
@@ -54,7 +54,9 @@ class _Job:
     device: Region | None = None
     after: Fence | None = None
     packed: bool = False
-    """Of a prepare job: the block file has just been built, so a fault in it is final."""
+    """The block file has just been built, so a fault in it is final."""
+    rebuilt: bool = False
+    """It was built because the one that was there is damaged."""
 
 
 class BlockLoader:
@@ -153,7 +155,8 @@ class BlockLoader:
             try:
                 completion = work(job)
             except Exception as error:
-                completion = Completion(job.stage, job.digest, error=_as_adapter_error(job.digest, error))
+                fault = _as_adapter_error(job.digest, error)
+                completion = Completion(job.stage, job.digest, error=fault, rebuilt=job.rebuilt)
                 log.warning("%s of adapter %s failed: %s", job.stage, job.digest, error)
             if completion is not None and not self._closing.is_set():
                 self._done.put(completion)
@@ -164,38 +167,52 @@ class BlockLoader:
 
     def _pack(self, job: _Job) -> None:
         self._packer.pack(job.digest)
-        self._files.put(_Job("prepare", job.digest, packed=True))
+        self._files.put(replace(job, packed=True))
 
     def _file_job(self, job: _Job) -> Completion | None:
-        if job.stage == "prepare":
-            return self._prepare(job)
         if job.stage == "discard":
             block_path(self._cache_dir, job.digest, self._manifest).unlink(missing_ok=True)
-        elif job.info is not None and job.host is not None:
-            begin = job.host.offset
-            with job.info.path.open("rb", buffering=0) as file:
-                file.seek(job.info.payload_offset)
-                _read_into(file, self._slab.memory[begin : begin + job.info.nbytes])
-        elif job.info is not None and job.device is not None:
-            self._stream(job.info, job.device, job.after)
-        return Completion(job.stage, job.digest)
-
-    def _prepare(self, job: _Job) -> Completion | None:
-        path = block_path(self._cache_dir, job.digest, self._manifest)
+            return Completion("discard", job.digest)
         try:
-            header, offset = read_header(path)
-            found = (header.digest, header.fingerprint, header.dtype)
-            wanted = (job.digest, self._manifest.fingerprint, self._manifest.dtype)
-            if found != wanted:
-                raise BlobDamaged(job.digest, f"{path.name} is the block of {found}")
-            # Before anything is written to the arena: what does not fit the manifest must not be bound.
-            entries = RowEntries.of(header.entries, len(self._manifest.linears))
-        except (FileNotFoundError, BlobDamaged, ValueError):
+            # Also before a read that begins again: where the bytes go was decided by what the first header said.
+            info = self._read_header(job.digest) if job.stage == "prepare" or job.packed else job.info
+            if info is None:
+                return None
+            if job.stage == "prepare":
+                return Completion("prepare", job.digest, info=info, rebuilt=job.rebuilt)
+            if job.info is None or not _same(info, job.info):
+                raise AdapterUnavailable(job.digest, "its block file was built again and differs")
+            if job.host is not None:
+                begin = job.host.offset
+                with info.path.open("rb", buffering=0) as file:
+                    file.seek(info.payload_offset)
+                    memory = self._slab.memory[begin : begin + info.nbytes]
+                    read_payload(file, memory, info.checksums, job.digest)
+            elif job.device is not None:
+                self._stream(job.digest, info, job.device, job.after)
+        except (FileNotFoundError, BlobDamaged) as error:
             if job.packed:
                 raise
-            self._packs.put(job)
+            damaged = isinstance(error, BlobDamaged)
+            if damaged:
+                log.warning("the block of adapter %s is built again: %s", job.digest, error)
+            self._packs.put(replace(job, rebuilt=damaged))
             return None
-        return Completion("prepare", job.digest, info=BlockInfo(path, offset, header.payload_bytes, entries))
+        return Completion(job.stage, job.digest, rebuilt=job.rebuilt)
+
+    def _read_header(self, digest: str) -> BlockInfo:
+        """FileNotFoundError; BlobDamaged if it is not the header of this block."""
+        path = block_path(self._cache_dir, digest, self._manifest)
+        header, offset = read_header(path)
+        found = (header.digest, header.fingerprint, header.dtype)
+        if found != (digest, self._manifest.fingerprint, self._manifest.dtype):
+            raise BlobDamaged(digest, f"{path.name} is the block of {found}")
+        # Before anything is written to the arena: what does not fit the manifest must not be bound.
+        try:
+            entries = RowEntries.of(header.entries, len(self._manifest.linears))
+        except ValueError as error:
+            raise BlobDamaged(digest, f"{path.name}: {error}") from error
+        return BlockInfo(path, offset, header.payload_bytes, header.checksums, entries)
 
     def _copy(self, job: _Job) -> Completion | None:
         if job.info is None or job.host is None or job.device is None:
@@ -211,27 +228,31 @@ class BlockLoader:
             _finished()
         return Completion("copy", job.digest)
 
-    def _stream(self, info: BlockInfo, device: Region, after: Fence | None) -> None:
+    def _stream(self, digest: str, info: BlockInfo, device: Region, after: Fence | None) -> None:
         with info.path.open("rb", buffering=0) as file:
             file.seek(info.payload_offset)
             if not self._cuda:
                 target = self._arena_array()[device.offset : device.offset + info.nbytes]
-                _read_into(file, memoryview(target))  # type: ignore[arg-type]
+                read_payload(file, memoryview(target), info.checksums, digest)
                 return
             self._wait_for(after)
             # Two halves: one is filled while the other is copied.
             copied: list[torch.cuda.Event | None] = [None, None]
-            for index, begin in enumerate(range(0, info.nbytes, BOUNCE_BYTES)):
-                half, count = index % 2 * BOUNCE_BYTES, min(BOUNCE_BYTES, info.nbytes - begin)
-                event = copied[index % 2]
-                if event is not None:
-                    event.synchronize()
-                _read_into(file, self._bounce.memory[half : half + count])
-                destination = self._arena.bytes[device.offset + begin : device.offset + begin + count]
-                destination.copy_(self._bounce.tensor[half : half + count], non_blocking=True)
-                copied[index % 2] = event = torch.cuda.Event(blocking=True)
-                event.record()
-            _finished()
+            try:
+                for index, begin in enumerate(range(0, info.nbytes, BOUNCE_BYTES)):
+                    half, count = index % 2 * BOUNCE_BYTES, min(BOUNCE_BYTES, info.nbytes - begin)
+                    event = copied[index % 2]
+                    if event is not None:
+                        event.synchronize()
+                    memory = self._bounce.memory[half : half + count]
+                    read_payload(file, memory, checksum_of(info.checksums, index), digest)
+                    destination = self._arena.bytes[device.offset + begin : device.offset + begin + count]
+                    destination.copy_(self._bounce.tensor[half : half + count], non_blocking=True)
+                    copied[index % 2] = event = torch.cuda.Event(blocking=True)
+                    event.record()
+            finally:
+                # Also of a file that turns out to be damaged: both halves and the region are used anew.
+                _finished()
 
     def _arena_array(self) -> np.ndarray:
         return self._arena.bytes.numpy()
@@ -249,13 +270,11 @@ def _finished() -> None:
     event.synchronize()
 
 
-def _read_into(file: BinaryIO, memory: memoryview) -> None:
-    done = 0
-    while done < len(memory):
-        count = file.readinto(memory[done:])  # type: ignore[attr-defined]
-        if not count:
-            raise OSError(f"the block file ends {len(memory) - done} bytes too early")
-        done += count
+def _same(one: BlockInfo, other: BlockInfo) -> bool:
+    """Whether a block that was read by `other` may be bound by `one`."""
+    a, b = one.entries, other.entries
+    pairs = ((a.ranks, b.ranks), (a.offsets, b.offsets), (a.scales, b.scales))
+    return one.nbytes == other.nbytes and all(np.array_equal(mine, theirs) for mine, theirs in pairs)
 
 
 def _as_adapter_error(digest: str, error: Exception) -> LoraplexAdapterError:

@@ -82,9 +82,12 @@ class Placement:
         self.on_device: OrderedDict[str, Block] = OrderedDict()
         self.on_host: OrderedDict[str, Block] = OrderedDict()
         self.counters = dict.fromkeys(
-            ("loads", "load_failures", "damaged", "load_seconds", "evictions_device", "evictions_host", "moved_bytes"),
+            (
+                "loads", "load_failures", "damaged", "rebuilt", "load_seconds", "evictions_device", "evictions_host",
+                "moved_bytes",
+            ),
             0.0,
-        )
+        )  # fmt: skip
         self.occupancy = Occupancy(clock)
         self._free_rows = list(range(arena.rows - 1, -1, -1))
         self._compact_bytes = compact_bytes
@@ -194,6 +197,7 @@ class Placement:
         block.job = None
         if completion.stage != "discard":
             self.counters["load_seconds"] += self._clock() - block.job_since
+            self.counters["rebuilt"] += completion.rebuilt
         if completion.error is not None:
             self._fail(block, completion.error)
         elif completion.stage == "prepare":

@@ -66,6 +66,8 @@ class BlockInfo:
     path: Path
     payload_offset: int
     nbytes: int
+    checksums: bytes
+    """Of the payload (adapters/block.py)."""
     entries: RowEntries
 
 
@@ -80,6 +82,8 @@ class Completion:
     digest: str
     info: BlockInfo | None = None
     error: LoraplexAdapterError | None = None
+    rebuilt: bool = False
+    """The block file was damaged, which began a new one."""
 
 
 class Fence(Protocol):
@@ -96,7 +100,8 @@ class Loader(Protocol):
         """Size of the host slab."""
 
     def prepare(self, digest: str) -> None:
-        """Makes the block file unless it exists, and reads its header."""
+        """Makes the block file unless it exists, and reads its header. Here and below a block file that turns out to
+        be damaged, or is gone, is made again."""
 
     def read(self, digest: str, info: BlockInfo, host: Region) -> None:
         """Disk to host slab."""

@@ -313,7 +313,7 @@ class SimulatedLoader:
             self._start(Completion("prepare", digest, error=AdapterUnavailable(digest, "it is broken")), seconds=0.0)
             return
         nbytes = self._options.adapter_bytes * (1 + _mix(*digest.encode()) % 3)
-        info = BlockInfo(Path(digest), 0, nbytes, RowEntries.of((), 1))
+        info = BlockInfo(Path(digest), 0, nbytes, b"", RowEntries.of((), 1))
         self._start(Completion("prepare", digest, info), seconds=0.0)
 
     def read(self, digest: str, info: BlockInfo, host: Region) -> None:

@@ -77,7 +77,7 @@ class ScriptedLoader:
             entries = RowEntries(
                 np.array([self.ranks[digest]], np.int32), np.array([[0, half]], np.int64), np.ones(1, np.float32)
             )
-            info = BlockInfo(Path(digest), 0, size, entries)
+            info = BlockInfo(Path(digest), 0, size, b"", entries)
         elif stage == "read":
             self.slab[host.offset : host.offset + size] = payload
         elif stage == "copy":

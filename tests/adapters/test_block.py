@@ -20,6 +20,7 @@ from adapters.block import (
     layout,
     pack,
     read_header,
+    read_payload,
     sweep_blocks,
     sweep_unfinished,
     verify_block,
@@ -120,7 +121,9 @@ def test_payload(
     assert path == block_path(cache, digest, manifest)
     header, start = read_header(path)
     verify_block(path)
-    assert header == layout(spec, digest, manifest)
+    planned = layout(spec, digest, manifest)
+    assert header == msgspec.structs.replace(planned, checksums=header.checksums)
+    assert len(header.checksums) == len(planned.checksums)
     assert start % 4096 == 0
     assert (header.digest, header.fingerprint, header.dtype) == (digest, manifest.fingerprint, target)
     assert path.stat().st_size == start + header.payload_bytes
@@ -235,14 +238,68 @@ def test_a_damaged_block_is_found_and_built_again(
     assert path.read_bytes() == good
 
 
-def test_a_damaged_payload_is_found_by_reading_it(
-    adapter: Path, manifest: Manifest, store: BlobStore, cache: Path
+def swapped(data: bytearray, one: int, other: int, count: int) -> None:
+    data[one : one + count], data[other : other + count] = data[other : other + count], data[one : one + count]
+
+
+@pytest.mark.parametrize("piece", [8, 4088, 4096, 8192 + 24, 1 << 30])
+def test_a_damaged_payload_is_found_by_reading_it_and_built_again(
+    piece: int, make_adapter: Any, manifest: Manifest, store: BlobStore, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = pack(stored(adapter, store, manifest), store, manifest, cache)
-    damage(path, str(read_header(path)[1] + 5))
-    read_header(path)
-    with pytest.raises(BlobDamaged, match="payload"):
-        verify_block(path)
+    """With pieces that are shorter than a row of the sum, one row, with words left over, and longer than all."""
+    monkeypatch.setattr(block, "CHECKED_BYTES", piece)
+    digest = stored(make_adapter(r=16, target_modules="all-linear"), store, manifest)
+    path = pack(digest, store, manifest, cache)
+    good = path.read_bytes()
+    header, start = read_header(path)
+    assert header.payload_bytes > 3 * 4096
+    assert len(header.checksums) == 4 * -(-header.payload_bytes // piece)
+    middle = start + header.payload_bytes // 2
+    damages: list[bytearray] = []
+    for position in (start, middle, len(good) - 17, start + 4087, start + 4088, start + 4095, start + 4096):
+        for bit in (0, 7):
+            damages.append(bytearray(good))
+            damages[-1][position] ^= 1 << bit
+    for begin, count in ((start, 4096), (middle, 512), (start + 64, 8)):
+        damages.append(bytearray(good))
+        damages[-1][begin : begin + count] = bytes(count)
+    damages.append(bytearray(good))
+    damages[-1][start + 4096 : start + 8192] = good[start : start + 4096]
+    for one, other, count in ((start, start + 4096, 4096), (start, start + 8192, 512), (start, start + 8, 8)):
+        damages.append(bytearray(good))
+        swapped(damages[-1], one, other, count)
+    for damaged in damages:
+        assert damaged != good
+        path.write_bytes(damaged)
+        assert read_header(path) == (header, start)
+        with pytest.raises(BlobDamaged, match="payload"):
+            verify_block(path)
+    assert pack(digest, store, manifest, cache) == path
+    assert path.read_bytes() == good
+    assert verify_block(path) == header
+
+
+def test_checksums_are_the_same_whatever_the_pieces_that_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block, "CHECKED_BYTES", 8176)
+    data = np.random.default_rng(0).bytes(5 * 8176)
+    for size in (8, 4096, 8176, 3 * 8176, 5 * 8176 - 16):
+        sums = block._Sums()
+        for begin in range(0, size, 1000):
+            sums.add(data[begin : min(begin + 1000, size)])
+        assert sums.result() == block.checksums(memoryview(data)[:size])
+        assert len(sums.result()) == 4 * -(-size // 8176)
+        pieces = [data[begin : min(begin + 8176, size)] for begin in range(0, size, 8176)]
+        found = [block.checksum_of(sums.result(), number) for number in range(len(pieces))]
+        assert found == [block.checksums(memoryview(piece)) for piece in pieces]
+
+
+def test_what_the_disk_cannot_read_is_damaged(tmp_path: Path) -> None:
+    path = tmp_path / f"{'0' * 64}.block"
+    path.symlink_to("/proc/self/mem")  # reading its first page is EIO, as a bad sector is
+    with pytest.raises(BlobDamaged, match="cannot be read"):
+        read_header(path)
+    with path.open("rb", buffering=0) as stream, pytest.raises(BlobDamaged, match="cannot be read"):
+        read_payload(stream, memoryview(bytearray(16)), bytes(4), "0" * 64)
 
 
 def test_no_block(tmp_path: Path) -> None:

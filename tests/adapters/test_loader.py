@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import random
 import signal
@@ -12,14 +13,17 @@ from pathlib import Path
 
 import pytest
 
+from adapters import block
 from adapters.arena import Arena
 from adapters.blobs import BlobStore
-from adapters.block import block_path, pack
+from adapters.block import block_path, pack, read_header
 from adapters.errors import AdapterMissing, AdapterUnavailable, BlobDamaged
 from adapters.loader import BlockLoader, Packing
 from adapters.manifest import Manifest
 from adapters.packer import Packer
+from adapters.regions import Region
 from adapters.residency import Lease, Residency
+from adapters.tiers import Completion
 from tests.adapters.stored_adapters import StoredAdapter, block_bytes, make_manifest, store_adapter
 
 SECONDS = 60
@@ -230,7 +234,7 @@ def test_failures_have_their_message_and_can_be_retried_later(make: Make, tmp_pa
     engine.residency.release(engine.lease(adapter))
 
 
-def test_a_block_file_that_vanishes_after_its_header_was_read_fails_the_load(make: Make, tmp_path: Path) -> None:
+def test_a_block_file_that_vanishes_after_its_header_was_read_is_built_again(make: Make, tmp_path: Path) -> None:
     engine = make(arena_bytes=16 << 10, host_bytes=0)
     adapter, filler = (store_adapter(engine.store, engine.manifest, tmp_path, seed, 8) for seed in (0, 2))
     held = engine.lease(filler)
@@ -239,8 +243,107 @@ def test_a_block_file_that_vanishes_after_its_header_was_read_fails_the_load(mak
     engine.until(lambda: engine.residency.stats()["adapters_loading"] == 0)
     path.unlink()
     engine.residency.release(held)
-    with pytest.raises(AdapterUnavailable, match="FileNotFoundError"):
+    engine.residency.cancel_wait("r")
+    engine.residency.release(engine.lease(adapter))
+    assert engine.loader._packer.packed == [filler.digest, adapter.digest, adapter.digest]
+    assert engine.residency.stats()["adapter_rebuilt_total"] == 0
+
+
+PAYLOAD_DAMAGES: dict[str, Callable[[bytearray, int, int], None]] = {
+    "first bit": lambda data, begin, end: operator.setitem(data, begin, data[begin] ^ 1),
+    "a bit in the middle": lambda data, begin, end: operator.setitem(
+        data, (begin + end) // 2, data[(begin + end) // 2] ^ 16
+    ),
+    "last bit": lambda data, begin, end: operator.setitem(data, end - 1, data[end - 1] ^ 128),
+    "zeroed": lambda data, begin, end: operator.setitem(data, slice(begin + 4096, begin + 8192), bytes(4096)),
+    "cut": lambda data, begin, end: operator.delitem(data, slice(end - 4096, end)),
+    "empty": lambda data, begin, end: data.clear(),
+    "unreadable": lambda data, begin, end: None,
+}
+
+
+@pytest.mark.parametrize("damage", PAYLOAD_DAMAGES)
+@pytest.mark.parametrize("host_bytes", [0, 1 << 20])
+@pytest.mark.parametrize("moment", ["before the header is read", "after"])
+def test_a_damaged_payload_is_never_served_but_built_again(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    damage: str, host_bytes: int, moment: str,
+) -> None:  # fmt: skip
+    """Read into the slab, and streamed past it; the lease compares every value with what was uploaded."""
+    monkeypatch.setattr(block, "CHECKED_BYTES", 4096)
+    engine = make(arena_bytes=16 << 10, host_bytes=host_bytes)
+    adapter, filler = (store_adapter(engine.store, engine.manifest, tmp_path, seed, 8) for seed in (0, 2))
+    path = pack(adapter.digest, engine.store, engine.manifest, engine.cache)
+    good = path.read_bytes()
+    header, begin = read_header(path)
+
+    def spoil() -> None:
+        data = bytearray(good)
+        PAYLOAD_DAMAGES[damage](data, begin, begin + header.payload_bytes)
+        path.unlink()
+        if damage == "unreadable":
+            path.symlink_to("/proc/self/mem")
+        else:
+            path.write_bytes(data)
+
+    if moment == "after":
+        # With the slab's block out of the way, the header is known while the bytes have to be read.
+        done: list[Completion] = []
+
+        def next_completion() -> Completion:
+            while not done:
+                assert engine.woken.acquire(timeout=SECONDS)
+                done.extend(engine.loader.completions())
+            return done.pop()
+
+        engine.loader.prepare(adapter.digest)
+        info = next_completion().info
+        assert info is not None
+        spoil()
+        region = Region(2048, info.nbytes)
+        if host_bytes:
+            engine.loader.read(adapter.digest, info, region)
+            memory = engine.loader._slab.array
+        else:
+            engine.loader.stream(adapter.digest, info, region, None)
+            memory = engine.arena.bytes.numpy()
+        completion = next_completion()
+        assert completion.error is None
+        assert completion.rebuilt
+        assert bytes(memory[2048 : 2048 + info.nbytes]) == good[begin:]
+    else:
+        spoil()
+        engine.residency.release(engine.lease(adapter))
+        assert engine.residency.stats()["adapter_rebuilt_total"] == 1
+        assert engine.residency.stats()["adapter_damaged_total"] == 0, "no request failed for it"
+    assert engine.loader._packer.packed == [adapter.digest]
+    assert path.read_bytes() == good
+    assert [record.levelname for record in caplog.records if adapter.digest in record.message] == ["WARNING"]
+    engine.residency.release(engine.lease(filler))
+    engine.residency.release(engine.lease(adapter))
+    assert engine.loader._packer.packed == [adapter.digest, filler.digest], "sound again, and read as it is"
+
+
+def test_a_block_that_is_damaged_again_once_built_fails_and_is_tried_later(make: Make, tmp_path: Path) -> None:
+    class OnABadDisk(InThread):
+        bad = True
+
+        def pack(self, digest: str) -> None:
+            super().pack(digest)
+            if self.bad:
+                path = block_path(self.arguments[2], digest, self.arguments[1])
+                data = bytearray(path.read_bytes())
+                data[-1] ^= 1
+                path.write_bytes(data)
+
+    engine = make(packer=OnABadDisk)
+    adapter = store_adapter(engine.store, engine.manifest, tmp_path, seed=0)
+    with pytest.raises(BlobDamaged, match="payload"):
         engine.until(lambda: engine.residency.try_lease((adapter.digest,), "r") is not None)
+    assert len(engine.loader._packer.packed) == 2
+    OnABadDisk.bad = False
+    engine.now[0] = 6.0
+    engine.residency.release(engine.lease(adapter))
 
 
 def test_a_damaged_file_is_said_counted_and_after_its_repair_served(make: Make, tmp_path: Path) -> None:
