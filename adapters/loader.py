@@ -7,6 +7,7 @@ where is decided elsewhere (adapters/residency.py).
 
 from __future__ import annotations
 
+import errno
 import logging
 import queue
 import threading
@@ -281,5 +282,7 @@ def _as_adapter_error(digest: str, error: Exception) -> LoraplexAdapterError:
     """Missing, damaged and unavailable adapters as they are; anything else means that loading failed."""
     if isinstance(error, (AdapterMissing, AdapterUnavailable, BlobDamaged)):
         return error
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return AdapterUnavailable(digest, "the server's disk is full, and it has to be unpacked there first")
     text = str(error) if isinstance(error, LoraplexAdapterError) else f"{type(error).__name__}: {error}"
     return AdapterUnavailable(digest, text)

@@ -36,10 +36,11 @@ class Disk:
         self.mounted = inside.is_dir() and inside.stat().st_dev != folder.stat().st_dev
         self._filler = self.folder / "filler"
 
-    def fill(self) -> None:
+    def fill(self, leave: int = 0) -> None:
+        """Up to the last byte, but for `leave`; without a disk of its own, no file may be longer than that."""
         if not self.mounted:
             for process in self._processes:
-                process.rlimit(psutil.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY))
+                process.rlimit(psutil.RLIMIT_FSIZE, (max(1, leave), resource.RLIM_INFINITY))
             return
         with self._filler.open("ab", buffering=0) as filler:
             for size in (1 << 20, 1 << 12, 1):
@@ -48,6 +49,7 @@ class Disk:
                         pass
                 except OSError:
                     continue
+            filler.truncate(max(0, filler.tell() - leave))
 
     def free(self) -> None:
         for process in self._processes:
