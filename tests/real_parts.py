@@ -1,4 +1,5 @@
-"""PostgreSQL and an S3 server as processes of the test: the real ones, started once per pytest worker."""
+"""PostgreSQL and an S3 server as processes of the test: the real ones, started once per pytest worker; and what to do
+where a part of the system is not there."""
 
 from __future__ import annotations
 
@@ -16,9 +17,11 @@ import tempfile
 import time
 import uuid
 from pathlib import Path
+from typing import NoReturn
 from urllib.parse import quote
 
 import obstore
+import pytest
 from obstore.store import S3Store
 
 from adapters.s3 import parse_url
@@ -26,6 +29,14 @@ from service.store.database import WRITERS_LOCK
 from tests.ports import unused_port
 
 PASSWORD = "s3cr%40t/word"  # with what a URL has to escape
+
+
+def missing(part: str) -> NoReturn:
+    """For a test of which `part`, a package of the system, is not installed: it is skipped, but fails where CI is set,
+    whose .ci/run installs all of them. What nobody can install there is no case for this."""
+    if os.environ.get("CI", "").lower() not in ("", "0", "false"):
+        pytest.fail(f"{part} is not installed, and in CI it has to be", pytrace=False)
+    pytest.skip(f"{part} is not installed")
 
 
 def _postgres_bin(scratch: Path) -> Path:

@@ -181,7 +181,7 @@ def test_a_full_disk_fails_its_merges_and_no_other() -> None:
         job = moments.held(identity)
         disk = Disk(world.data, world.running.family()[:1])
         if not disk.mounted:
-            pytest.skip("no disk can be mounted here; test_a_process_that_may_not_write_fails_its_merge ran")
+            pytest.skip("the kernel lets nobody mount here, CI or not; a process that may not write was tried instead")
         disk.fill()
         filler = disk.folder / "filler"
         os.truncate(filler, filler.stat().st_size - (1 << 20))  # the merge takes the rest, and gives it back

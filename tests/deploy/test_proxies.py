@@ -1,8 +1,8 @@
 """nginx and Caddy before the service.
 
 crossplane, which comes with the tests, parses nginx.conf everywhere as strictly as nginx would. nginx and caddy
-themselves are packages of the system that `make test` cannot install: what needs them is skipped without them. With
-them nginx proxies for real, and both take their configuration.
+themselves are packages of the system that `make test` cannot install: what needs them is skipped without them, but in
+CI, which installs them (.ci/run). With them nginx proxies for real, and both take their configuration.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from tests.deploy.files import DEPLOY
 from tests.ports import unused_port
+from tests.real_parts import missing
 from tests.service.inference_helpers import BASE, InferenceServer
 
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
@@ -96,7 +97,7 @@ def configuration(folder: Path, upstream: int, plain: int, tls: int) -> Path:
 def proxied(base_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxied]:
     """A server whose tokens take 50 ms each, and a client that reaches it through nginx over TLS."""
     if NGINX is None:
-        pytest.skip("nginx is not installed")
+        missing("nginx")
     folder = tmp_path_factory.mktemp("nginx")
     folder.chmod(0o755)
     write_certificate(folder)
@@ -151,8 +152,9 @@ def test_figures_are_not_for_everybody(proxied: Proxied) -> None:
     assert proxied[1].get("/metrics").status_code == 404
 
 
-@pytest.mark.skipif(CADDY is None, reason="caddy is not installed")
 def test_caddy_takes_its_configuration(tmp_path: Path) -> None:
+    if CADDY is None:
+        missing("caddy")
     command = [str(CADDY), "validate", "--adapter", "caddyfile", "--config", str(DEPLOY / "Caddyfile")]
     env = {"HOME": str(tmp_path), "DOMAIN": "loraplex.example", "UPSTREAM": "loraplex:8000"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
