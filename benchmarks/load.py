@@ -4,7 +4,7 @@ processes before and after, and whether any stream was lost.
     python -m benchmarks.load [--streams 500] [--rounds 4 | --minutes 30] [--tokens 64] [--step-s 0.01]
 
 The engine's steps take 10 ms, so what is measured is everything but the model. Appends to RESULTS.md with --append.
-Exit code 1 if a stream was lost.
+Exit code 1 if a stream was lost, or if a process has more memory after the last rounds than after the first (`grown`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import itertools
 import json
 import os
 import platform
+import resource
 import socket
 import statistics
 import subprocess
@@ -37,6 +38,11 @@ from service.default_model import ensure_default_model
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).with_name("RESULTS.md")
 API, ENGINE = "service.api_worker", "service.engine.process"
+MAX_GROWTH_MB = 16.0
+"""Of one process, after the first round. Four rounds of 500 streams make 1 and 2 MB; a leak of 1 KB a stream makes 2 MB
+of every round of `make soak-streams`, which has some ten in 30 minutes."""
+SPARE_FILES = 200
+"""What this process has open besides its connections, generously."""
 
 
 @dataclass(slots=True)
@@ -158,6 +164,26 @@ async def open_streams(port: int, bodies: list[dict[str, Any]]) -> Round:
     return Round(seconds, answers, lost)
 
 
+def grown(after: list[list[int]], bound: float) -> list[str]:
+    """A line for each process whose memory has grown by more than `bound` bytes since the first round. `after`: bytes
+    of [API process, engine] after each round. The least of the last three counts: one round may end before what it
+    held is given back."""
+    lines = []
+    for which, name in enumerate(("API process", "engine")):
+        first, last = after[0][which], min(figures[which] for figures in after[1:][-3:])
+        if last - first > bound:
+            lines.append(f"{name}: {first / 1e6:.1f} MB after the first round, {last / 1e6:.1f} MB after the last ones")
+    return lines
+
+
+def allow_files(count: int) -> None:
+    """Raises the soft limit of open files to that many, as far as the hard one lets it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def completion(number: int, model: str, tokens: int) -> dict[str, Any]:
     """A streamed request with a prompt that no other number has."""
     prompt = [1 + number % 40000, 1 + number // 40000, *range(100, 114)]
@@ -215,11 +241,16 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, help="as many rounds as begin in this time")
     parser.add_argument("--step-s", type=float, default=0.01, help="of the simulated engine")
     parser.add_argument("--tokens", type=int, default=64, help="generated per stream")
+    parser.add_argument(
+        "--max-growth-mb", type=float, default=MAX_GROWTH_MB, help="of one process after the first round"
+    )
     parser.add_argument("--append", action="store_true", help=f"append to {RESULTS.name}")
     parser.add_argument("--note", default="", help="stands above the figures")
     args = parser.parse_args()
     rows: list[str] = []
+    after: list[list[int]] = []
     lost = 0
+    allow_files(args.streams + SPARE_FILES)
     with service(args.streams, args.tokens, args.step_s) as (port, model, processes):
         memory = Memory(processes)
         numbers = itertools.count()
@@ -235,7 +266,8 @@ def main() -> int:
                     return await open_streams(port, bodies)
 
             result = asyncio.run(run())
-            rows.append(_row(str(number + 1), result, memory.now(), memory.peak, args.tokens))
+            after.append(memory.now())
+            rows.append(_row(str(number + 1), result, after[-1], memory.peak, args.tokens))
             print(rows[-1], flush=True)
             lost += len(result.lost)
             for line in result.lost[:5]:
@@ -245,7 +277,10 @@ def main() -> int:
     if args.append:
         with RESULTS.open("a", encoding="utf-8") as file:
             file.write(text)
-    return 1 if lost else 0
+    growth = grown(after, args.max_growth_mb * 1e6) if len(after) > 1 else []
+    for line in growth:
+        print(f"memory has grown by more than {args.max_growth_mb:g} MB: {line}")
+    return 1 if lost or growth else 0
 
 
 def _row(name: str, result: Round | None, after: list[int], peak: list[int], tokens: int) -> str:

@@ -15,7 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from benchmarks.load import Answer, Memory, Round, completion, open_streams, post, request_bytes
+from benchmarks import load
+from benchmarks.load import Answer, Memory, Round, completion, grown, open_streams, post, request_bytes
 from service.engine.messages import SamplingParams
 from service.engine.simulated import expected
 from tests.service.inference_helpers import BASE, VOCABULARY, InferenceServer
@@ -88,6 +89,33 @@ async def test_500_streams_lose_nothing_and_memory_stays_flat(loaded: InferenceS
     peaks = [after - before for before, after in zip(warm, memory.peak, strict=True)]
     assert max(grown) < GROWTH, (warm, memory.now())
     assert max(peaks) < 2 * GROWTH, (warm, memory.peak)
+
+
+def test_memory_that_grows_is_said() -> None:
+    flat = [[100, 50], [104, 51], [130, 52], [103, 53]]
+    assert grown(flat, 10) == [], "one round may be caught with what it still holds"
+    leak = [[100, 50 + 4 * number] for number in range(6)]
+    assert [line.partition(":")[0] for line in grown(leak, 10)] == ["engine"]
+    assert grown(leak, 12) == []
+    assert len(grown([[0, 0], [20, 20]], 10)) == 2
+
+
+@pytest.mark.parametrize(("bound", "code"), [("16", 0), ("-1000", 1)])
+def test_the_soak_ends_as_its_memory_says(
+    bound: str, code: int, base_model_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What `make soak-streams` runs, with few streams; no memory can have shrunk by a gigabyte."""
+    monkeypatch.setattr(load, "ensure_default_model", lambda _: base_model_dir)
+    flags = ["--streams", "20", "--rounds", "2", "--tokens", "8", "--max-growth-mb", bound]
+    monkeypatch.setattr("sys.argv", ["load", *flags])
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (150, limits[1]))
+        assert load.main() == code
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 20 + load.SPARE_FILES
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert ("memory has grown" in capsys.readouterr().out) == bool(code)
 
 
 async def test_a_full_server_says_429_and_when_to_come_back(base_model_dir: Path) -> None:
