@@ -67,12 +67,15 @@ class Stopped(Exception):  # noqa: N818 - not an error
 
 @contextlib.contextmanager
 def data_folder(settings: Settings) -> Iterator[None]:
-    """Creates the data folder and holds it: one service per folder. The lock goes with the process."""
+    """Creates the data folder and holds it: one service per folder. The lock goes with the process.
+
+    What is created is for this user alone: the catalogue has the tenants' descriptions and usage, the blobs their
+    adapters. A folder that is there keeps its mode, which somebody may have chosen."""
     folders = [settings.data_dir, settings.blobs_dir, settings.cache_dir, settings.uploads_dir, settings.run_dir]
     folders.append(Path(settings.engine_socket.removeprefix("ipc://")).parent)
     try:
         for folder in folders:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700 if folder == folders[-1] else 0o755)
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         lock = (settings.run_dir / "lock").open("a+")
     except OSError as exc:
         raise _unwritable(settings, exc) from None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +20,7 @@ from tests.crash.confined import Disk
 from tests.crash.world import BASE, WEIGHTS, Content, World, wait_for
 from tests.docs.conftest import ADDRESS, STRICT
 from tests.docs.markdown import bash_under
+from tests.real_parts import missing
 from tests.service.launch import ROOT, run
 
 WorldMaker = Callable[..., World]
@@ -241,6 +244,58 @@ def test_a_damaged_catalogue_is_one_line_and_can_be_restored_as_documented(
     assert download(http, world, "kept").content == CONTENTS[0].weights
     assert {path.name for path in (world.data / "damaged" / "blobs").glob("??/*")} >= CONTENTS[1].blobs
     assert upload(http, world, "newer", CONTENTS[1]).status_code == 201
+
+
+def test_a_backup_of_a_running_service_is_restored_as_documented(make_world: WorldMaker, http: httpx.Client) -> None:
+    """Files, catalogue, files: with an upload and a deletion after each of the first two."""
+    if shutil.which("sqlite3") is None:
+        missing("sqlite3")
+    page = (ROOT / "docs" / "operations.md").read_text()
+    backup, restore = re.findall(r"```bash\n(.*?)```", page.partition("To back it up")[2], re.DOTALL)[:2]
+    prepare, files, catalogue, files_again = backup.splitlines()
+
+    def shell(folder: Path, *commands: str) -> None:
+        subprocess.run(["bash", "-euc", "\n".join(commands)], cwd=folder, check=True)
+
+    world = make_world()
+    world.start()
+    for name, content in (("kept", CONTENTS[0]), ("gone", CONTENTS[1])):
+        assert upload(http, world, name, content).status_code == 201
+    shell(world.folder, prepare, files)
+    assert upload(http, world, "new", CONTENTS[2]).status_code == 201
+    shell(world.folder, catalogue)
+    assert http.delete(f"{world.url}/v1/adapters/gone").status_code == 200
+    assert upload(http, world, "later", CONTENTS[3]).status_code == 201
+    unused = CONTENTS[1].blobs - CONTENTS[0].blobs - CONTENTS[2].blobs - CONTENTS[3].blobs
+    wait_for(lambda: not unused & world.blobs(), 30)
+    shell(world.folder, files_again)
+    assert world.stop() == 0
+
+    again = make_world()
+    again.data.rmdir()
+    (again.folder / "backup").symlink_to(world.folder / "backup")
+    shell(again.folder, restore)
+    again.start()
+    assert {entry["name"] for entry in http.get(f"{again.url}/v1/adapters").json()["data"]} == {"kept", "gone", "new"}
+    for name, content in zip(("kept", "gone", "new"), CONTENTS, strict=False):
+        for filename, data in content.files.items():
+            assert download(http, again, name, filename=filename).content == data
+        complete(http, again, name, content.digest)
+    assert upload(http, again, "later", CONTENTS[3]).status_code == 201
+
+
+def test_the_data_folder_is_its_users_alone(make_world: WorldMaker) -> None:
+    """One that is made; one that is there stays as it is."""
+    world = make_world()
+    world.data.rmdir()
+    refused = run("--data-dir", str(world.data), "--port", "0", "--simulated", "not JSON", "--model", str(world.base))
+    assert refused.returncode == 1
+    assert stat.S_IMODE(world.data.stat().st_mode) == 0o700
+    for folder in ("blobs", "run", "uploads"):
+        assert stat.S_IMODE((world.data / folder).stat().st_mode) == 0o700
+    world.data.chmod(0o750)
+    world.start()
+    assert stat.S_IMODE(world.data.stat().st_mode) == 0o750
 
 
 def test_blobs_without_a_catalogue_are_not_swept(make_world: WorldMaker, http: httpx.Client) -> None:
