@@ -1,4 +1,4 @@
-# make serve | test | lint | format | docs | lock | audit | bench | fuzz | soak | soak-streams | adapters. Needs Python 3.11 or newer and make; everything else goes into .venv.
+# make serve | test | lint | format | docs | lock | audit | bench | fuzz | fuzz-million | soak | soak-streams | adapters. Needs Python 3.11 or newer and make; everything else goes into .venv.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check
 # One worker per core up to two, because every worker may load the model; the engine's own threads are held down to match.
 WORKERS ?= 2
 
-.PHONY: serve test lint format docs lock audit bench fuzz soak soak-streams adapters help
+.PHONY: serve test lint format docs lock audit bench fuzz fuzz-million soak soak-streams adapters help
 help:
 	@head -1 Makefile | cut -c3-
 
@@ -67,6 +67,10 @@ FUZZ_SEED ?= 1
 fuzz: $(VENV)/.installed-dev
 	@FUZZ=$(FUZZ) FUZZ_SEED=$(FUZZ_SEED) $(BIN)/python -m pytest -q -s --timeout 0 tests/adapters/test_fuzz.py \
 	    tests/service/test_openapi_fuzz.py $(ARGS)
+
+# A million mutations of real adapter files against the parsers, from FUZZ_SEED; the counts are printed, and a crash fails it.
+fuzz-million: $(VENV)/.installed-dev
+	@$(BIN)/python -m tests.adapters.fuzz_parsers --inputs 1000000 --seed $(FUZZ_SEED) $(ARGS)
 
 # Kills processes of the service under traffic for SOAK_MINUTES (60): nothing acknowledged may be lost.
 soak: $(VENV)/.installed-dev

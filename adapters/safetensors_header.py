@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,6 +27,9 @@ DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
     "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8,
 }  # fmt: skip
+
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class TensorRef(msgspec.Struct, frozen=True):
@@ -65,9 +69,15 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def load_json(data: bytes) -> Any:
     """Untrusted JSON (UTF-8); NaN and Infinity are accepted as Python's writer makes them.
 
-    ValueError for anything else: bad encoding, bad syntax, duplicate keys, nesting or numbers beyond the parser."""
+    ValueError for anything else: bad encoding, bad syntax, duplicate keys, nesting or numbers beyond the parser, and
+    escapes of half a character, which Python alone accepts: no text with them can be written again."""
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
+        if _SURROGATE.search(data):
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        return value
+    except UnicodeEncodeError as error:
+        raise ValueError("it has half of a surrogate pair") from error
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
 

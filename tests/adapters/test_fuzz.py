@@ -1,12 +1,12 @@
 """Both parsers of uploaded bytes under hypothesis: whatever comes, they accept it or give reasons, and nothing else.
 
 Inputs are valid files that were mutated (bytes, fields, entries) as well as garbage. What the header parser accepts,
-the reference implementation must accept too. FUZZ multiplies the number of examples, which is printed (`make fuzz`).
+the reference implementation must accept too. FUZZ multiplies the number of examples, which is printed, and FUZZ_SEED
+chooses which those are (`make fuzz`).
 """
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
@@ -16,26 +16,29 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-import safetensors
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from adapters import patterns
-from adapters.errors import AdapterRefused
 from adapters.manifest import Manifest, Module
-from adapters.peft_config import FIELDS, MAX_RANK, read_config
-from adapters.peft_format import examine, parse_adapter
-from adapters.safetensors_header import DTYPE_BYTES, Header, read_header_from
+from adapters.peft_config import FIELDS
+from adapters.peft_format import examine
+from adapters.safetensors_header import DTYPE_BYTES
+from tests.adapters import fuzz_parsers
+from tests.adapters.fuzz_parsers import Corpus, Fuzzer
+from tests.adapters.parser_properties import WEIGHTS, check_config, check_file, check_index, encoded, header_of
 
 FACTOR = int(os.environ.get("FUZZ", "1"))
-# In CI always the same examples; a longer run looks for new ones.
-fuzz = settings(
-    max_examples=1000 * FACTOR,
-    derandomize=FACTOR == 1,
-    database=None,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-)
+SEED = int(os.environ.get("FUZZ_SEED", "1"))
+
+
+def fuzz(test: Callable[..., None]) -> Callable[..., None]:
+    """For what `given` has made: always the same examples with the same FUZZ and FUZZ_SEED."""
+    chosen = settings(
+        max_examples=1000 * FACTOR, database=None, deadline=None, suppress_health_check=list(HealthCheck)
+    )  # fmt: skip
+    return seed(SEED)(chosen(test))
+
 
 PREFIX = "base_model.model."
 MANIFEST = Manifest(
@@ -79,16 +82,8 @@ def valid_file() -> tuple[dict[str, Any], bytes]:
     return entries, bytes(position)
 
 
-def encoded(entries: dict[str, Any], data: bytes) -> bytes:
-    text = json.dumps(entries).encode()
-    return struct.pack("<Q", len(text)) + text + data
-
-
-def header_of(content: bytes) -> Header:
-    return read_header_from(io.BytesIO(content), len(content), "adapter_model.safetensors")
-
-
-HEADERS = {"adapter_model.safetensors": header_of(encoded(*valid_file()))}
+HEADERS = {WEIGHTS: header_of(encoded(*valid_file()))}
+VERDICTS = {True: "accepted", False: "refused"}
 
 # ---------------------------------------------------------------- inputs
 
@@ -194,48 +189,16 @@ files = st.one_of(
 # ---------------------------------------------------------------- properties
 
 
-def check_reasons(reasons: list[str]) -> None:
-    assert reasons
-    assert all(reason and reason.isprintable() for reason in reasons)
-
-
 @fuzz
 @given(configs)
 def test_any_configuration_is_accepted_or_refused_with_reasons(config: bytes) -> None:
-    settings_, faults = read_config(config)
-    if settings_ is None:
-        check_reasons(faults)
-    else:
-        assert 1 <= settings_.r <= MAX_RANK
-        assert math.isfinite(settings_.lora_alpha)
-    spec, reasons = examine(config, HEADERS, MANIFEST)
-    COUNTS[f"configurations {'refused' if spec is None else 'accepted'}"] += 1
-    if spec is None:
-        check_reasons(reasons)
-        return
-    assert not reasons
-    for target in spec.targets:
-        assert target.a.shape == (target.rank, 16)
-        assert target.b.shape == (16, target.rank)
-        assert math.isfinite(target.scale)
+    COUNTS[f"configurations {VERDICTS[check_config(config, HEADERS, MANIFEST)]}"] += 1
 
 
 @fuzz
 @given(files)
 def test_any_file_is_accepted_or_refused_with_reasons(content: bytes) -> None:
-    try:
-        header = header_of(content)
-    except AdapterRefused as error:
-        COUNTS["files refused"] += 1
-        check_reasons(error.reasons)
-        return
-    COUNTS["files accepted"] += 1
-    reference = dict(safetensors.deserialize(content))
-    assert reference.keys() == header.tensors.keys()
-    for name, ref in header.tensors.items():
-        assert tuple(reference[name]["shape"]) == ref.shape
-        assert bytes(reference[name]["data"]) == content[ref.begin : ref.end]
-    _parses(lambda: parse_adapter(json.dumps(CONFIG).encode(), {header.file: header}, MANIFEST))
+    COUNTS[f"files {VERDICTS[check_file(content, json.dumps(CONFIG).encode(), MANIFEST)]}"] += 1
 
 
 @fuzz
@@ -243,20 +206,51 @@ def test_any_file_is_accepted_or_refused_with_reasons(content: bytes) -> None:
     st.one_of(
         st.dictionaries(names, words, max_size=4).map(lambda shards: json.dumps({"weight_map": shards}).encode()),
         values.map(lambda value: json.dumps({"weight_map": value}).encode()),
-        damaged(json.dumps({"weight_map": dict.fromkeys(valid_file()[0], "adapter_model.safetensors")}).encode()),
+        damaged(json.dumps({"weight_map": dict.fromkeys(valid_file()[0], WEIGHTS)}).encode()),
         st.binary(max_size=64),
     )
 )
 def test_any_index_is_accepted_or_refused_with_reasons(index: bytes) -> None:
-    COUNTS["indexes"] += 1
-    _parses(lambda: parse_adapter(json.dumps(CONFIG).encode(), HEADERS, MANIFEST, index))
+    verdict = VERDICTS[check_index(index, json.dumps(CONFIG).encode(), HEADERS, MANIFEST)]
+    COUNTS[f"indexes {verdict}"] += 1
 
 
-def _parses(parse: Callable[[], Any]) -> None:
-    try:
-        parse()
-    except AdapterRefused as error:
-        check_reasons(error.reasons)
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    return Corpus.make(tmp_path_factory.mktemp("corpus"))
+
+
+def test_the_files_that_are_mutated_are_accepted_as_they_are(corpus: Corpus) -> None:
+    fuzzer = Fuzzer(SEED, corpus)
+    for which, each in enumerate(corpus.seeds):
+        for kind, content in (("config", each.config), ("file", each.weights), ("index", each.index)):
+            assert fuzzer.check(kind, which, content), (which, kind)
+
+
+def test_mutations_of_real_files_are_accepted_or_refused_with_reasons(corpus: Corpus) -> None:
+    """The first of what `make fuzz-million` tries."""
+    counts = Fuzzer(SEED, corpus).run(range(3000 * FACTOR))
+    COUNTS.update({f"mutations: {name}": count for name, count in counts.items()})
+    assert sum(counts.values()) == 3000 * FACTOR
+    for kind in ("config", "file", "index"):
+        assert min(counts[f"{kind} {verdict}"] for verdict in VERDICTS.values()) > 5
+
+
+def test_a_mutation_comes_out_of_seed_and_number_alone(corpus: Corpus) -> None:
+    fuzzers = [Fuzzer(seed, corpus) for seed in (1, 2)]
+    first = [[fuzzer.input(number) for number in range(50)] for fuzzer in fuzzers]
+    again = [fuzzers[0].input(number) for number in reversed(range(50))]
+    assert first[0] == again[::-1]
+    assert first[0] != first[1]
+    assert len({content for _, _, content in first[0]}) > 40
+
+
+def test_a_parser_that_fails_is_reported_with_its_input(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    fuzzer = Fuzzer(1, corpus)
+    number = next(number for number in range(100) if fuzzer.input(number)[0] == "config")
+    monkeypatch.setattr(fuzz_parsers, "check_config", lambda *_: {}["no such key"])
+    with pytest.raises(fuzz_parsers.CrashError, match=f"input {number} of seed 1.*KeyError"):
+        fuzzer.run(range(number, number + 1))
 
 
 def test_the_valid_ones_are_accepted() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError, deserialize, safe_open
 from safetensors.numpy import save_file
 
 from adapters.errors import AdapterRefused
@@ -104,11 +104,24 @@ def test_refuses_by_length(tmp_path: Path) -> None:
 
 
 def test_every_reason_and_hostile_names_escaped(tmp_path: Path) -> None:
-    header = {"a\n\ud800": entry(0, 8, dtype="?"), "b": entry(0, 8, shape=[9]), "c": [1]}
+    header = {"a\n\u202e": entry(0, 8, dtype="?"), "b": entry(0, 8, shape=[9]), "c": [1]}
     with pytest.raises(AdapterRefused) as caught:
         read_header(raw_file(tmp_path / "bad.safetensors", header, bytes(8)))
     assert len(caught.value.reasons) == 3
     assert all(reason.isascii() and reason.isprintable() for reason in caught.value.reasons)
+
+
+@pytest.mark.parametrize("escape", [r"\ud800", r"\uDFff", r"\udc00\ud800", r"\\\ud83d"])
+def test_half_a_character_is_refused_as_safetensors_does(escape: str, tmp_path: Path) -> None:
+    for whole, accepted in ((escape, False), (r"\ud83d\ude00", True), (r"\\ud800", True)):
+        text = json.dumps({"NAME": entry(0, 8)}).replace("NAME", whole).encode()
+        path = raw_file(tmp_path / "file.safetensors", text, bytes(8))
+        if accepted:
+            assert len(read_header(path).tensors) == len(deserialize(path.read_bytes())) == 1
+        else:
+            assert "surrogate" in refusal(path)
+            with pytest.raises(SafetensorError):
+                deserialize(path.read_bytes())
 
 
 def test_a_huge_file_costs_only_its_header(tmp_path: Path) -> None:
