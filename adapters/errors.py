@@ -5,6 +5,7 @@
     ├── AdapterMissing      no such record or blob
     ├── BlobDamaged         stored bytes are not the bytes that were stored
     ├── AdapterTooLarge     can never fit the arena
+    ├── AccountTooSmall     can never fit what its account may take up
     ├── AdapterUnavailable  loading failed
     └── StoreUnavailable    where the files lie cannot be reached, or refuses
 
@@ -70,6 +71,19 @@ class AdapterTooLarge(LoraplexAdapterError):  # noqa: N818
 
     def __str__(self) -> str:
         return f"adapter {self.digest} needs {self.nbytes} bytes, the arena holds {self.capacity}"
+
+
+class AccountTooSmall(LoraplexAdapterError):  # noqa: N818
+    """The blocks of one account that are needed at once (`nbytes`) are more than it may have on the device: `limit`."""
+
+    def __init__(self, account: str, nbytes: int, limit: int) -> None:
+        super().__init__(account, nbytes, limit)
+        self.account = account
+        self.nbytes = nbytes
+        self.limit = limit
+
+    def __str__(self) -> str:
+        return f"{self.nbytes} bytes of adapters are needed on the device at once, their owner may have {self.limit}"
 
 
 class AdapterUnavailable(LoraplexAdapterError):  # noqa: N818

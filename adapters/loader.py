@@ -28,6 +28,7 @@ from adapters.errors import (
     BlobDamaged,
     LoraplexAdapterError,
 )
+from adapters.keys import digest_of
 from adapters.manifest import Manifest
 from adapters.packer import Packer
 from adapters.regions import Region
@@ -156,7 +157,7 @@ class BlockLoader:
             try:
                 completion = work(job)
             except Exception as error:
-                fault = _as_adapter_error(job.digest, error)
+                fault = _as_adapter_error(digest_of(job.digest), error)
                 completion = Completion(job.stage, job.digest, error=fault, rebuilt=job.rebuilt)
                 log.warning("%s of adapter %s failed: %s", job.stage, job.digest, error)
             if completion is not None and not self._closing.is_set():
@@ -167,36 +168,37 @@ class BlockLoader:
                     log.exception("the wake-up call failed")
 
     def _pack(self, job: _Job) -> None:
-        self._packer.pack(job.digest)
+        self._packer.pack(digest_of(job.digest))
         self._files.put(replace(job, packed=True))
 
     def _file_job(self, job: _Job) -> Completion | None:
+        digest = digest_of(job.digest)
         if job.stage == "discard":
-            block_path(self._cache_dir, job.digest, self._manifest).unlink(missing_ok=True)
+            block_path(self._cache_dir, digest, self._manifest).unlink(missing_ok=True)
             return Completion("discard", job.digest)
         try:
             # Also before a read that begins again: where the bytes go was decided by what the first header said.
-            info = self._read_header(job.digest) if job.stage == "prepare" or job.packed else job.info
+            info = self._read_header(digest) if job.stage == "prepare" or job.packed else job.info
             if info is None:
                 return None
             if job.stage == "prepare":
                 return Completion("prepare", job.digest, info=info, rebuilt=job.rebuilt)
             if job.info is None or not _same(info, job.info):
-                raise AdapterUnavailable(job.digest, "its block file was built again and differs")
+                raise AdapterUnavailable(digest, "its block file was built again and differs")
             if job.host is not None:
                 begin = job.host.offset
                 with info.path.open("rb", buffering=0) as file:
                     file.seek(info.payload_offset)
                     memory = self._slab.memory[begin : begin + info.nbytes]
-                    read_payload(file, memory, info.checksums, job.digest)
+                    read_payload(file, memory, info.checksums, digest)
             elif job.device is not None:
-                self._stream(job.digest, info, job.device, job.after)
+                self._stream(digest, info, job.device, job.after)
         except (FileNotFoundError, BlobDamaged) as error:
             if job.packed:
                 raise
             damaged = isinstance(error, BlobDamaged)
             if damaged:
-                log.warning("the block of adapter %s is built again: %s", job.digest, error)
+                log.warning("the block of adapter %s is built again: %s", digest, error)
             self._packs.put(replace(job, rebuilt=damaged))
             return None
         return Completion(job.stage, job.digest, rebuilt=job.rebuilt)

@@ -10,7 +10,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+from adapters.accounts import Accounts
 from adapters.errors import BlobDamaged, LoraplexAdapterError
+from adapters.keys import account_of, digest_of
 from adapters.occupancy import Occupancy
 from adapters.regions import Region, RegionAllocator, align
 from adapters.tiers import ArenaTier, BlockInfo, Completion, Fence, Loader, Stage
@@ -18,11 +20,14 @@ from adapters.tiers import ArenaTier, BlockInfo, Completion, Fence, Loader, Stag
 
 @dataclass(eq=False, slots=True)
 class Unload:
-    """An unload under way: `done` once the block is in no tier (and its file deleted, if that was asked)."""
+    """An unload under way: `done` once the block is in no tier, or with `forget` no block of the content, and its file
+    is deleted."""
 
     digest: str
     forget: bool
     done: bool = False
+    parts: list[Unload] = field(default_factory=list)
+    """Of the content's blocks, with `forget`."""
 
 
 @dataclass(eq=False, slots=True)
@@ -30,6 +35,8 @@ class Block:
     """What is held of one adapter. Absent blocks have no object, unless somebody waits for them."""
 
     digest: str
+    """Its key (adapters/keys.py)."""
+    account: str
     info: BlockInfo | None = None
     """Known once prepared."""
     job: Stage | None = None
@@ -89,6 +96,9 @@ class Placement:
             0.0,
         )  # fmt: skip
         self.occupancy = Occupancy(clock)
+        self.accounts = Accounts(self.size_of, self._is_known)
+        self.deleting: set[str] = set()
+        """Content whose block file is to be deleted: nobody prepares it before that is done."""
         self._free_rows = list(range(arena.rows - 1, -1, -1))
         self._compact_bytes = compact_bytes
         self._clock = clock
@@ -99,12 +109,16 @@ class Placement:
         """The block's object, made if need be; see forget_if_idle()."""
         block = self.blocks.get(digest)
         if block is None:
-            block = self.blocks[digest] = Block(digest)
+            block = self.blocks[digest] = Block(digest, account_of(digest))
         return block
 
     def size_of(self, digest: str) -> int:
         block = self.blocks.get(digest)
         return 0 if block is None else block.nbytes
+
+    def _is_known(self, digest: str) -> bool:
+        block = self.blocks.get(digest)
+        return block is not None and block.info is not None and not block.unloads
 
     def failed(self, block: Block) -> bool:
         """Whether it failed so recently that it is not tried again yet."""
@@ -120,7 +134,7 @@ class Placement:
     def fetch(self, block: Block) -> None:
         """Starts preparing a block of which nothing is known yet."""
         idle = block.job is None and block.info is None and not block.unloads
-        if idle and not self.failed(block):
+        if idle and digest_of(block.digest) not in self.deleting and not self.failed(block):
             block.failure = None
             self._begin(block, "prepare")
             self.loader.prepare(block.digest)
@@ -150,14 +164,38 @@ class Placement:
         self.loader.read(block.digest, block.info, region)
         return True
 
-    def make_room(self, block: Block, claim: int | None) -> bool:
-        """Evicts from the device until a row and enough bytes are free, in one piece or not. Evicts nothing, and
-        returns False, when that cannot be reached."""
-        free, rows, chosen = self.arena.free_bytes, len(self._free_rows), []
+    def beyond_limit(self, account: str, nbytes: int = 0) -> list[Block] | None:
+        """The blocks of an account that have to leave the device before `nbytes` more may come, least recently used
+        first; None if those that may leave now are not enough."""
+        excess, chosen = self.accounts.excess(account, nbytes), []
+        for other in self.on_device.values() if excess > 0 else ():
+            if other.account == account and not other.busy() and self._claim(other.digest) is None:
+                chosen.append(other)
+                excess -= other.nbytes
+                if excess <= 0:
+                    break
+        return chosen if excess <= 0 else None
+
+    def trim(self, account: str) -> None:
+        """Evicts what an account has beyond a limit that was lowered, as far as nobody needs it."""
+        for other in list(self.on_device.values()):
+            if self.accounts.excess(account) <= 0:
+                return
+            if other.account == account and not other.busy() and self._claim(other.digest) is None:
+                self.evict_device(other)
+
+    def make_room(self, block: Block, claim: int | None, leaving: list[Block]) -> bool:
+        """Evicts from the device `leaving`, and more until a row and enough bytes are free, in one piece or not. Evicts
+        nothing, and returns False, when that cannot be reached."""
+        free, rows, chosen = self.arena.free_bytes, len(self._free_rows), list(leaving)
+        free += sum(other.nbytes for other in leaving)
+        rows += len(leaving)
         idle = ((other, self._claim(other.digest)) for other in self.on_device.values() if not other.busy())
         for victim in self._victims(idle, claim):
             if free >= block.nbytes and rows:
                 break
+            if victim in leaving:
+                continue
             chosen.append(victim)
             free += victim.nbytes
             rows += 1
@@ -168,14 +206,15 @@ class Placement:
         return True
 
     def start_copy(self, block: Block) -> bool:
-        """Starts the copy to the device; False without a free row or a hole that is long enough."""
-        if block.info is None or not self._free_rows:
+        """Starts the copy to the device; False without a free row, a hole long enough, or room in its account."""
+        if block.info is None or not self._free_rows or self.accounts.excess(block.account, block.nbytes) > 0:
             return False
         region = self.arena.allocate(block.nbytes)
         if region is None:
             return False
         block.region = region
         block.row = self._free_rows.pop()
+        self.accounts.arrives(block.account, block.nbytes)
         fence = self.arena.fence()
         if block.host_ready and block.host is not None:
             self._begin(block, "copy")
@@ -223,6 +262,7 @@ class Placement:
         if block.region is not None and block.row is not None:
             self.arena.free(block.region)
             self._free_rows.append(block.row)
+            self.accounts.leaves(block.account, block.nbytes)
             block.region = block.row = None
         self.evict_host(block, count=False)
         block.info = None
@@ -255,6 +295,7 @@ class Placement:
         self.arena.unbind(block.row)
         self.arena.free(block.region)
         self._free_rows.append(block.row)
+        self.accounts.leaves(block.account, block.nbytes)
         del self.on_device[block.digest]
         self.occupancy.left(block.digest)
         block.region = block.row = None
@@ -278,8 +319,13 @@ class Placement:
         block.info = None
 
     def discard_file(self, block: Block) -> None:
+        """Deletes the block file of its content; no block of that content may have been prepared."""
         self._begin(block, "discard")
         self.loader.discard(block.digest)
+
+    def of_content(self, digest: str) -> list[Block]:
+        """All blocks of this content, of any account."""
+        return [block for block in self.blocks.values() if digest_of(block.digest) == digest]
 
     def forget_if_idle(self, block: Block) -> None:
         """Forgets a block of which nothing is held and that nobody wants."""
@@ -301,16 +347,23 @@ class Placement:
         """What is inconsistent, one sentence each. `leased`: leases that name each digest."""
         rows = list(self._free_rows)
         arena_bytes = slab_bytes = 0
+        accounts: dict[str, int] = {}
         for block in self.blocks.values():
             yield from self._block_problems(block, leased.get(block.digest, 0))
             if block.row is not None:
                 rows.append(block.row)
             arena_bytes += block.region.nbytes if block.region is not None else 0
+            if block.region is not None and block.account:
+                accounts[block.account] = accounts.get(block.account, 0) + block.nbytes
+            content = self.blocks.get(digest_of(block.digest))
+            if block.info is not None and content is not None and content.job == "discard":
+                yield f"{block.digest}: prepared while its file is deleted"
             slab_bytes += block.host.nbytes if block.host is not None else 0
         if sorted(rows) != list(range(self.arena.rows)):
             yield "rows are lost or doubled"
         if arena_bytes != self.arena.capacity - self.arena.free_bytes or slab_bytes != self.slab.used_bytes:
             yield "regions are lost"
+        yield from self.accounts.problems(accounts)
         for digest in leased.keys() - self.blocks.keys():
             yield f"{digest}: leased but unknown"
 

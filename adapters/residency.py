@@ -5,7 +5,9 @@
 
 Everything here runs on the engine thread and never waits: the loader's threads do the work, poll() takes what they
 have finished and decides what comes next. Both tiers evict the least recently used block that nobody needs
-(adapters/placement.py); fairness between requests that wait is in adapters/waiters.py.
+(adapters/placement.py); fairness between requests that wait is in adapters/waiters.py, and what each account may take
+up of the device in adapters/accounts.py. What is called digest here is a key (adapters/keys.py): each account has
+blocks of its own, also of equal content, and only the block file is one for all.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable
 from typing import Literal
 
-from adapters.errors import AdapterTooLarge
+from adapters.errors import AccountTooSmall, AdapterTooLarge
+from adapters.keys import digest_of
 from adapters.placement import Block, Placement, Unload
 from adapters.tiers import ArenaTier, Completion, Fence, Loader
 from adapters.waiters import Lease, Waiter, WaitQueue
@@ -60,19 +63,36 @@ class Residency:
             claim=lambda digest: self._queue.claim(digest),
             wanted=lambda digest: digest in self._prefetches or self._queue.is_needed(digest),
         )
-        self._queue = WaitQueue(arena.capacity, arena.rows, self._placement.size_of)
+        self._accounts = self._placement.accounts
+        self._queue = WaitQueue(arena.capacity, arena.rows, self._placement.size_of, self._accounts)
         self._leases: dict[int, Lease] = {}
         self._prefetches: OrderedDict[str, None] = OrderedDict()
         self._failures: deque[tuple[float, str]] = deque()
         self._fenced: set[Block] = set()
+        self._forgets: dict[str, list[Unload]] = {}
+        """By content."""
         self._dirty = False
         self._hits = self._misses = 0
 
     # ------------------------------------------------------------ requests
 
+    def limit(self, account: str, nbytes: int | None) -> None:
+        """How many bytes of an account's blocks may lie on the device at once, copies under way included; None: as many
+        as fit. From now on nothing arrives beyond it; of what is there already, the least recently used leave as soon
+        as nobody needs them."""
+        if not self._accounts.limit(account, nbytes):
+            return
+        self._queue.admit(self._leases.values())
+        for waiter in self._queue:
+            if waiter.awake:
+                self._check(waiter)
+        self._dirty = True
+
     def prefetch(self, digests: Iterable[str]) -> None:
         """A hint: brings blocks to host memory, and to the device if there is room that nobody waits for."""
         for digest in digests:
+            if digest_of(digest) in self._forgets:
+                continue
             block = self._placement.block(digest)
             if block.on_device:
                 self._placement.touch(block)
@@ -91,7 +111,8 @@ class Residency:
         that ask for equal tuples share a place. A waiter that neither asks again nor cancels holds up those behind.
 
         Raises AdapterMissing, AdapterUnavailable (loading failed, now or less than `retry_after` seconds ago),
-        AdapterTooLarge (this set can never fit), ValueError (the ticket waits for other digests).
+        AdapterTooLarge (this set can never fit), AccountTooSmall (nor what its account may take up), ValueError (the
+        ticket waits for other digests).
         """
         digests = tuple(digests)
         if not digests:
@@ -104,7 +125,8 @@ class Residency:
         elif waiter.digests != digests:
             raise ValueError(f"ticket {key!r} waits for {waiter.digests}, not for {digests}")
         if first or waiter.asleep:
-            waiter.asleep = False
+            if waiter.asleep:
+                self._queue.wake(waiter)
             self._check(waiter)
             self._dirty = True
         if waiter.error is not None:
@@ -121,6 +143,11 @@ class Residency:
         else:
             self._misses += len(waiter.need)
         return self._grant(waiter, blocks)
+
+    def is_held(self, ticket: Hashable) -> bool:
+        """Whether it waits for an account's room, which only that account's own blocks can give."""
+        waiter = self._queue.get(ticket)
+        return waiter is not None and waiter.held
 
     def cancel_wait(self, ticket: Hashable) -> None:
         """The request no longer waits. Unknown tickets (already served, already cancelled) are ignored."""
@@ -156,9 +183,12 @@ class Residency:
         return sum(block.nbytes for block in blocks if block.leases == 1)
 
     def unload(self, digest: str, forget: bool = False) -> Unload:
-        """Drops a block from both tiers as soon as no lease holds it, and with `forget` deletes its block file.
+        """Drops a block from both tiers as soon as no lease holds it; with `forget` all blocks of this content, of any
+        account, and then deletes the block file.
 
         Requests that wait for it fetch it anew when they ask next; new leases wait until it is dropped."""
+        if forget:
+            return self._forget(digest_of(digest))
         unload = Unload(digest, forget)
         block = self._placement.block(digest)
         block.unloads.append(unload)
@@ -168,6 +198,22 @@ class Residency:
         self._dirty = True
         self._drop_if_unloaded(block)
         return unload
+
+    def _forget(self, digest: str) -> Unload:
+        parts = [self.unload(block.digest) for block in self._placement.of_content(digest)]
+        forget = Unload(digest, True, parts=parts)
+        self._forgets.setdefault(digest, []).append(forget)
+        self._placement.deleting.add(digest)
+        self._discard_if_dropped(digest)
+        return forget
+
+    def _discard_if_dropped(self, digest: str) -> None:
+        """Carries out a forget once no block of the content is left."""
+        forgets = self._forgets.get(digest, ())
+        if forgets and all(part.done for forget in forgets for part in forget.parts):
+            block = self._placement.block(digest)
+            if block.job is None:
+                self._placement.discard_file(block)
 
     def state(self, digest: str) -> State:
         block = self._placement.blocks.get(digest)
@@ -205,6 +251,8 @@ class Residency:
         if not self._dirty:
             return False
         self._queue.admit(self._leases.values())
+        for account in list(self._accounts.exceeded):
+            self._placement.trim(account)
         self._dirty = self._advance()
         return self._dirty
 
@@ -230,7 +278,10 @@ class Residency:
                 if place.wants_read(block):
                     slab_closed = slab_closed or not place.start_read(block, claim)
                 elif not arena_closed:
-                    if not place.make_room(block, claim):
+                    leaving = place.beyond_limit(block.account, block.nbytes)
+                    if leaving is None:
+                        continue  # until a copy, or a step, of a block that has to leave has ended
+                    if not place.make_room(block, claim, leaving):
                         arena_closed = True
                     elif not place.start_copy(block):
                         # There is room, but in pieces. Nothing moved: a region that is being written is in the way.
@@ -259,14 +310,14 @@ class Residency:
         self._dirty = True
         block = self._placement.finish(completion)
         if completion.stage == "discard":
-            self._finish_unloads(block)
+            self._finish_forgets(block)
             return
         if completion.error is not None:
             block.retry_at = self._clock() + self._retry_after
             self._failures.append((block.retry_at, block.digest))
             self._prefetches.pop(block.digest, None)
             for waiter in self._queue.needing(block.digest):
-                if waiter.active:
+                if waiter.awake:
                     waiter.error = completion.error
         elif completion.stage == "prepare":
             for waiter in self._queue.needing(block.digest):
@@ -278,9 +329,12 @@ class Residency:
         """Notes why a waiter cannot be served, if that is known."""
         total = sum(map(self._placement.size_of, waiter.need))
         if len(waiter.need) > self._arena.rows:
-            waiter.error = TooManyAdapters(waiter.digests[0], len(waiter.need), self._arena.rows)
+            waiter.error = TooManyAdapters(digest_of(waiter.digests[0]), len(waiter.need), self._arena.rows)
         elif total > self._arena.capacity:
-            waiter.error = AdapterTooLarge(" + ".join(dict.fromkeys(waiter.digests)), total, self._arena.capacity)
+            names = dict.fromkeys(map(digest_of, waiter.digests))
+            waiter.error = AdapterTooLarge(" + ".join(names), total, self._arena.capacity)
+        elif (beyond := self._accounts.too_small(waiter.need)) is not None:
+            waiter.error = AccountTooSmall(*beyond)
         for digest in waiter.need:
             block = self._placement.blocks.get(digest)
             if block is not None and self._placement.failed(block):
@@ -317,16 +371,21 @@ class Residency:
         if not block.unloads or block.job is not None or block.busy():
             return
         self._placement.drop(block)
-        if any(unload.forget for unload in block.unloads):
-            self._placement.discard_file(block)
-        else:
-            self._finish_unloads(block)
-
-    def _finish_unloads(self, block: Block) -> None:
         for unload in block.unloads:
             unload.done = True
         block.unloads.clear()
         block.failure = None
+        self._placement.forget_if_idle(block)
+        self._dirty = True
+        self._discard_if_dropped(digest_of(block.digest))
+
+    def _finish_forgets(self, block: Block) -> None:
+        """The block file is gone. So it is for those that have asked since: nobody could make it anew."""
+        for forget in self._forgets.pop(block.digest, ()):
+            forget.done = True
+        self._placement.deleting.discard(block.digest)
+        block.failure = None
+        self._drop_if_unloaded(block)
         self._placement.forget_if_idle(block)
 
     # ------------------------------------------------------------ what others see

@@ -93,7 +93,9 @@ class Fence(Protocol):
 
 
 class Loader(Protocol):
-    """Jobs return at once; each ends in exactly one Completion, in any order. At most one job per digest runs."""
+    """Jobs return at once; each ends in exactly one Completion, in any order. `digest` is a key (adapters/keys.py), and
+    at most one job per key runs; files are found by the digest in it, and while one is discarded no other job of that
+    content runs."""
 
     @property
     def host_bytes(self) -> int:

@@ -9,6 +9,10 @@ Oldest first, without starvation and without idling when nothing is contended:
 
 So whatever a younger request holds while the head waits fits the arena beside everything the head needs; all other
 leases are older, finite in number, and come back. Hence the head is served, whatever the overlaps.
+
+One whose accounts have no room for it yet (adapters/accounts.py) is held: it wants nothing of the arena, so it stands
+in nobody's way there. When it is let in it takes its place by age. Younger leases may then be too large to lie beside
+its needs; until they have come back nobody younger is admitted.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 
+from adapters.accounts import Accounts
 from adapters.errors import LoraplexAdapterError
 
 
@@ -31,10 +36,16 @@ class Waiter:
     """Why it cannot be served; raised when it asks next, and it wants nothing until then."""
     asleep: bool = False
     """A block of it was unloaded: it wants nothing until it asks again."""
+    held: bool = False
+    """An account of its blocks has no room for it yet."""
+
+    @property
+    def awake(self) -> bool:
+        return self.error is None and not self.asleep
 
     @property
     def active(self) -> bool:
-        return self.error is None and not self.asleep
+        return self.awake and not self.held
 
 
 @dataclass(eq=False, slots=True)
@@ -53,8 +64,9 @@ class Lease:
 class WaitQueue:
     """Waiters by age, what they claim and who is admitted."""
 
-    def __init__(self, capacity: int, rows: int, size_of: Callable[[str], int]) -> None:
+    def __init__(self, capacity: int, rows: int, size_of: Callable[[str], int], accounts: Accounts) -> None:
         """`size_of`: a block's size in the arena, 0 while it is not known."""
+        self._accounts = accounts
         self._capacity = capacity
         self._rows = rows
         self._size_of = size_of
@@ -62,6 +74,8 @@ class WaitQueue:
         self._needing: dict[str, dict[Waiter, None]] = {}
         self._orders = 0
         self._admitted: set[frozenset[str]] = set()
+        self._let_in: set[frozenset[str]] = set()
+        """By their accounts; not kept where there are no limits."""
         self._reserved: set[str] = set()
         self._reserved_bytes = 0
 
@@ -94,7 +108,10 @@ class WaitQueue:
         than needed, so one that fits beside it may be admitted at once."""
         self._orders += 1
         waiter = Waiter(ticket, digests, frozenset(digests), self._orders)
-        if not any(other.active for other in self._waiters.values()):
+        self._ask_accounts(waiter)
+        if waiter.held:
+            pass
+        elif not any(other.active for other in self._waiters.values()):
             # It is the head: all leases are older.
             self._reserve_only(waiter.need)
         else:
@@ -103,6 +120,11 @@ class WaitQueue:
         for digest in waiter.need:
             self._needing.setdefault(digest, {})[waiter] = None
         return waiter
+
+    def wake(self, waiter: Waiter) -> None:
+        """It wants its blocks again."""
+        waiter.asleep = False
+        self._ask_accounts(waiter)
 
     def drop(self, waiter: Waiter) -> None:
         del self._waiters[waiter.ticket]
@@ -113,11 +135,17 @@ class WaitQueue:
                 del self._needing[digest]
 
     def admit(self, leases: Iterable[Lease]) -> None:
-        """Decides afresh who is admitted, from the waiters and the leases that live."""
+        """Decides afresh who is let in by its accounts and who is admitted, from waiters and leases as they are now."""
         self._reserve_only(frozenset())
+        self._let_in = set()
+        if self._accounts.limited:
+            leases = list(leases)
+            self._accounts.begin(digest for lease in leases for digest in lease.digests)
         seen: set[frozenset[str]] = set()
         head = True
         for waiter in self._waiters.values():
+            if waiter.awake:
+                self._ask_accounts(waiter)
             if not waiter.active or waiter.need in seen:
                 continue
             seen.add(waiter.need)
@@ -128,6 +156,14 @@ class WaitQueue:
                 head = False
             else:
                 self._admit_beside(waiter.need)
+
+    def _ask_accounts(self, waiter: Waiter) -> None:
+        """Equal sets are let in together, as they are admitted together: whoever asks asks for all of them."""
+        waiter.held = False
+        if self._accounts.limited and waiter.need not in self._let_in:
+            waiter.held = not self._accounts.enter(waiter.need)
+            if not waiter.held:
+                self._let_in.add(waiter.need)
 
     def _reserve_only(self, need: frozenset[str]) -> None:
         self._reserved, self._reserved_bytes, self._admitted = set(), 0, {need}

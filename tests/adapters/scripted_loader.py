@@ -11,6 +11,7 @@ import torch
 
 from adapters.arena import Arena
 from adapters.errors import AdapterUnavailable, LoraplexAdapterError
+from adapters.keys import account_of, digest_of
 from adapters.regions import Region
 from adapters.residency import Lease, Residency
 from adapters.tiers import BlockInfo, Completion, Fence, RowEntries
@@ -20,7 +21,7 @@ FEATURES = 8
 
 
 def payload_of(digest: str, rank: int) -> np.ndarray:
-    seed = int.from_bytes(hashlib.sha256(digest.encode()).digest()[:4], "little")
+    seed = int.from_bytes(hashlib.sha256(digest_of(digest).encode()).digest()[:4], "little")
     return np.random.default_rng(seed).standard_normal(2 * FEATURES * rank, dtype=np.float32)
 
 
@@ -69,14 +70,13 @@ class ScriptedLoader:
         if error is not None and stage != "discard":
             self._done.append(Completion(stage, digest, error=error))
             return
-        payload = payload_of(digest, self.ranks[digest]).view(np.uint8)
+        rank = self.ranks[digest_of(digest)]
+        payload = payload_of(digest, rank).view(np.uint8)
         size = len(payload)
         arena = self.arena.bytes.numpy()
         if stage == "prepare":
-            half = FEATURES * self.ranks[digest]
-            entries = RowEntries(
-                np.array([self.ranks[digest]], np.int32), np.array([[0, half]], np.int64), np.ones(1, np.float32)
-            )
+            half = FEATURES * rank
+            entries = RowEntries(np.array([rank], np.int32), np.array([[0, half]], np.int64), np.ones(1, np.float32))
             info = BlockInfo(Path(digest), 0, size, b"", entries)
         elif stage == "read":
             self.slab[host.offset : host.offset + size] = payload
@@ -130,12 +130,17 @@ class Tiers:
         if len(lease.rows) != len(lease.digests):
             raise AssertionError("one row per digest")
         for digest, row, generation in zip(lease.digests, lease.rows, lease.generations, strict=True):
-            rank = self.loader.ranks[digest]
+            rank = self.loader.ranks[digest_of(digest)]
             half = FEATURES * rank
             found = [self.arena.data[o : o + half] for o in self.arena.offsets[row, 0].tolist()]
             if int(self.arena.ranks[row, 0]) != rank or self.arena.generation[row] != generation:
                 raise AssertionError(f"row {row} is not that of {digest}")
             np.testing.assert_array_equal(torch.cat(found).numpy(), payload_of(digest, rank))
+
+    def resident(self, account: str) -> int:
+        """Bytes of an account's blocks on the device, counted one by one, copies under way included."""
+        blocks = self.residency._placement.blocks.values()
+        return sum(each.region.nbytes for each in blocks if each.region and account_of(each.digest) == account)
 
     def check(self, *leases: Lease) -> None:
         self.residency.check_integrity()

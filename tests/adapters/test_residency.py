@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from adapters.errors import AdapterMissing, AdapterTooLarge, AdapterUnavailable
+from adapters.errors import AccountTooSmall, AdapterMissing, AdapterTooLarge, AdapterUnavailable
 from adapters.residency import TooManyAdapters
 from tests.adapters.scripted_loader import Tiers
 
@@ -390,3 +390,186 @@ def test_stats_count_loads_hits_and_evictions() -> None:
     assert stats["adapter_evictions_device_total"] == 1
     assert (stats["adapters_on_device"], stats["adapters_on_host"]) == (1, 2)
     assert (stats["adapter_device_bytes"], stats["adapter_host_bytes"]) == (1024, 2048)
+
+
+# ---------------------------------------------------------------- accounts
+
+
+def states(tiers: Tiers, keys: str) -> dict[str, str]:
+    return {key: tiers.residency.state(key) for key in keys.split()}
+
+
+def test_equal_content_of_two_accounts_is_two_blocks() -> None:
+    """What one does with its own shows nothing of the other's, and changes nothing there."""
+    tiers = Tiers(KB4, arena_bytes=4096)
+    mine = tiers.lease("a@1")
+    assert states(tiers, "a@1 a@2 a") == {"a@1": "device", "a@2": "absent", "a": "absent"}
+    dropped = tiers.residency.unload("a@2")
+    tiers.settle()
+    assert dropped.done
+    tiers.check(mine)
+    theirs = tiers.lease("a@2")
+    assert mine.rows != theirs.rows
+    tiers.check(mine, theirs)
+    tiers.residency.release(theirs)
+    assert tiers.residency.unload("a@2").done
+    assert states(tiers, "a@1 a@2") == {"a@1": "device", "a@2": "absent"}
+    loads = {key: loads for key, (loads, _) in tiers.residency.take_occupancy().items()}
+    assert loads == {"a@1": 1, "a@2": 1}
+    # One failing is not the other failing.
+    tiers.residency.try_lease(("b@1",), "r1")
+    tiers.residency.try_lease(("b@2",), "r2")
+    tiers.fail("b@1")
+    assert states(tiers, "b@1 b@2") == {"b@1": "failed", "b@2": "loading"}
+    with pytest.raises(AdapterUnavailable, match="adapter b@1 could"):
+        tiers.residency.try_lease(("b@1",), "r1")
+    tiers.check(tiers.lease("b@2"))
+
+
+def test_a_file_is_deleted_when_no_account_has_its_content_any_more() -> None:
+    tiers = Tiers(KB4, arena_bytes=8192)
+    first, second = tiers.lease("a@1"), tiers.lease("a@2")
+    tiers.residency.release(tiers.lease("a"))
+    other = tiers.lease("b@1")
+    gone = tiers.residency.unload("a", forget=True)
+    tiers.settle()
+    assert ("discard", "a") not in tiers.loader.log
+    tiers.residency.release(first)
+    tiers.settle()
+    tiers.residency.release(second)
+    assert ("discard", "a") in tiers.loader.log
+    # Whoever asks for it now gets it from a file that is made anew, not from the one that is being deleted.
+    assert tiers.residency.try_lease(("a@3",), "late") is None
+    tiers.residency.prefetch(["a@1"])
+    tiers.residency.poll()
+    tiers.check(other)
+    assert [job[:2] for job in tiers.loader.jobs] == [("discard", "a")]
+    again = tiers.residency.unload("a@3", forget=True)
+    tiers.loader.finish_all()
+    tiers.residency.poll()
+    assert gone.done
+    tiers.settle()
+    assert again.done
+    tiers.check(tiers.lease("a@3"), other)
+    assert tiers.loader.log.count(("discard", "a")) == 1
+
+
+def test_an_account_keeps_its_limit_whoever_asks() -> None:
+    """Leases, hints and copies under way count; others are not concerned."""
+    tiers = Tiers(KB4, arena_bytes=8192)
+    tiers.residency.limit("1", 2048)
+    tiers.residency.prefetch([f"{name}@1" for name in "abcd"])
+    tiers.residency.prefetch([f"{name}@2" for name in "abcd"])
+    while tiers.residency.poll() or tiers.loader.jobs:
+        tiers.loader.finish()
+        assert tiers.resident("1") <= 2048
+    assert (tiers.resident("1"), tiers.resident("2")) == (2048, 4096)
+    # The least recently used of its own leave, nobody else's, though the arena has room.
+    held = tiers.lease("c@1", "d@1")
+    assert (tiers.resident("1"), tiers.resident("2")) == (2048, 4096)
+    # While those are leased, the next one waits, and holds up nobody else.
+    assert tiers.residency.try_lease(("a@1",), "r1") is None
+    tiers.settle()
+    assert tiers.residency.is_held("r1")
+    assert tiers.residency.try_lease(("a@1",), "r1") is None
+    tiers.check(held, tiers.lease("e@2"), tiers.lease("f"))
+    tiers.residency.release(held)
+    tiers.check(tiers.lease("a@1"))
+    assert tiers.resident("1") == 2048
+
+
+def test_who_waits_for_an_account_takes_no_room_from_others() -> None:
+    """Even the oldest of all: what it needs is not kept free for it before its account has room."""
+    tiers = Tiers(KB4, arena_bytes=4096)
+    tiers.residency.limit("1", 2048)
+    running = tiers.lease("a@1", "b@1")
+    assert tiers.residency.try_lease(("c@1", "d@1"), "held") is None
+    tiers.settle()
+    others = tiers.lease("a@2", "b@2")
+    tiers.check(running, others)
+    tiers.residency.release(running)
+    assert tiers.residency.try_lease(("c@1", "d@1"), "held") is None
+    # Now it is the oldest in the arena's queue, too: a younger one waits for it there.
+    assert tiers.residency.try_lease(("c@2", "d@2", "e@2"), "younger") is None
+    tiers.settle()
+    served = tiers.residency.try_lease(("c@1", "d@1"), "held")
+    assert served is not None
+    tiers.check(served, others)
+
+
+def test_leased_blocks_of_an_account_do_not_pass_who_waits_there() -> None:
+    tiers = Tiers(KB4, arena_bytes=8192)
+    tiers.residency.limit("1", 1024)
+    running = tiers.lease("a@1")
+    assert tiers.residency.try_lease(("b@1",), "older") is None
+    tiers.settle()
+    assert tiers.residency.try_lease(("a@1",), "younger") is None
+    tiers.residency.release(running)
+    older = None
+    while older is None:
+        tiers.settle()
+        assert tiers.residency.try_lease(("a@1",), "younger") is None
+        older = tiers.residency.try_lease(("b@1",), "older")
+    tiers.residency.release(older)
+    tiers.check(tiers.lease("a@1"))
+
+
+def test_what_an_account_can_never_hold_is_refused() -> None:
+    tiers = Tiers(KB4, arena_bytes=8192)
+    tiers.residency.limit("1", 2048)
+    assert tiers.residency.try_lease(("a@1", "b@1", "c@1"), "r1") is None
+    tiers.settle()
+    with pytest.raises(AccountTooSmall) as caught:
+        tiers.residency.try_lease(("a@1", "b@1", "c@1"), "r1")
+    assert (caught.value.account, caught.value.nbytes, caught.value.limit) == ("1", 3072, 2048)
+    # A mix with others' is asked for what is its own alone.
+    tiers.residency.release(tiers.lease("a@1", "b@1", "c@2", "d"))
+    # A limit that is lowered refuses who waits already.
+    held = tiers.lease("a@1")
+    assert tiers.residency.try_lease(("b@1", "c@1"), "r2") is None
+    tiers.settle()
+    tiers.residency.limit("1", 1024)
+    with pytest.raises(AccountTooSmall):
+        tiers.residency.try_lease(("b@1", "c@1"), "r2")
+    tiers.check(held)
+
+
+def test_a_lowered_limit_lets_what_is_used_go_on_and_the_rest_leave() -> None:
+    tiers = Tiers(KB4, arena_bytes=8192)
+    tiers.residency.release(tiers.lease("a@1", "b@1"))
+    held = tiers.lease("c@1", "d@1")
+    tiers.residency.limit("1", 1024)
+    tiers.settle()
+    assert tiers.resident("1") == 2048
+    tiers.check(held)
+    tiers.residency.release(held)
+    tiers.settle()
+    assert tiers.resident("1") == 1024
+    assert tiers.residency.state("d@1") == "device"
+    tiers.residency.limit("1", None)
+    tiers.residency.release(tiers.lease("a@1", "b@1", "c@1", "d@1"))
+    assert tiers.resident("1") == 4096
+    tiers.residency.limit("1", 0)
+    tiers.settle()
+    assert tiers.resident("1") == 0
+    tiers.check()
+
+
+def test_an_account_waits_for_steps_and_copies_that_are_under_way() -> None:
+    class Behind:
+        passed = False
+
+        def done(self) -> bool:
+            return self.passed
+
+    tiers = Tiers(KB4, arena_bytes=8192)
+    tiers.residency.limit("1", 1024)
+    fence = Behind()
+    tiers.residency.release(tiers.lease("a@1"), fence)
+    assert tiers.residency.try_lease(("b@1",), "r1") is None
+    tiers.settle()
+    assert states(tiers, "a@1 b@1") == {"a@1": "device", "b@1": "host"}
+    tiers.check(tiers.lease("c@2"))  # nor does that hold up others
+    fence.passed = True
+    tiers.check(tiers.lease("b@1"))
+    assert tiers.resident("1") == 1024

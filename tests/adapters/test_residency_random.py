@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from adapters.errors import AdapterTooLarge, AdapterUnavailable
+from adapters.errors import AccountTooSmall, AdapterTooLarge, AdapterUnavailable
+from adapters.keys import account_of, digest_of
 from adapters.residency import Lease, Unload
 from tests.adapters.scripted_loader import Tiers
 
@@ -18,7 +20,11 @@ ARENA_BYTES = 6144
 RANKS = dict(zip(NAMES, (4, 8, 16, 16, 30, 40, 96, 100), strict=True))
 """64 bytes per rank: from 256 bytes to all of the arena (g), and more than that (h)."""
 
-sets = st.lists(st.sampled_from(NAMES), min_size=1, max_size=4).map(tuple)
+KEYS = (*NAMES, "a@1", "c@1", "d@1", "e@1", "a@2", "f@2")
+"""Some content has blocks of two accounts, and one that is nobody's."""
+LIMITS = (None, 1024, 2048, 2304, 3072)
+
+sets = st.lists(st.sampled_from(KEYS), min_size=1, max_size=4).map(tuple)
 picks = st.integers(0, 1 << 16)
 
 
@@ -29,8 +35,12 @@ class Fence:
         return self.passed
 
 
+def size(digests: Iterable[str]) -> int:
+    return sum(-(-RANKS[digest_of(name)] * 64 // 256) * 256 for name in set(digests))
+
+
 def fits(digests: tuple[str, ...]) -> bool:
-    return sum(-(-RANKS[name] * 64 // 256) * 256 for name in set(digests)) <= ARENA_BYTES
+    return size(digests) <= ARENA_BYTES
 
 
 class Traffic(RuleBasedStateMachine):
@@ -47,6 +57,21 @@ class Traffic(RuleBasedStateMachine):
         self.leases: list[Lease] = []
         self.unloads: list[Unload] = []
         self.fences: list[Fence] = []
+        self.limits: dict[str, int | None] = {"1": None, "2": None}
+        self.lowered: set[str] = set()
+        """Accounts that may still have more on the device than their limit."""
+
+    @rule(account=st.sampled_from("12"), limit=st.sampled_from(LIMITS))
+    def limit(self, account: str, limit: int | None) -> None:
+        self.limits[account] = limit
+        self.residency.limit(account, limit)
+        if limit is not None and self.tiers.resident(account) > limit:
+            self.lowered.add(account)
+
+    def too_much(self, digests: tuple[str, ...]) -> bool:
+        """Whether an account's limit is in the way of these for good."""
+        mine = {account: size(key for key in digests if account_of(key) == account) for account in self.limits}
+        return any(limit is not None and mine[account] > limit for account, limit in self.limits.items())
 
     def ask_again(self, ticket: int) -> None:
         digests = self.waiting[ticket]
@@ -54,13 +79,18 @@ class Traffic(RuleBasedStateMachine):
             lease = self.residency.try_lease(digests, ticket)
         except AdapterTooLarge:
             assert not fits(digests)
+        except AccountTooSmall as error:
+            whose, needed, limit = error.account, error.nbytes, error.limit
+            assert needed > limit  # which may have been raised since
+            assert size(key for key in digests if account_of(key) == whose) >= needed
         except AdapterUnavailable as error:
             blamed = error.digest
-            assert blamed in digests
+            assert blamed in map(digest_of, digests)
         else:
             if lease is None:
                 return
             assert fits(digests)
+            assert not self.too_much(digests)
             assert lease.digests == digests
             self.leases.append(lease)
         del self.waiting[ticket]
@@ -106,9 +136,9 @@ class Traffic(RuleBasedStateMachine):
     def prefetch(self, digests: tuple[str, ...]) -> None:
         self.residency.prefetch(digests)
 
-    @rule(name=st.sampled_from(NAMES), forget=st.booleans())
-    def unload(self, name: str, forget: bool) -> None:
-        self.unloads.append(self.residency.unload(name, forget))
+    @rule(key=st.sampled_from(KEYS), forget=st.booleans())
+    def unload(self, key: str, forget: bool) -> None:
+        self.unloads.append(self.residency.unload(key, forget))
 
     @rule()
     def poll(self) -> None:
@@ -119,7 +149,7 @@ class Traffic(RuleBasedStateMachine):
         jobs = self.tiers.loader.jobs
         if jobs:
             index = pick % len(jobs)
-            error = AdapterUnavailable(jobs[index][1], "as the test said") if fails == 0 else None
+            error = AdapterUnavailable(digest_of(jobs[index][1]), "as the test said") if fails == 0 else None
             self.tiers.loader.finish(index, error)
 
     @rule()
@@ -135,8 +165,12 @@ class Traffic(RuleBasedStateMachine):
     def all_is_consistent(self) -> None:
         if hasattr(self, "tiers"):
             self.tiers.check(*self.leases)
-            for name in NAMES:
-                assert self.residency.state(name) in ("absent", "loading", "host", "device", "failed")
+            for key in KEYS:
+                assert self.residency.state(key) in ("absent", "loading", "host", "device", "failed")
+            for account, limit in self.limits.items():
+                if limit is None or self.tiers.resident(account) <= limit:
+                    self.lowered.discard(account)
+                assert limit is None or account in self.lowered or self.tiers.resident(account) <= limit
 
     def teardown(self) -> None:
         """When leases come back and jobs end, everybody is served and every unload is done."""
@@ -156,6 +190,8 @@ class Traffic(RuleBasedStateMachine):
         self.finish_everything()
         assert all(unload.done for unload in self.unloads)
         self.tiers.check()
+        for account, limit in self.limits.items():
+            assert limit is None or self.tiers.resident(account) <= limit
 
 
 TestTraffic = Traffic.TestCase
@@ -180,6 +216,10 @@ def test_nobody_starves_while_others_keep_coming(seed: int) -> None:
         rows=rng.choice([4, 16]),
         compact_bytes=rng.choice([256, 4096]),
     )
+    # Every other time, of two accounts with limits, and in mixes of both.
+    limits = {"1": rng.choice([1024, 2048]), "2": rng.choice([1536, 3072])} if seed % 2 else {}
+    for account, limit in limits.items():
+        tiers.residency.limit(account, limit)
     waiting: dict[int, tuple[tuple[str, ...], int]] = {}
     running: list[tuple[Lease, int]] = []
     served = longest = 0
@@ -187,7 +227,9 @@ def test_nobody_starves_while_others_keep_coming(seed: int) -> None:
         if len(waiting) < 12:
             # Mostly a popular few; now and then one that needs nearly all of the arena.
             names = rng.choices("abcdefg", weights=(8, 8, 6, 4, 2, 1, 1), k=rng.choice([1, 1, 1, 2, 3]))
-            if fits(tuple(names)):
+            names = [f"{name}@{rng.choice('112')}" if limits and rng.random() < 0.7 else name for name in names]
+            mine = {account: size(key for key in names if account_of(key) == account) for account in limits}
+            if fits(tuple(names)) and all(mine[account] <= limit for account, limit in limits.items()):
                 waiting[step] = (tuple(names), step)
         for ticket, (digests, since) in list(waiting.items()):
             lease = tiers.residency.try_lease(digests, ticket)
@@ -204,6 +246,7 @@ def test_nobody_starves_while_others_keep_coming(seed: int) -> None:
             if tiers.loader.jobs:
                 tiers.loader.finish(rng.randrange(len(tiers.loader.jobs)))
         tiers.residency.poll()
+        assert all(tiers.resident(account) <= limit for account, limit in limits.items())
         if step % 25 == 0:
             tiers.check(*(lease for lease, _ in running))
         assert all(step - since < 400 for _, since in waiting.values()), "starved"
