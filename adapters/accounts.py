@@ -78,10 +78,10 @@ class Accounts:
         for line in self._lines.values():
             line.taken, line.nbytes, line.closed = set(), 0, False
         for key in leased if self._lines else ():
-            line = self._lines.get(account_of(key))
-            if line is not None and key not in line.taken:
-                line.taken.add(key)
-                line.nbytes += self._size_of(key)
+            own = self._lines.get(account_of(key))
+            if own is not None and key not in own.taken:
+                own.taken.add(key)
+                own.nbytes += self._size_of(key)
 
     def enter(self, need: Iterable[str]) -> bool:
         """Whether the next one by age, who needs these blocks, is let in. One with a block whose size is not known is

@@ -102,7 +102,7 @@ async def _open(app: FastAPI, settings: Settings, stack: AsyncExitStack) -> None
     engine = EngineClient(settings.engine_socket)
     metrics = Metrics(settings, lambda: engine.stats, lambda: engine.healthy)
     stack.callback(metrics.close)
-    catalogue = await Catalogue.open(settings.database_address())
+    catalogue = await Catalogue.open(settings.database_address(), with_tenants=settings.multi_tenant)
     stack.push_async_callback(catalogue.close)
     await engine.connect()
     stack.push_async_callback(engine.close)

@@ -38,9 +38,9 @@ from service.janitor import UNLOAD_TIMEOUT_S, Janitor
 from service.jobs import Workers, import_modules
 from service.store import AdapterExists, Catalogue, File, NewVersion, Version
 from service.store.edits import Condition, Edits, always
-from service.store.errors import CatalogueUnavailable
+from service.store.errors import CatalogueError, CatalogueUnavailable
 from service.store.names import NAME_RULE, valid_name
-from service.store.records import Removed
+from service.store.records import Removed, Resolved, engine_key
 from service.store.tables import DEFAULT_TENANT
 from service.uploads import FieldRule, Form, Spool, UploadedFile, safe_basename
 
@@ -227,7 +227,8 @@ class Library:
         except BaseException:
             self._start(self._abandon(upload, set(names)))
             raise
-        self.engine.prefetch([new.digest])
+        with contextlib.suppress(CatalogueError):  # deleted since then; a hint is no reason to fail
+            self.prefetch(await self.catalogue.find_version(target, number, tenant))
         return Published(target, number, created)
 
     def _store(self, inspection: Inspection, sources: dict[str, Path]) -> None:
@@ -252,9 +253,13 @@ class Library:
                 await asyncio.sleep(ABANDON_PAUSE_S)
 
     def reclaim(self, removed: Removed) -> None:
-        """Has the blobs that a deletion left unused deleted, once no running request needs them. Returns at once."""
+        """Has the blobs that a deletion left unused deleted, once no running request needs them. What is not unused,
+        because others have the same content, still leaves the memory that counts for this owner. Returns at once."""
         if removed.unused:
             self._janitor.wake()
+        if self.catalogue.with_tenants:
+            for digest in set(removed.digests.values()) - removed.unused:
+                self.unload_later(engine_key(digest, removed.owner))
 
     async def materialise(self, files: Iterable[File], folder: Path) -> dict[str, Path]:
         """Puts the files of a version into `folder` under their names, each checked; links where that is possible, so
@@ -294,23 +299,28 @@ class Library:
         log.error("%s of %s@%d is damaged: %s (%s)", file.filename, name, version.number, damage.detail, where)
         raise damage
 
-    def unload_later(self, digest: str) -> None:
+    def prefetch(self, *adapters: Resolved) -> None:
+        """Hints to the engine that these are about to be used."""
+        limits = {owner: limit for each in adapters for owner, limit in each.resident_limits.items()}
+        self.engine.prefetch(dict.fromkeys(each.key for each in adapters), limits)
+
+    def unload_later(self, key: str) -> None:
         """Asks the engine to drop an adapter; nobody waits for it."""
 
         async def unload() -> None:
             with contextlib.suppress(EngineError):
-                await self.engine.unload(digest, timeout_s=UNLOAD_TIMEOUT_S)
+                await self.engine.unload(key, timeout_s=UNLOAD_TIMEOUT_S)
 
         self._start(unload())
 
-    async def residency(self, digests: Iterable[str]) -> dict[str, str]:
+    async def residency(self, keys: Iterable[str]) -> dict[str, str]:
         """Where the engine has each adapter: absent, loading, host, device, failed; unknown if it cannot be asked."""
-        wanted = tuple(dict.fromkeys(digests))
+        wanted = tuple(dict.fromkeys(keys))
         known: dict[str, str] = {}
         if wanted and self.engine.ready.is_set():
             with contextlib.suppress(EngineError):
                 known = await self.engine.residency(wanted, timeout_s=2.0)
-        return {digest: known.get(digest, "unknown") for digest in wanted}
+        return {key: known.get(key, "unknown") for key in wanted}
 
     def fingerprints(self) -> tuple[str, ...] | None:
         """All that the base model served is known by; None until the engine has said."""
@@ -323,9 +333,9 @@ class Library:
         manifest = self.engine.manifest
 
         async def prefetch() -> None:
-            digests = await self.catalogue.pinned_digests(manifest.fingerprints)
-            if digests:
-                self.engine.prefetch(digests)
+            pinned = await self.catalogue.pinned(manifest.fingerprints)
+            if pinned:
+                self.prefetch(*pinned)
 
         async def adopt() -> None:
             # Not waited for: what an earlier version stored fits before as well. From then on a change of the base

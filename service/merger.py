@@ -328,7 +328,7 @@ async def run(settings: Settings) -> None:
         for folder in (settings.data_dir, settings.uploads_dir):
             folder.mkdir(parents=True, exist_ok=True)
         engine = EngineClient(settings.engine_socket)
-        catalogue = await Catalogue.open(settings.database_address())
+        catalogue = await Catalogue.open(settings.database_address(), with_tenants=settings.multi_tenant)
         stack.push_async_callback(catalogue.close)
         await engine.connect()
         stack.push_async_callback(engine.close)

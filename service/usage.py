@@ -139,7 +139,7 @@ class UsageRecorder:
 
 
 DELETED = "(deleted)"
-"""For an adapter that is no longer in the catalogue; no tenant's."""
+"""For an adapter that is no longer in the catalogue; no tenant's, if its owner is not there either."""
 
 
 async def collect_occupancy(recorder: UsageRecorder, engine: EngineClient, catalogue: Catalogue) -> None:
@@ -148,6 +148,6 @@ async def collect_occupancy(recorder: UsageRecorder, engine: EngineClient, catal
     with contextlib.suppress(EngineError, CatalogueError):
         taken = await engine.take_occupancy()
         owners = await catalogue.owners(taken) if taken else {}
-        for digest, (loads, byte_seconds) in taken.items():
-            tenant, name = owners.get(digest, ("", DELETED))
-            recorder.add(tenant, "", name, Counts(loads=loads, byte_hours=byte_seconds / HOUR_S))
+        for key, (loads, byte_seconds) in taken.items():
+            tenant, name = owners.get(key, ("", None))
+            recorder.add(tenant, "", name or DELETED, Counts(loads=loads, byte_hours=byte_seconds / HOUR_S))

@@ -132,7 +132,7 @@ def _adapter_json(adapter: Adapter, library: Library, residency: dict[str, str],
         "versions": list(adapter.versions),
         "aliases": adapter.aliases,
         "spec": _spec(adapter.default),
-        "residency": residency[adapter.default.digest],
+        "residency": residency[adapter.default.key],
         "compatible": compatible,
         "state": {True: "ready", False: "incompatible", None: "unknown"}[compatible],
         "created": adapter.created_at,
@@ -156,7 +156,7 @@ def _version_json(name: str, version: Version, library: Library, residency: dict
         "aliases": list(version.aliases),
         "spec": _spec(version),
         "files": [_file_json(version, file.filename) for file in version.files],
-        "residency": residency[version.digest],
+        "residency": residency[version.key],
         "compatible": None if bases is None else version.fingerprint in bases,
         "base_fingerprint": version.fingerprint,
         "created": version.created_at,
@@ -193,7 +193,7 @@ async def _adapter_response(
     library: Library, caller: Caller, name: str, status: int = 200, headers: dict[str, str] | None = None, **more: Any
 ) -> JSONResponse:
     adapter = await library.catalogue.get_adapter(name, caller.namespace, caller.viewer)
-    residency = await library.residency([adapter.default.digest])
+    residency = await library.residency([adapter.default.key])
     body = _adapter_json(adapter, library, residency, caller) | more
     return JSONResponse(body, status, headers={"ETag": adapter.etag, **(headers or {})})
 
@@ -315,7 +315,7 @@ async def list_adapters(
         viewer=caller.viewer,
         owner=owner,
     )
-    residency = await library.residency([adapter.default.digest for adapter in page.items])
+    residency = await library.residency([adapter.default.key for adapter in page.items])
     return _list_json([_adapter_json(adapter, library, residency, caller) for adapter in page.items], page.has_more)
 
 
@@ -349,7 +349,7 @@ async def change_adapter(name: str, body: AdapterPatch, library: Lib, condition:
             condition=condition,
         )
     if "pinned" in given and body.pinned:
-        library.engine.prefetch([(await library.catalogue.find_version(name, None, caller.tenant)).digest])
+        library.prefetch(await library.catalogue.find_version(name, None, caller.tenant))
     return await _adapter_response(library, caller, name)
 
 
@@ -392,7 +392,7 @@ async def list_versions(
             400, f"after is a version's number or id (value {shown(after)}).", code="invalid_cursor", param="after"
         )
     page = await library.catalogue.list_versions(name, limit, int(number), caller.namespace, caller.viewer)
-    residency = await library.residency([version.digest for version in page.items])
+    residency = await library.residency([version.key for version in page.items])
     return _list_json([_version_json(name, version, library, residency) for version in page.items], page.has_more)
 
 
@@ -405,7 +405,7 @@ async def _version(library: Library, caller: Caller, name: str, version: str) ->
 async def get_version(name: str, version: str, library: Lib, caller: CallerDep) -> dict[str, Any]:
     """One version, by number or alias."""
     found = await _version(library, caller, name, version)
-    return _version_json(name, found, library, await library.residency([found.digest]))
+    return _version_json(name, found, library, await library.residency([found.key]))
 
 
 @router.delete("/{name}/versions/{version}")
@@ -493,7 +493,7 @@ async def _wanted(library: Library, caller: Caller, name: str, version: str | No
 
 
 async def _residency_response(library: Library, found: Resolved, status: int) -> Response:
-    where = (await library.residency([found.digest]))[found.digest]
+    where = (await library.residency([found.key]))[found.key]
     body = {
         "id": f"{found.name}@{found.version}",
         "object": "adapter.residency",
@@ -513,9 +513,9 @@ async def load_adapter(
     is there."""
     found = await _wanted(library, caller, name, version)
     if wait:
-        await library.engine.load(found.digest)
+        await library.engine.load(found.key, resident_limits=found.resident_limits)
     else:
-        library.engine.prefetch([found.digest])
+        library.prefetch(found)
     return await _residency_response(library, found, 200 if wait else 202)
 
 
@@ -528,7 +528,7 @@ async def unload_adapter(
     `wait` 200 when it is done. The next request that names it brings it back."""
     found = await _wanted(library, caller, name, version)
     if wait:
-        await library.engine.unload(found.digest)
+        await library.engine.unload(found.key)
     else:
-        library.unload_later(found.digest)
+        library.unload_later(found.key)
     return await _residency_response(library, found, 200 if wait else 202)

@@ -17,6 +17,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from adapters.errors import (
+    AccountTooSmall,
     AdapterMissing,
     AdapterRefused,
     AdapterTooLarge,
@@ -142,6 +143,8 @@ def as_api_error(exc: Exception) -> ApiError:
             return ApiError(503, message, code="engine_unavailable", retry_after_s=RETRY_AFTER_S)
         case EngineCallTimedOut():
             return ApiError(503, f"{exc}.", code="engine_timeout", retry_after_s=RETRY_AFTER_S)
+        case EngineCallFailed(code="resident_limit"):
+            return _resident_limit(str(exc))
         case EngineCallFailed():
             return ApiError(503, f"The engine could not do it: {exc}", code="engine_call_failed")
         case EngineError():
@@ -152,6 +155,8 @@ def as_api_error(exc: Exception) -> ApiError:
             return ApiError(422, message, code="adapter_refused", reasons=reasons)
         case AdapterTooLarge():
             return ApiError(400, str(exc), code="too_large")
+        case AccountTooSmall():
+            return _resident_limit(str(exc))
         case AdapterMissing():
             return ApiError(404, str(exc), code="adapter_missing")
         case BlobDamaged():
@@ -175,9 +180,17 @@ def _from_refusal(exc: EngineRefused) -> ApiError:
             return ApiError(429, exc.message, code=exc.code, retry_after_s=wait)
         case "too_large":
             return ApiError(400, exc.message, code=exc.code)
+        case "resident_limit":
+            return _resident_limit(exc.message)
         case "adapter_failed" | "shutting_down" | "out_of_memory" | "engine_unavailable":
             return ApiError(503, exc.message, code=exc.code, retry_after_s=wait)
     return ApiError(500, exc.message, code=exc.code)
+
+
+def _resident_limit(detail: str) -> ApiError:
+    """As service/api/auth.py says that a limit of the tenant is in the way."""
+    message = f"The limit resident_bytes is too small: {detail}."
+    return ApiError(413, message, code="limit_exceeded", param="resident_bytes")
 
 
 def _from_starlette(exc: HTTPException) -> ApiError:

@@ -25,6 +25,8 @@ class Job:
     sampling: SamplingParams
     n: int = 1
     adapters: tuple[AdapterRef, ...] = ()
+    resident_limits: dict[str, int | None] = field(default_factory=dict)
+    """Of the adapters' owners, as in Submit."""
     salt: str = ""
     tenant: str = ""
     weight: float = 1.0
@@ -268,6 +270,7 @@ class Generation:
             prompts=job.prompts,
             n=job.n,
             adapters=job.adapters,
+            resident_limits=job.resident_limits,
             sampling=job.sampling,
             salt=job.salt,
             tenant=job.tenant,

@@ -18,7 +18,6 @@ from service.api.errors import ApiError, as_api_error, invalid
 from service.api.formats import DONE, ChatFormat, CompletionFormat, Format, error_event
 from service.api.generation import Generation, Job, Piece
 from service.api.prompts import capacity, chat_prompt, check_characters, check_ids, require_engine
-from service.api.resident import make_room
 from service.api.schemas import AdapterWeight, ChatRequest, CompletionRequest, Sampled
 from service.engine.messages import AdapterRef, Limits, SamplingParams
 from service.metrics import Metrics
@@ -39,6 +38,8 @@ class Target:
     """What a request's model string and composition mean now."""
 
     adapters: tuple[AdapterRef, ...]
+    resident_limits: dict[str, int | None]
+    """Of the adapters' owners."""
     label: str
     """For the header x-loraplex-adapter: `name@version`, several separated by commas; empty for the base."""
     account: str
@@ -158,6 +159,7 @@ async def resolve(services: Services, body: Sampled, caller: Caller) -> Target:
     if len(wanted) > most:
         raise invalid("adapters", f"'adapters' has {len(wanted)} entries, the limit is {most}.")
     weights: dict[str, float] = {}
+    resident_limits: dict[str, int | None] = {}
     names: list[str] = []
     account: set[str] = set()
     for i, adapter in enumerate(wanted):
@@ -167,15 +169,15 @@ async def resolve(services: Services, body: Sampled, caller: Caller) -> Target:
             raise _unknown_model(adapter.name, f"adapters[{i}].name" if composed else "model", exc) from exc
         found.require_base(*services.engine.manifest.fingerprints)
         # The same adapter twice is one with the sum of its weights.
-        weights[found.digest] = weights.get(found.digest, 0.0) + adapter.weight
+        weights[found.key] = weights.get(found.key, 0.0) + adapter.weight
+        resident_limits |= found.resident_limits
         said = caller.says(found.tenant, found.name)
         names.append(f"{said}@{found.version}")
         account.add(said)
-    adapters = tuple(AdapterRef(digest, weight) for digest, weight in weights.items() if weight != 0.0)
+    adapters = tuple(AdapterRef(key, weight) for key, weight in weights.items() if weight != 0.0)
     if adapters:
-        await make_room(caller, services.catalogue, services.engine, weights)
-        services.engine.prefetch(adapter.digest for adapter in adapters)
-    return Target(adapters, ", ".join(names), "+".join(sorted(account)))
+        services.engine.prefetch((adapter.digest for adapter in adapters), resident_limits)
+    return Target(adapters, resident_limits, ", ".join(names), "+".join(sorted(account)))
 
 
 def _granted(caller: Caller, asked: int | None, default: int) -> int:
@@ -245,6 +247,7 @@ def _job(body: Sampled, caller: Caller, target: Target, prompts: list[list[int]]
         sampling=sampling,
         n=body.n,
         adapters=target.adapters,
+        resident_limits=target.resident_limits,
         salt=caller.salt,
         tenant=caller.tenant,
         weight=caller.weight,

@@ -216,7 +216,7 @@ class Admission:
                 seq.state = State.FETCHING
                 self._go_before_others(tenant, seq)
                 self.fetching[seq] = None
-            elif not self._made_room:
+            elif not self._made_room and not self.residency.is_held(seq):
                 self._make_room_in_arena(tenant, digests)
             return False
         self.fetching.pop(seq, None)

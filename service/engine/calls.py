@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
-from adapters.errors import LoraplexAdapterError
+from adapters.errors import AccountTooSmall, LoraplexAdapterError
+from adapters.keys import digest_of
 from adapters.residency import Residency, Unload
 from service.engine.messages import (
     FromEngine,
@@ -35,12 +36,14 @@ class Calls:
 
     def handle(self, client: bytes, message: Call) -> None:
         match message:
-            case Prefetch(digests):
+            case Prefetch(digests, limits):
+                self.limit(limits)
                 self.residency.prefetch(digests)
                 self._hinted.update(digests)
                 if len(self._hinted) > MAX_HINTS:
                     self._forget_hints()
             case LoadAdapter():
+                self.limit(message.resident_limits)
                 self._loads.append((client, message))
             case UnloadAdapter(call_id, digest, forget):
                 if forget:
@@ -51,6 +54,11 @@ class Calls:
                 self._send(client, Reply(call_id, value={each: self.residency.state(each) for each in digests}))
             case TakeOccupancy(call_id):
                 self._send(client, Reply(call_id, value=dict(self.residency.take_occupancy())))
+
+    def limit(self, limits: Mapping[str, int | None]) -> None:
+        """`resident_limits` of a message."""
+        for owner, nbytes in limits.items():
+            self.residency.limit(owner, nbytes)
 
     @property
     def expecting(self) -> bool:
@@ -82,7 +90,8 @@ class Calls:
         try:
             lease = self.residency.try_lease((call.digest,), ticket=call.call_id)
         except LoraplexAdapterError as error:
-            self._send(client, Reply(call.call_id, error=str(error)))
+            code = "resident_limit" if isinstance(error, AccountTooSmall) else ""
+            self._send(client, Reply(call.call_id, error=str(error), code=code))
             return True
         if lease is None:
             return False
@@ -92,10 +101,11 @@ class Calls:
 
     def _forget_unnamed(self, named: set[str]) -> None:
         """Unloads the deleted adapters that no accepted request names any more. One that waits its turn may not have
-        its lease yet, and needs the adapter's files until it has."""
+        its lease yet, and needs the adapter's files until it has; files are one for all owners of a content."""
         held, self._forgets = self._forgets, []
+        named = {digest_of(key) for key in named}
         for client, call in held:
-            if call.digest in named:
+            if digest_of(call.digest) in named:
                 self._forgets.append((client, call))
             else:
                 self._unloads.append((client, call.call_id, self.residency.unload(call.digest, forget=True)))

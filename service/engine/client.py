@@ -17,7 +17,7 @@ import logging
 import time
 import uuid
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import msgspec
@@ -290,16 +290,18 @@ class EngineClient:
             self._send(Abort(request_id, index))
         stream._drop(index)
 
-    def prefetch(self, digests: Iterable[str]) -> None:
-        """Hint that these adapters are about to be used."""
+    def prefetch(self, digests: Iterable[str], resident_limits: Mapping[str, int | None] | None = None) -> None:
+        """Hint that these adapters are about to be used. `resident_limits`: of their owners, as in messages.py."""
         with contextlib.suppress(EngineUnavailable):
-            self._send(Prefetch(tuple(digests)))
+            self._send(Prefetch(tuple(digests), dict(resident_limits or {})))
 
     # ------------------------------------------------------------ control calls
 
-    async def load(self, digest: str, timeout_s: float = 120.0) -> None:
-        """Bring an adapter to the device; returns when it lies there."""
-        await self._call(LoadAdapter(_call_id(), digest), timeout_s)
+    async def load(
+        self, digest: str, timeout_s: float = 120.0, resident_limits: Mapping[str, int | None] | None = None
+    ) -> None:
+        """Bring an adapter to the device; returns when it lies there. `resident_limits`: as for `prefetch`."""
+        await self._call(LoadAdapter(_call_id(), digest, dict(resident_limits or {})), timeout_s)
 
     async def unload(self, digest: str, forget: bool = False, timeout_s: float = 120.0) -> None:
         """Drop an adapter from device and host memory; returns when no lease holds it any more."""
@@ -379,7 +381,7 @@ class EngineClient:
                     if message.error is None:
                         answer.set_result(message.value)
                     else:
-                        answer.set_exception(EngineCallFailed(message.error))
+                        answer.set_exception(EngineCallFailed(message.error, message.code))
             case Ready():
                 # A hello says that the engine knows nothing of us: it has restarted, or had given us up for dead.
                 self._lost("the engine was restarted")

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from adapters.errors import AdapterTooLarge
+from adapters.errors import AccountTooSmall, AdapterTooLarge
 from adapters.manifest import Manifest
 from adapters.residency import Residency
 from service.engine.budgets import tokens_per_step
@@ -326,6 +326,7 @@ class Engine:
             self._send(client, refused)
             return
         adapters = merged(request.adapters)
+        self.calls.limit(request.resident_limits)
         self.residency.prefetch(tuple(ref.digest for ref in adapters))
         root = cache_root(request.salt, adapters)
         sequences: dict[int, Sequence] = {}
@@ -404,6 +405,7 @@ class Engine:
         for seq, error in failed:
             if seq.finish_reason is None:  # a sibling may have taken the request away already
                 code = "too_large" if isinstance(error, AdapterTooLarge) else "adapter_failed"
+                code = "resident_limit" if isinstance(error, AccountTooSmall) else code
                 self._refuse((seq.client, seq.request_id), code, str(error))
 
     def _remove(self, seq: Sequence) -> None:

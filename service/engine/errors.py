@@ -33,7 +33,11 @@ class EngineUnavailable(EngineError):  # noqa: N818
 
 
 class EngineCallFailed(EngineError):  # noqa: N818
-    """A control call was answered with an error; the text is the engine's."""
+    """A control call was answered with an error; the text is the engine's, `code` as in messages.Reply."""
+
+    def __init__(self, message: str, code: str = "") -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class EngineCallTimedOut(EngineError):  # noqa: N818

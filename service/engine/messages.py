@@ -1,7 +1,10 @@
 """Every message between the API processes and the engine, and nothing else.
 
 Transport: ZeroMQ over ipc://, the engine binds a ROUTER, each API process connects a DEALER. One frame per message,
-msgpack of one of these tagged structs. Messages carry digests and weights, never adapter names.
+msgpack of one of these tagged structs. Messages carry digests and weights, never adapter names. Where there are
+tenants, a digest is followed by the number of the tenant that owns the adapter (adapters/keys.py), whoever uses it:
+what lies on the device is the owner's. `resident_limits` are bytes by such numbers: what of an owner's adapters may lie
+on the device at once from now on, None: as much as fits. Owners that are not named keep what they had.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from adapters.manifest import Manifest
 
 
 class AdapterRef(msgspec.Struct, frozen=True, array_like=True):
-    """One adapter of a request: the digest of its version and the weight of its delta (1.0 when alone)."""
+    """One adapter of a request: the key of its version and the weight of its delta (1.0 when alone)."""
 
     digest: str
     weight: float = 1.0
@@ -67,6 +70,7 @@ class Submit(msgspec.Struct, tag="submit", kw_only=True):
     """Who is charged for it (service/engine/fairness.py): any string that is one tenant's alone and stays the same."""
     tenant_weight: float = 1.0
     """The tenant's share against others' while they compete, > 0. The newest request's weight counts for the tenant."""
+    resident_limits: dict[str, int | None] = {}
     priority: int = 0
     """Higher goes first, among the tenant's own requests alone; no priority takes anything from another tenant."""
     trace: str = ""
@@ -86,6 +90,7 @@ class Prefetch(msgspec.Struct, tag="prefetch"):
     """Hint: these adapters are about to be used. No reply."""
 
     digests: tuple[str, ...]
+    resident_limits: dict[str, int | None] = {}
 
 
 class LoadAdapter(msgspec.Struct, tag="load"):
@@ -93,12 +98,14 @@ class LoadAdapter(msgspec.Struct, tag="load"):
 
     call_id: str
     digest: str
+    resident_limits: dict[str, int | None] = {}
 
 
 class UnloadAdapter(msgspec.Struct, tag="unload"):
     """Drop an adapter from device and host memory as soon as no lease holds it. Reply when dropped.
-    `forget`: the adapter was deleted. Waits for every accepted request that names it, those that still have to fetch it
-    included, and deletes its block file; nobody needs the adapter's own files after the reply."""
+    `forget`: the adapter was deleted, and nobody has its content any more. Waits for every accepted request that names
+    the content, whoever its owner is, those that still have to fetch it included, and deletes its block file; nobody
+    needs the adapter's own files after the reply."""
 
     call_id: str
     digest: str
@@ -189,7 +196,8 @@ class Outputs(msgspec.Struct, tag="outputs"):
 class Refused(msgspec.Struct, tag="refused"):
     """The request was not, or is no longer, served. Nothing of it is held any more.
 
-    code: queue_full (HTTP 429) | too_large (400: can never fit) | adapter_failed (503: could not be loaded) |
+    code: queue_full (HTTP 429) | too_large (400: can never fit) | resident_limit (413: its adapters' owner may not have
+    so much on the device) | adapter_failed (503: could not be loaded) |
     out_of_memory (503: in the step that computed it) | engine_error (500) | engine_unavailable (503: the engine is
     being replaced) | shutting_down (503).
     """
@@ -206,6 +214,8 @@ class Reply(msgspec.Struct, tag="reply"):
     call_id: str
     error: str | None = None
     value: dict[str, Any] | None = None
+    code: str = ""
+    """With `error`, where that is one of Refused: resident_limit."""
 
 
 ToEngine = Ping | Submit | Abort | Prefetch | LoadAdapter | UnloadAdapter | QueryResidency | TakeOccupancy

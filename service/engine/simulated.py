@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 
 from adapters.errors import AdapterUnavailable
+from adapters.keys import digest_of
 from adapters.manifest import Manifest, Module
 from adapters.regions import Region, RegionAllocator
 from adapters.residency import Residency
@@ -103,7 +104,7 @@ def expected(
     vocab_size: int,
 ) -> list[int]:
     """The tokens that a request is answered with, computed alone and from the start."""
-    mixed = _mix_of_adapters((ref.digest, ref.weight) for ref in adapters)
+    mixed = _mix_of_adapters((digest_of(ref.digest), ref.weight) for ref in adapters)
     seed = (sampling.seed or 0) + choice
     seq = Sequence("", 0, b"", list(prompt), len(prompt), sampling, seed)
     entry = 0
@@ -312,7 +313,7 @@ class SimulatedLoader:
         if digest.startswith(self._options.broken):
             self._start(Completion("prepare", digest, error=AdapterUnavailable(digest, "it is broken")), seconds=0.0)
             return
-        nbytes = self._options.adapter_bytes * (1 + _mix(*digest.encode()) % 3)
+        nbytes = self._options.adapter_bytes * (1 + _mix(*digest_of(digest).encode()) % 3)
         info = BlockInfo(Path(digest), 0, nbytes, b"", RowEntries.of((), 1))
         self._start(Completion("prepare", digest, info), seconds=0.0)
 
@@ -334,7 +335,7 @@ class SimulatedLoader:
         self._jobs = [job for job in self._jobs if job[0] > now]
         for _, completion, device in done:
             if device is not None:
-                self._arena.contents[device] = completion.digest
+                self._arena.contents[device] = digest_of(completion.digest)
         return [completion for _, completion, _ in done]
 
     def _start(self, completion: Completion, seconds: float, device: Region | None = None) -> None:

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from adapters.keys import account_of, digest_of
 from service.store.blob_book import BlobBook
 from service.store.database import Database
 from service.store.edits import Edits
 from service.store.errors import AdapterNotFound, VersionNotFound
 from service.store.merges import MergeTable
 from service.store.names import Selector, parse_selector, split_model, split_owner, valid_name
-from service.store.records import Adapter, File, Page, Resolved, Version
-from service.store.tables import DEFAULT_TENANT, adapter_grants, adapters, aliases, files, labels, versions
+from service.store.records import Adapter, File, Page, Resolved, Version, engine_key
+from service.store.tables import DEFAULT_TENANT, adapter_grants, adapters, aliases, files, labels, tenants, versions
 from service.store.visibility import SHARED, VISIBLE, visible_to
 
 _RESOLVED = (
@@ -31,7 +33,10 @@ _RESOLVED = (
     versions.c.max_rank,
     versions.c.bytes,
     versions.c.created_at,
+    tenants.c.number.label("owner"),
+    tenants.c.limits,
 )
+_owner = adapters.c.tenant == tenants.c.id
 _named = sa.and_(adapters.c.tenant == sa.bindparam("tenant"), adapters.c.name == sa.bindparam("name"))
 _of_adapter = versions.c.adapter_id == adapters.c.id
 
@@ -39,11 +44,13 @@ _of_adapter = versions.c.adapter_id == adapters.c.id
 _RESOLVE_DEFAULT = (
     sa.select(*_RESOLVED)
     .join_from(adapters, versions, sa.and_(_of_adapter, versions.c.number == adapters.c.default_version))
+    .outerjoin(tenants, _owner)
     .where(_named)
 )
 _RESOLVE_NUMBER = (
     sa.select(*_RESOLVED)
     .join_from(adapters, versions, sa.and_(_of_adapter, versions.c.number == sa.bindparam("selector")))
+    .outerjoin(tenants, _owner)
     .where(_named)
 )
 _RESOLVE_ALIAS = (
@@ -54,6 +61,7 @@ _RESOLVE_ALIAS = (
         sa.and_(aliases.c.adapter_id == adapters.c.id, aliases.c.alias == sa.bindparam("selector")),
     )
     .join(versions, sa.and_(_of_adapter, versions.c.number == aliases.c.version))
+    .outerjoin(tenants, _owner)
     .where(_named)
 )
 _EXISTS = sa.select(adapters.c.id).where(_named)
@@ -61,8 +69,14 @@ _OWN = (_RESOLVE_DEFAULT, _RESOLVE_NUMBER, _RESOLVE_ALIAS, _EXISTS)
 _OTHERS = tuple(statement.where(VISIBLE) for statement in _OWN)
 """The same for somebody else's adapters."""
 
-_ADAPTER = sa.select(adapters, *(column.label(f"v_{column.name}") for column in versions.c)).join_from(
-    adapters, versions, sa.and_(_of_adapter, versions.c.number == adapters.c.default_version)
+_ADAPTER = (
+    sa.select(
+        adapters,
+        *(column.label(f"v_{column.name}") for column in versions.c),
+        tenants.c.number.label("owner"),
+    )
+    .join_from(adapters, versions, sa.and_(_of_adapter, versions.c.number == adapters.c.default_version))
+    .outerjoin(tenants, _owner)
 )
 
 
@@ -72,13 +86,15 @@ MAX_NUMBER = 2**31 - 1
 class Catalogue:
     """The adapters of every tenant. Open one per process; safe to use from many tasks at once."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, *, with_tenants: bool = False) -> None:
+        """`with_tenants`: adapters have owners; without, everything is the only user's."""
         self._database = database
+        self.with_tenants = with_tenants
 
     @classmethod
-    async def open(cls, url: str) -> Catalogue:
+    async def open(cls, url: str, *, with_tenants: bool = False) -> Catalogue:
         """Connects to `url` (service/store/database.py says which forms it may have) and migrates the schema."""
-        return cls(await Database.open(url))
+        return cls(await Database.open(url), with_tenants=with_tenants)
 
     async def close(self) -> None:
         await self._database.close()
@@ -146,17 +162,24 @@ class Catalogue:
         async with self._database.read() as connection:
             row = (await connection.execute(statement, values)).one_or_none()
             if row is not None:
-                return Resolved(tenant, *row)
+                return self._resolved(tenant, row)
             if selector is None or (await connection.execute(exists, values)).one_or_none() is None:
                 raise AdapterNotFound(name)
             raise VersionNotFound(name, selector)
+
+    def _resolved(self, tenant: str, row: Sequence[Any]) -> Resolved:
+        *values, owner, limits = row
+        found = Resolved(tenant, *values)
+        if not self.with_tenants:
+            return found
+        return replace(found, owner=owner, resident_limit=(limits or {}).get("resident_bytes"))
 
     async def get_adapter(self, name: str, tenant: str = DEFAULT_TENANT, viewer: str | None = None) -> Adapter:
         """Raises AdapterNotFound."""
         async with self._database.snapshot() as connection:
             here = sa.and_(adapters.c.tenant == tenant, adapters.c.name == name)
             statement = _ADAPTER.where(here, visible_to(viewer))
-            found = await _assemble(connection, (await connection.execute(statement)).all())
+            found = await _assemble(connection, (await connection.execute(statement)).all(), self.with_tenants)
         if not found:
             raise AdapterNotFound(name)
         return found[0]
@@ -204,7 +227,7 @@ class Catalogue:
             statement = statement.where(sa.not_(same) if other_base else same)
         async with self._database.snapshot() as connection:
             rows = (await connection.execute(statement)).all()
-            return Page(await _assemble(connection, rows[:limit]), len(rows) > limit)
+            return Page(await _assemble(connection, rows[:limit], self.with_tenants), len(rows) > limit)
 
     async def list_versions(
         self,
@@ -217,9 +240,11 @@ class Catalogue:
         """Versions with their files, by number, those behind `after`. Raises AdapterNotFound."""
         async with self._database.snapshot() as connection:
             here = sa.and_(adapters.c.tenant == tenant, adapters.c.name == name)
-            adapter_id = await connection.scalar(sa.select(adapters.c.id).where(here, visible_to(viewer)))
-            if adapter_id is None:
+            found = sa.select(adapters.c.id, tenants.c.number).outerjoin_from(adapters, tenants, _owner)
+            adapter = (await connection.execute(found.where(here, visible_to(viewer)))).one_or_none()
+            if adapter is None:
                 raise AdapterNotFound(name)
+            adapter_id, owner = adapter
             statement = (
                 sa.select(versions)
                 .where(versions.c.adapter_id == adapter_id, versions.c.number > after)
@@ -227,7 +252,10 @@ class Catalogue:
                 .limit(limit + 1)
             )
             rows = (await connection.execute(statement)).all()
-            return Page(await _with_files(connection, adapter_id, rows[:limit]), len(rows) > limit)
+            return Page(
+                await _with_files(connection, adapter_id, rows[:limit], owner if self.with_tenants else None),
+                len(rows) > limit,
+            )
 
     async def get_version(
         self, name: str, selector: Selector, tenant: str = DEFAULT_TENANT, viewer: str | None = None
@@ -244,26 +272,26 @@ class Catalogue:
         async with self._database.read() as connection:
             return await totals(connection, tenant)
 
-    async def owners(self, digests: Iterable[str]) -> dict[str, tuple[str, str]]:
-        """(tenant, name) of the adapter with each content; of several with the same, the oldest."""
-        statement = (
-            sa.select(versions.c.digest, adapters.c.tenant, adapters.c.name)
+    async def owners(self, keys: Iterable[str]) -> dict[str, tuple[str, str | None]]:
+        """(tenant, name) of the adapter with each key; of several of one tenant with the same content, the oldest. The
+        name is None for one that is gone whose tenant is still there; those of which nothing is there are left out."""
+        wanted = set(keys)
+        content = (
+            sa.select(versions.c.digest, tenants.c.number, adapters.c.tenant, adapters.c.name)
             .join_from(versions, adapters, _of_adapter)
-            .where(versions.c.digest.in_(list(digests)))
+            .outerjoin(tenants, _owner)
+            .where(versions.c.digest.in_({digest_of(key) for key in wanted}))
             .order_by(adapters.c.id.desc())
         )
-        async with self._database.read() as connection:
-            return {row.digest: (row.tenant, row.name) for row in await connection.execute(statement)}
-
-    async def digest_sizes(self, tenant: str) -> dict[str, int]:
-        """Bytes of the files of each of the tenant's versions, by digest."""
-        statement = (
-            sa.select(versions.c.digest, versions.c.bytes)
-            .join_from(adapters, versions, _of_adapter)
-            .where(adapters.c.tenant == tenant)
-        )
-        async with self._database.read() as connection:
-            return {row.digest: row.bytes for row in await connection.execute(statement)}
+        numbers = {int(account) for key in wanted if (account := account_of(key))}
+        owner = sa.select(tenants.c.number, tenants.c.id).where(tenants.c.number.in_(numbers))
+        async with self._database.snapshot() as connection:
+            found: dict[str, tuple[str, str | None]] = {}
+            for row in await connection.execute(content):
+                found[engine_key(row.digest, row.number if self.with_tenants else None)] = (row.tenant, row.name)
+            names = {str(row.number): row.id for row in await connection.execute(owner)} if numbers else {}
+        gone = {key: (names[account_of(key)], None) for key in wanted - found.keys() if account_of(key) in names}
+        return {**{key: who for key, who in found.items() if key in wanted}, **gone}
 
     async def adopt(self, fingerprint: str, former: Sequence[str]) -> int:
         """Versions made for a base that was known by `former` are from now on for the same base by its new
@@ -275,16 +303,17 @@ class Catalogue:
         async with self._database.write() as connection:
             return (await connection.execute(sa.update(versions).where(known).values(fingerprint=fingerprint))).rowcount
 
-    async def pinned_digests(self, fingerprints: Sequence[str]) -> tuple[str, ...]:
+    async def pinned(self, fingerprints: Sequence[str]) -> list[Resolved]:
         """Default versions of the pinned adapters made for the base known by these fingerprints."""
         statement = (
-            sa.select(versions.c.digest)
+            sa.select(adapters.c.tenant, *_RESOLVED)
             .join_from(adapters, versions, sa.and_(_of_adapter, versions.c.number == adapters.c.default_version))
+            .outerjoin(tenants, _owner)
             .where(adapters.c.pinned, versions.c.fingerprint.in_(fingerprints))
-            .distinct()
         )
         async with self._database.read() as connection:
-            return tuple((await connection.scalars(statement)).all())
+            rows = (await connection.execute(statement)).all()
+        return [self._resolved(row.tenant, row[1:]) for row in rows]
 
 
 async def totals(connection: AsyncConnection, tenant: str) -> tuple[int, int]:
@@ -298,7 +327,7 @@ async def totals(connection: AsyncConnection, tenant: str) -> tuple[int, int]:
     return int(count), int(nbytes)
 
 
-async def _assemble(connection: AsyncConnection, rows: Sequence[sa.Row[Any]]) -> list[Adapter]:
+async def _assemble(connection: AsyncConnection, rows: Sequence[sa.Row[Any]], with_tenants: bool) -> list[Adapter]:
     ids = [row.id for row in rows]
     numbers: dict[int, list[int]] = {i: [] for i in ids}
     pointers: dict[int, dict[str, int]] = {i: {} for i in ids}
@@ -342,13 +371,16 @@ async def _assemble(connection: AsyncConnection, rows: Sequence[sa.Row[Any]]) ->
                 spec=row.v_spec,
                 created_at=row.v_created_at,
                 aliases=tuple(a for a, number in pointers[row.id].items() if number == row.v_number),
+                owner=row.owner if with_tenants else None,
             ),
         )
         for row in rows
     ]
 
 
-async def _with_files(connection: AsyncConnection, adapter_id: int, rows: Sequence[sa.Row[Any]]) -> list[Version]:
+async def _with_files(
+    connection: AsyncConnection, adapter_id: int, rows: Sequence[sa.Row[Any]], owner: int | None
+) -> list[Version]:
     ids = [row.id for row in rows]
     stored: dict[int, list[File]] = {i: [] for i in ids}
     if ids:
@@ -368,6 +400,7 @@ async def _with_files(connection: AsyncConnection, adapter_id: int, rows: Sequen
             created_at=row.created_at,
             files=tuple(stored[row.id]),
             aliases=tuple(sorted(p.alias for p in pointers if p.version == row.number)),
+            owner=owner,
         )
         for row in rows
     ]

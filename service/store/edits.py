@@ -15,7 +15,17 @@ from service.store.blob_book import BlobBook
 from service.store.errors import AdapterNotFound, AliasNotFound, PreconditionFailed, VersionInUse, VersionNotFound
 from service.store.merges import MergeTable, require_no_merge
 from service.store.records import File, NewVersion, Removed, etag_of
-from service.store.tables import DEFAULT_TENANT, adapter_grants, adapters, aliases, counters, files, labels, versions
+from service.store.tables import (
+    DEFAULT_TENANT,
+    adapter_grants,
+    adapters,
+    aliases,
+    counters,
+    files,
+    labels,
+    tenants,
+    versions,
+)
 from service.store.visibility import PRIVATE, PUBLIC, SHARED
 
 Condition = Callable[[str | None], bool]
@@ -279,6 +289,7 @@ class Edits:
             unused=frozenset(free),
             freed_files=sum(sha not in kept for sha in unique),
             freed_bytes=sum(file.bytes for sha, file in unique.items() if sha not in kept),
+            owner=await self._connection.scalar(sa.select(tenants.c.number).where(tenants.c.id == tenant)),
         )
 
     async def referenced(self) -> set[str]:

@@ -5,9 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from adapters.keys import key_of
 from service.store.errors import WrongBase
 
 T = TypeVar("T")
+
+
+def engine_key(digest: str, owner: int | None) -> str:
+    """What the engine knows the content as, as this tenant's; where there are none, as the digest alone."""
+    return key_of(digest, "" if owner is None else str(owner))
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,12 +24,25 @@ class Resolved:
     name: str
     version: int
     digest: str
-    """What the engine knows it by."""
     fingerprint: str
     """The base model it was made for."""
     max_rank: int
     bytes: int
     created_at: int
+    owner: int | None = None
+    """Number of its tenant, where there are tenants."""
+    resident_limit: int | None = None
+    """Its owner's limit resident_bytes."""
+
+    @property
+    def key(self) -> str:
+        """What the engine knows it by."""
+        return engine_key(self.digest, self.owner)
+
+    @property
+    def resident_limits(self) -> dict[str, int | None]:
+        """Of its owner, as service/engine/messages.py has them."""
+        return {} if self.owner is None else {str(self.owner): self.resident_limit}
 
     def fits(self, *fingerprints: str) -> bool:
         """Whether it was made for the base that is known by these fingerprints (Manifest.fingerprints)."""
@@ -58,6 +77,13 @@ class Version:
     created_at: int
     files: tuple[File, ...] = ()
     aliases: tuple[str, ...] = ()
+    owner: int | None = None
+    """Number of its tenant, where there are tenants."""
+
+    @property
+    def key(self) -> str:
+        """What the engine knows it by."""
+        return engine_key(self.digest, self.owner)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,3 +150,5 @@ class Removed:
     freed_files: int
     freed_bytes: int
     adapter_gone: bool = False
+    owner: int | None = None
+    """Number of the tenant whose they were."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from adapters.keys import account_of
 from service.engine.config import EngineConfig
 from service.engine.core import MAX_FAILED_STEPS, Collect, is_out_of_memory
 from service.engine.errors import EngineBroken
@@ -24,6 +25,7 @@ from service.engine.messages import (
     Reply,
     SamplingParams,
     Submit,
+    TakeOccupancy,
     TokenLogprob,
     UnloadAdapter,
 )
@@ -34,6 +36,7 @@ VOCABULARY = 50
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8)
 ME = b"me"
 NAMES = "abcdefgh"
+OWNERS = ("", "@1", "@1", "@2")
 
 
 class Bench:
@@ -45,6 +48,8 @@ class Bench:
         self.refused: dict[str, Refused] = {}
         self.replies: dict[str, Reply] = {}
         self.messages: list[tuple[bytes, FromEngine]] = []
+        self.limits: dict[str, int | None] = {}
+        """Of owners of adapters, from now on, with every message that may carry them."""
         settings: dict[str, Any] = {
             "model_path": "",
             "blobs_dir": "",
@@ -69,6 +74,11 @@ class Bench:
         request = Submit(request_id=name, prompts=list(prompts), **({"sampling": GREEDY} | more))
         self.engine.handle(client, request)
         return request
+
+    def resident(self, owner: str) -> int:
+        """Bytes of an owner's adapters on the device, copies under way included, counted one by one."""
+        blocks = self.engine.residency._placement.blocks.values()
+        return sum(each.region.nbytes for each in blocks if each.region and account_of(each.digest) == owner)
 
     def step(self, times: int = 1) -> None:
         for _ in range(times):
@@ -448,6 +458,74 @@ def test_a_deleted_adapter_is_forgotten_once_no_accepted_request_names_it() -> N
     assert not bench.engine.expecting
 
 
+def test_a_deleted_content_is_forgotten_once_no_request_names_it_for_any_owner() -> None:
+    bench = Bench(Options(vocab_size=VOCABULARY, load_s=3.0, adapter_bytes=256), max_sequences=1)
+    first = bench.submit("first", [1], adapters=(AdapterRef("gone@1"),))
+    second = bench.submit("second", [2], adapters=(AdapterRef("gone@2"),))
+    bench.engine.handle(ME, UnloadAdapter("forget", "gone", forget=True))
+    while bench.engine.busy:
+        assert "forget" not in bench.replies
+        bench.step()
+    bench.check(first, 0)
+    bench.check(second, 0)
+    bench.step(2)
+    assert bench.replies["forget"].error is None
+    assert {bench.engine.residency.state(key) for key in ("gone", "gone@1", "gone@2")} == {"absent"}
+
+
+def test_equal_content_of_two_owners_is_not_one_adapter() -> None:
+    """Neither its place on the device, nor its prefixes, nor who is charged for loading it."""
+    bench = Bench()
+    for owner in "12":
+        request = bench.submit(f"r{owner}", [3] * 9, adapters=(AdapterRef(f"same@{owner}"),))
+        bench.finish()
+        bench.check(request, 0)
+        assert bench.deltas[ME, f"r{owner}", 0][0].cached_tokens == 0
+    bench.engine.handle(ME, UnloadAdapter("u", "same@2"))
+    bench.engine.handle(ME, QueryResidency("q", ("same", "same@1", "same@2")))
+    assert bench.replies["q"].value == {"same": "absent", "same@1": "device", "same@2": "absent"}
+    bench.engine.handle(ME, TakeOccupancy("o"))
+    assert {key: loads for key, (loads, _) in (bench.replies["o"].value or {}).items()} == {"same@1": 1, "same@2": 1}
+
+
+def test_an_owner_s_adapters_take_turns_under_its_limit_and_hold_up_nobody() -> None:
+    """Five requests at once for five adapters where one fits; beside them somebody else's, which does not wait."""
+    bench = Bench(max_sequences=16)
+    names = ("v", "w", "x", "y", "z")
+    limits: dict[str, int | None] = {"1": 768}
+    mine = [
+        bench.submit(name, [4], adapters=(AdapterRef(f"{name}@1"),), tenant="1", resident_limits=limits)
+        for name in names
+    ]
+    bench.engine.handle(ME, LoadAdapter("load", "u@1", limits))
+    bench.engine.handle(ME, Prefetch(("t@1", "s@1"), limits))
+    other = bench.submit("other", [5], adapters=(AdapterRef("v@2"), AdapterRef("w@2")), tenant="2")
+    before = None
+    while bench.engine.busy or bench.engine.expecting:
+        bench.step()
+        assert bench.resident("1") <= 768
+        if before is None and bench.tokens("other"):
+            before = sum(bool(bench.tokens(name)) for name in names)
+    assert before is not None
+    assert before <= 2, "somebody else's request waited for turns that are not its own"
+    for request in (*mine, other):
+        bench.check(request, 0)
+    assert bench.replies["load"].error is None
+    bench.idle()
+
+
+def test_what_an_owner_may_not_have_is_refused_by_name() -> None:
+    bench = Bench()
+    bench.submit("mix", [1], adapters=(AdapterRef("a@1"), AdapterRef("b@1")), resident_limits={"1": 256})
+    bench.engine.handle(ME, LoadAdapter("load", "g@1", {"1": 255}))
+    bench.step(5)
+    assert bench.refused["mix"].code == "resident_limit"
+    assert (bench.replies["load"].code, bench.replies["load"].value) == ("resident_limit", None)
+    again = bench.submit("b", [1], adapters=(AdapterRef("b@1"),), resident_limits={"1": None})
+    bench.finish()
+    bench.check(again, 0)
+
+
 def test_stats_add_up() -> None:
     bench = Bench(kv_pages=32)
     bench.submit("r", [1] * 9, sampling=SamplingParams(temperature=0.0, max_tokens=5))
@@ -559,7 +637,7 @@ def _random_request(rng: random.Random, bench: Bench, name: str, client: bytes) 
         prompt = shared[: rng.randint(0, 24)] + [rng.randrange(VOCABULARY) for _ in range(rng.randint(1, 6))]
         prompts.append(prompt)
     names = rng.sample(NAMES, rng.choice([0, 1, 1, 2, 3])) if rng.random() < 0.95 else ["broken"]
-    adapters = tuple(AdapterRef(each, rng.choice([1.0, 0.5])) for each in names)
+    adapters = tuple(AdapterRef(each + rng.choice(OWNERS), rng.choice([1.0, 0.5])) for each in names)
     sampling = SamplingParams(
         temperature=rng.choice([0.0, 1.0]),
         seed=rng.randrange(100),
@@ -570,7 +648,7 @@ def _random_request(rng: random.Random, bench: Bench, name: str, client: bytes) 
     )
     return bench.submit(
         name, *prompts, client=client, n=rng.choice([1, 1, 3]), adapters=adapters, sampling=sampling,
-        salt=rng.choice(["", "tenant"]),
+        salt=rng.choice(["", "tenant"]), resident_limits=bench.limits,
     )  # fmt: skip
 
 
@@ -586,6 +664,8 @@ def _play(seed: int, ahead: bool) -> Bench:
         max_resident_adapters=rng.randint(3, 6),
         prefix_caching=rng.random() < 0.8,
     )
+    # Blocks have 256 to 768 bytes.
+    bench.limits = {"1": rng.choice([None, 512, 1024, 1536]), "2": rng.choice([None, 768])}
     requests: list[tuple[bytes, Submit]] = []
     aborted: set[tuple[bytes, str, int]] = set()
     clients = [ME, b"other"]
@@ -602,20 +682,25 @@ def _play(seed: int, ahead: bool) -> Bench:
                 if index in (None, each):
                     aborted.add((owner, request.request_id, each))
         elif action < 0.40:
-            bench.engine.handle(client, UnloadAdapter(f"u{turn}", rng.choice(NAMES), rng.random() < 0.5))
+            key = rng.choice(NAMES) + rng.choice(OWNERS)
+            bench.engine.handle(client, UnloadAdapter(f"u{turn}", key, rng.random() < 0.5))
         elif action < 0.44:
-            bench.engine.handle(client, LoadAdapter(f"l{turn}", rng.choice(NAMES)))
+            key = rng.choice(NAMES) + rng.choice(OWNERS)
+            bench.engine.handle(client, LoadAdapter(f"l{turn}", key, bench.limits))
         elif action < 0.48:
-            bench.engine.handle(client, Prefetch((rng.choice(NAMES),)))
+            bench.engine.handle(client, Prefetch((rng.choice(NAMES) + rng.choice(OWNERS),), bench.limits))
         bench.engine.check_integrity()
         bench.step()
+        assert all(limit is None or bench.resident(owner) <= limit for owner, limit in bench.limits.items())
     bench.finish()
     for owner, request in requests:
         name = request.request_id
         if name in bench.refused:
-            assert bench.refused[name].code in ("queue_full", "too_large", "adapter_failed")
+            assert bench.refused[name].code in ("queue_full", "too_large", "adapter_failed", "resident_limit")
             if bench.refused[name].code == "adapter_failed":
-                assert any(ref.digest == "broken" for ref in request.adapters)
+                assert any(ref.digest.startswith("broken") for ref in request.adapters)
+            if bench.refused[name].code == "resident_limit":
+                assert any(bench.limits.get(account_of(ref.digest)) for ref in request.adapters)
             continue
         for index in range(len(request.prompts) * request.n):
             tokens = bench.tokens(name, index, owner)
@@ -650,6 +735,7 @@ def test_the_random_plays_reach_what_they_are_for(ahead: bool) -> None:
     for seed in range(5):
         for name, value in _play(seed, ahead).engine.stats().items():
             totals[name] += value
+    assert any(refused.code == "resident_limit" for seed in range(5) for refused in _play(seed).refused.values())
     for trouble in ("preemptions", "prefix_hit_tokens", "adapter_evictions_device", "adapter_misses"):
         assert totals[f"{trouble}_total"] > 0, trouble
 

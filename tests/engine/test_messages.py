@@ -18,7 +18,8 @@ TO_ENGINE: list[m.ToEngine] = [
         request_id="r",
         prompts=[[1, 2], [3]],
         n=2,
-        adapters=(m.AdapterRef("d", 0.5), m.AdapterRef("e")),
+        adapters=(m.AdapterRef("d@7", 0.5), m.AdapterRef("e")),
+        resident_limits={"7": 4096, "8": None},
         sampling=m.SamplingParams(
             temperature=0.5, logit_bias={7: -1.5}, seed=2**62, stop_token_ids=(1, 2), logprobs=0, prompt_logprobs=5
         ),
@@ -29,8 +30,8 @@ TO_ENGINE: list[m.ToEngine] = [
     ),
     m.Abort("r"),
     m.Abort("r", 3),
-    m.Prefetch(("a", "b")),
-    m.LoadAdapter("c", "d"),
+    m.Prefetch(("a", "b"), {"7": None}),
+    m.LoadAdapter("c", "d", {"7": 0}),
     m.UnloadAdapter("c", "d", forget=True),
     m.QueryResidency("c", ("d", "e")),
     m.TakeOccupancy("c"),

@@ -100,7 +100,7 @@ async def test_a_base_that_has_another_fingerprint_since_an_upgrade(catalogue: C
         await edits.change("law", pinned=True)
     known = ("new", "former")
     assert [adapter.name for adapter in (await catalogue.list_adapters(fingerprints=known)).items] == ["law"]
-    assert await catalogue.pinned_digests(known) == (content(1).digest,)
+    assert [found.digest for found in await catalogue.pinned(known)] == [content(1).digest]
     (await catalogue.resolve("law")).require_base(*known)
     etag = (await catalogue.get_adapter("law")).etag
     assert await catalogue.adopt("new", []) == 0

@@ -307,6 +307,7 @@ EXAMPLES: dict[type[Exception], tuple[Exception, int]] = {
     adapter_errors.AdapterRefused: (adapter_errors.AdapterRefused(["a", "b"]), 422),
     adapter_errors.AdapterMissing: (adapter_errors.AdapterMissing("d"), 404),
     adapter_errors.BlobDamaged: (adapter_errors.BlobDamaged("d", "size"), 500),
+    adapter_errors.AccountTooSmall: (adapter_errors.AccountTooSmall("7", 2, 1), 413),
     TooManyAdapters: (TooManyAdapters("d", 2, 1), 400),
     adapter_errors.AdapterUnavailable: (adapter_errors.AdapterUnavailable("d", "x"), 503),
     adapter_errors.StoreUnavailable: (adapter_errors.StoreUnavailable("no answer"), 503),

@@ -422,35 +422,6 @@ def test_what_a_tenant_may_keep(stored: TenantServer) -> None:
         assert names(client.get("/v1/adapters")) == ["one", "two"]
 
 
-def test_resident_bytes(tenants: TenantServer) -> None:
-    with tenants.member() as (tenant, client):
-        for seed, name in enumerate(("first", "second", "third")):
-            assert upload(client, name, 500 + seed).status_code == 201
-
-        def resident() -> set[str]:
-            found = client.get("/v1/adapters").json()["data"]
-            return {each["name"] for each in found if each["residency"] == "device"}
-
-        for name in ("first", "second", "third"):
-            assert complete(client, name).status_code == 200
-        wait_for(lambda: resident() == {"first", "second", "third"})
-        size = client.get("/v1/adapters/first").json()["spec"]["bytes"]
-
-        def limit(nbytes: int) -> None:
-            tenants.http.patch(f"/v1/tenants/{tenant}", json={"limits": {"resident_bytes": nbytes}})
-
-        limit(2 * size + size // 2)
-        assert complete(client, "third").status_code == 200
-        wait_for(lambda: len(resident()) == 2 and "third" in resident())
-        limit(size + size // 2)
-        for name in ("first", "second"):
-            assert complete(client, name).status_code == 200
-            wait_for(lambda name=name: resident() == {name})  # type: ignore[misc]
-        parts = [{"name": "first"}, {"name": "second"}]
-        refused(complete(client, BASE, adapters=parts), 413, "resident_bytes")
-        assert complete(client, BASE).status_code == 200
-
-
 def test_max_tokens(tenants: TenantServer) -> None:
     with tenants.member(limits={"max_tokens": 5}) as (_, client):
         refused(complete(client, BASE, max_tokens=6), 422, "max_tokens")
