@@ -40,7 +40,7 @@ FAILURES: dict[str, tuple[int, ...]] = {
     "get_file": (404, 416),
     "put_alias": (*_CHANGE, 413),
     "delete_alias": _CHANGE,
-    "load_adapter": (400, 404, 409, 503),
+    "load_adapter": (400, 404, 409, 413, 503),
     "unload_adapter": (400, 404, 409, 503),
     "create_merge": (*_BODY, 403, 404, 409, 422, 429, 503, 507),
     "list_merges": (400, 404),

@@ -374,6 +374,45 @@ def test_forget_deletes_the_block_file(make: Make, tmp_path: Path) -> None:
     assert engine.residency.state(adapter.digest) == "absent"
 
 
+def test_accounts_share_the_file_of_equal_content_and_nothing_else(make: Make, tmp_path: Path) -> None:
+    engine = make()
+    adapter = store_adapter(engine.store, engine.manifest, tmp_path, seed=0)
+    residency, path = engine.residency, block_path(engine.cache, adapter.digest, engine.manifest)
+    leases: dict[str, Lease] = {}
+
+    def ask(key: str) -> bool:
+        if key not in leases and (lease := residency.try_lease((key,), key)) is not None:
+            leases[key] = lease
+        return key in leases
+
+    first, second = f"{adapter.digest}@1", f"{adapter.digest}@2"
+    engine.until(lambda: ask(first))
+    engine.until(lambda: ask(second))
+    assert engine.loader._packer.packed == [adapter.digest]
+    for lease in leases.values():
+        adapter.check(engine.arena, lease.rows[0])
+    assert leases[first].rows != leases[second].rows
+    dropped = residency.unload(adapter.digest, forget=True)
+    residency.release(leases.pop(first))
+    engine.until(lambda: residency.state(first) == "absent")
+    adapter.check(engine.arena, leases[second].rows[0])
+    assert path.exists()
+    residency.release(leases.pop(second))
+    engine.until(lambda: dropped.done)
+    assert not path.exists()
+    # Both at once, of which one makes the file.
+    assert not ask(first)
+    assert not ask(second)
+    engine.until(lambda: ask(first))
+    engine.until(lambda: ask(second))
+    for lease in leases.values():
+        adapter.check(engine.arena, lease.rows[0])
+    residency.check_integrity()
+    # What a user is told names the content, not whose it is.
+    with pytest.raises(AdapterMissing, match=f"under {'0' * 64}$"):
+        engine.until(lambda: residency.try_lease((f"{'0' * 64}@7",), "r") is not None)
+
+
 def test_the_packing_process_may_die_once_per_block(make: Make, tmp_path: Path) -> None:
     engine = make(packer=Packer)
     first, second = (store_adapter(engine.store, engine.manifest, tmp_path, seed) for seed in range(2))

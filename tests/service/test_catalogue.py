@@ -37,6 +37,7 @@ from service.store.database import REVISION, check, sqlite_url
 from service.store.errors import CatalogueBusy, CatalogueDamaged, CatalogueFull, CatalogueTooNew
 from service.store.names import parse_selector, valid_alias, valid_name
 from service.store.tables import metadata
+from service.store.tenants import Tenants
 from tests.real_parts import Postgres
 
 
@@ -445,3 +446,38 @@ def test_names() -> None:
     for text in ("0", "", "1a", "²", "٣"):
         with pytest.raises(ValueError, match="neither"):
             parse_selector(text)
+
+
+async def test_owners_and_what_the_engine_knows_adapters_by(url: str) -> None:
+    catalogue = await Catalogue.open(url, with_tenants=True)
+    try:
+        rows = Tenants(catalogue.database, 400)
+        numbers = {}
+        for name, limits in (("alpha", {"resident_bytes": 7}), ("beta", {})):
+            numbers[name] = (await rows.create(name, 1.0, limits)).number
+            async with catalogue.write() as edits:
+                for adapter in ("first", "again"):
+                    await edits.publish(adapter, content(1), default=True, tenant=name)
+                await edits.change("again", pinned=True, tenant=name)
+        alpha, beta = (f"{content(1).digest}@{number}" for number in numbers.values())
+        found = await catalogue.resolve("alpha/first", "beta", None)
+        assert (found.key, found.resident_limits) == (alpha, {str(numbers["alpha"]): 7})
+        assert (await catalogue.resolve("first@1", "beta")).resident_limits == {str(numbers["beta"]): None}
+        assert {each.key for each in await catalogue.pinned("base")} == {alpha, beta}
+        assert {each.default.key for each in (await catalogue.list_adapters(others=True)).items} == {alpha, beta}
+        assert (await catalogue.get_version("first", 1, "beta")).key == beta
+        # Each owner's own, the oldest of several; and the owner of what it has no more.
+        gone, nobody = f"{content(9).digest}@{numbers['beta']}", f"{content(1).digest}@999"
+        owners = await catalogue.owners([alpha, beta, gone, nobody])
+        assert owners == {alpha: ("alpha", "first"), beta: ("beta", "first"), gone: ("beta", None)}
+        async with catalogue.write() as edits:
+            removed = await edits.remove_adapter("first", "alpha")
+        assert (removed.owner, removed.unused) == (numbers["alpha"], frozenset())
+        assert (await catalogue.owners([alpha])) == {alpha: ("alpha", "again")}
+        # The same rows for a single user: the content is all there is to say.
+        alone = Catalogue(catalogue.database)
+        found = await alone.resolve("alpha/again", "alpha")
+        assert (found.key, found.resident_limits) == (content(1).digest, {})
+        assert await alone.owners([content(1).digest]) == {content(1).digest: ("alpha", "again")}
+    finally:
+        await catalogue.close()
