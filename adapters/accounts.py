@@ -6,8 +6,8 @@
 Who waits is let in by age. Each account is a line of its own: the first that does not fit closes it, and nobody
 younger is let in there until it fits, so a mix of blocks that are leased now cannot pass it for ever. A set with
 blocks of several accounts stands in each line, and has its room kept in those where it fits: leases come back, so the
-oldest waiter of all fits everywhere in the end. Nothing real is held by whoever is not let in, and in other accounts
-nobody waits for him.
+oldest waiter of all fits everywhere in the end. Who is not let in holds nothing real, and accounts of which he wants
+nothing do not notice him.
 """
 
 from __future__ import annotations
