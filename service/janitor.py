@@ -77,9 +77,7 @@ class Janitor:
         """At start: sweeps what killed processes of this instance have left. Without another process that serves no
         request can need anything deleted, so everything goes at once."""
         async with self._catalogue.write() as edits:
-            alone = (
-                self._spool.alone()
-            )  # as a writer: who begins to serve hereafter deletes nothing before this is done
+            alone = self._spool.alone()  # as a writer: who begins to serve later deletes nothing before this is done
             book = edits.blobs
             await book.here(self.instance)
             await self._give_up_the_dead(book)
@@ -183,8 +181,8 @@ class Janitor:
     # ------------------------------------------------------------ garbage
 
     async def _release(self, garbage: dict[str, bool], before: Collection[Awaitable[None]]) -> None:
-        """Waits until no accepted request of this instance's engine names an adapter of this garbage, nor one whose
-        deletion came before (they may share files)."""
+        """Waits until no accepted request of this instance's engine names an adapter of this garbage, whoever's it was,
+        nor one whose deletion came before (they may share files)."""
         await asyncio.sleep(self._delay_s)
         with contextlib.suppress(EngineError):
             await self._engine.wait_ready(ENGINE_WAIT_S)
