@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -86,5 +87,8 @@ class TopNames:
 
 def most_used(rows: Iterable[Mapping[str, Any]], name: str, places: int) -> list[str]:
     """`rows`: sums of the table of usage, each with its `name`. Those with most requests, most first."""
-    ranked = sorted((row for row in rows if row["requests"]), key=lambda row: (-row["requests"], row[name]))
-    return [row[name] for row in ranked[:places]]
+    requests: Counter[str] = Counter()  # tenants of one name, and adapters of those, have rows of their own
+    for row in rows:
+        requests[row[name]] += row["requests"]
+    ranked = sorted(((-count, label) for label, count in requests.items() if count), key=lambda each: each)
+    return [label for _, label in ranked[:places]]

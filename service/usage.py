@@ -19,7 +19,7 @@ from service.engine.client import EngineClient
 from service.engine.errors import EngineError
 from service.store.catalogue import Catalogue
 from service.store.errors import CatalogueError
-from service.store.usage import HOUR_S, Counts, Key
+from service.store.usage import HOUR_S, NOBODY, Counts, Key, Owner
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class Tokens(Protocol):
 class Meter:
     """One request. `tokens` may be set when it is known."""
 
-    tenant: str
+    owner: Owner
     key: str
     adapter: str
     tokens: Tokens | None = None
@@ -91,25 +91,25 @@ class UsageRecorder:
             await self._task
         await self.flush()
 
-    def open(self, tenant: str, key: str, adapter: str) -> Meter:
+    def open(self, owner: Owner, key: str, adapter: str) -> Meter:
         """For a request that begins; `close_meter` when it ends, however it ends."""
-        meter = Meter(tenant, key, adapter)
+        meter = Meter(owner, key, adapter)
         self._open.add(meter)
         return meter
 
     def close_meter(self, meter: Meter) -> None:
         self._open.discard(meter)
-        self.add(meter.tenant, meter.key, meter.adapter, meter.take())
+        self.add(meter.owner, meter.key, meter.adapter, meter.take())
 
-    def add(self, tenant: str, key: str, adapter: str, counts: Counts) -> None:
+    def add(self, owner: Owner, key: str, adapter: str, counts: Counts) -> None:
         """What no request stands for (loads of adapters)."""
         hour = int(self._clock()) // HOUR_S * HOUR_S
-        self._keep((hour, tenant, key, adapter), counts)
+        self._keep((hour, owner, key, adapter), counts)
 
     async def flush(self) -> None:
         """Writes everything counted until now; keeps it for the next time if that fails."""
         for meter in self._open:
-            self.add(meter.tenant, meter.key, meter.adapter, meter.take())
+            self.add(meter.owner, meter.key, meter.adapter, meter.take())
         sums, self._sums = self._sums, {}
         if not sums:
             return
@@ -149,5 +149,5 @@ async def collect_occupancy(recorder: UsageRecorder, engine: EngineClient, catal
         taken = await engine.take_occupancy()
         owners = await catalogue.owners(taken) if taken else {}
         for key, (loads, byte_seconds) in taken.items():
-            tenant, name = owners.get(key, ("", None))
-            recorder.add(tenant, "", name or DELETED, Counts(loads=loads, byte_hours=byte_seconds / HOUR_S))
+            owner, name = owners.get(key, (NOBODY, None))
+            recorder.add(owner, "", name or DELETED, Counts(loads=loads, byte_hours=byte_seconds / HOUR_S))

@@ -18,7 +18,7 @@ from typing import Any
 from service.api.errors import ApiError
 from service.limits import TenantLimits
 from service.store.errors import CatalogueError
-from service.store.tables import DEFAULT_TENANT
+from service.store.tables import DEFAULT_TENANT, DEFAULT_TENANT_NUMBER
 from service.store.tenants import KEY, SCOPES, Credentials, Tenant, Tenants, matches_none
 
 CACHE_S = 1.0
@@ -61,7 +61,7 @@ class Caller:
         return ADMIN if self.admin else self.key_id or ""
 
 
-SINGLE_USER = Caller(DEFAULT_TENANT, 0, None, True, frozenset(SCOPES))
+SINGLE_USER = Caller(DEFAULT_TENANT, DEFAULT_TENANT_NUMBER, None, True, frozenset(SCOPES))
 """The only one there is without an admin key."""
 
 

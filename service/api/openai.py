@@ -24,6 +24,7 @@ from service.metrics import Metrics
 from service.named_metrics import NamedRequest
 from service.store.errors import NotFound
 from service.store.records import Adapter
+from service.store.usage import Owner
 from service.usage import Meter
 
 router = APIRouter(tags=["inference"], route_class=Route)
@@ -275,7 +276,8 @@ async def _respond(
     )
     headers = {"x-loraplex-adapter": target.label} if target.label else {}
     caller = caller_of(request)
-    meter = services.recorder.open(caller.tenant, caller.key_id or "", target.account)
+    owner = Owner(caller.tenant_id, caller.tenant)
+    meter = services.recorder.open(owner, caller.key_id or "", target.account)
     named = None
     if services.metrics.named is not None:
         named = state["named"] = services.metrics.named.request(caller.tenant, target.account)

@@ -89,6 +89,7 @@ def _tenant_json(tenant: Tenant) -> dict[str, Any]:
         "id": tenant.id,
         "object": "tenant",
         "name": tenant.id,
+        "number": tenant.number,
         "weight": tenant.weight,
         "limits": {name: tenant.limits.get(name) for name in LIMITS},
         "disabled": tenant.disabled,

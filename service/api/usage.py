@@ -36,11 +36,17 @@ async def get_usage(
     format: Annotated[str, Query(pattern="^(json|csv)$", description="Or by the Accept header, text/csv.")] = "json",
     limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
     after: Annotated[int, Query(ge=0, le=10**9, description="Rows to pass over: the `last_id` before.")] = 0,
+    tenant_number: Annotated[
+        int | None, Query(ge=0, lt=2**31, description="For the admin: one tenant, also a deleted one, by its number.")
+    ] = None,
 ) -> Any:
     """Sums over whole hours (UTC): a range is widened to them. `ttft_ms` is the mean time to the first token; `loads`
     counts how often an adapter was brought to the device, `byte_hours` its bytes there times hours. Figures are at most
-    a second old. A tenant sees its own use, the admin everybody's, or one tenant's with `tenant`."""
-    if caller.namespace != caller.tenant and not caller.admin:
+    a second old. A tenant sees its own use, the admin everybody's, or one tenant's with `tenant`.
+
+    Use outlives its tenant, and a new tenant of the same name begins with none: to the admin, rows by tenant also have
+    `tenant_number`, which is never given twice, and `tenant_deleted`."""
+    if (caller.namespace != caller.tenant or tenant_number is not None) and not caller.admin:
         raise ApiError(403, "A key shows the use of its own tenant only.", code="not_your_tenant", param="tenant")
     groups = [name for name in group_by.split(",") if name]
     if (wrong := [name for name in groups if name not in GROUPS]) or len(set(groups)) != len(groups):
@@ -53,10 +59,13 @@ async def get_usage(
     first = int(since.timestamp()) // HOUR_S * HOUR_S
     last = -(-int(until.timestamp()) // HOUR_S) * HOUR_S
     as_csv = format == "csv" or "text/csv" in request.headers.get("accept", "")
-    query = {"start": first, "end": last, "tenant": caller.viewer, "group_by": groups}
+    whose = tenant_number if caller.viewer is None else caller.tenant_id
+    query = {"start": first, "end": last, "tenant": whose, "group_by": groups}
+    # How many tenants there have been is no tenant's business.
+    extra = _WHICH if caller.admin and "tenant" in groups else ()
     if as_csv:
-        rows = [_shown(row) for row in await services.usage.read(**query, limit=MAX_CSV_ROWS)]
-        return Response(_csv([*groups, *_COLUMNS], rows), media_type="text/csv; charset=utf-8")
+        rows = [_shown(row, extra) for row in await services.usage.read(**query, limit=MAX_CSV_ROWS)]
+        return Response(_csv([*groups, *extra, *_COLUMNS], rows), media_type="text/csv; charset=utf-8")
     rows = await services.usage.read(**query, limit=limit + 1, offset=after)
     page = rows[:limit]
     return {
@@ -64,19 +73,20 @@ async def get_usage(
         "from": _iso(first),
         "to": _iso(last),
         "group_by": groups,
-        "data": [_shown(row) for row in page],
+        "data": [_shown(row, extra) for row in page],
         "first_id": str(after) if page else None,
         "last_id": str(after + len(page)) if page else None,
         "has_more": len(rows) > limit,
     }
 
 
+_WHICH = ("tenant_number", "tenant_deleted")
 _COLUMNS = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens", "ttft_ms", "loads", "byte_hours")
 
 
-def _shown(row: dict[str, Any]) -> dict[str, Any]:
+def _shown(row: dict[str, Any], extra: tuple[str, ...]) -> dict[str, Any]:
     sums = total([row])
-    shown = {name: row[name] for name in GROUPS if name in row}
+    shown = {name: row[name] for name in (*GROUPS, *extra) if name in row}
     if "hour" in row:
         shown["hour"] = _iso(row["hour"])
     if "day" in row:

@@ -23,6 +23,7 @@ from service.store.merges import MergeTable
 from service.store.names import Selector, parse_selector, split_model, split_owner, valid_name
 from service.store.records import Adapter, File, Page, Resolved, Version, engine_key
 from service.store.tables import DEFAULT_TENANT, adapter_grants, adapters, aliases, files, labels, tenants, versions
+from service.store.usage import Owner
 from service.store.visibility import SHARED, VISIBLE, visible_to
 
 _RESOLVED = (
@@ -272,8 +273,8 @@ class Catalogue:
         async with self._database.read() as connection:
             return await totals(connection, tenant)
 
-    async def owners(self, keys: Iterable[str]) -> dict[str, tuple[str, str | None]]:
-        """(tenant, name) of the adapter with each key; of several of one tenant with the same content, the oldest. The
+    async def owners(self, keys: Iterable[str]) -> dict[str, tuple[Owner, str | None]]:
+        """(owner, name) of the adapter with each key; of several of one tenant with the same content, the oldest. The
         name is None for one that is gone whose tenant is still there; those of which nothing is there are left out."""
         wanted = set(keys)
         content = (
@@ -286,10 +287,12 @@ class Catalogue:
         numbers = {int(account) for key in wanted if (account := account_of(key))}
         owner = sa.select(tenants.c.number, tenants.c.id).where(tenants.c.number.in_(numbers))
         async with self._database.snapshot() as connection:
-            found: dict[str, tuple[str, str | None]] = {}
+            found: dict[str, tuple[Owner, str | None]] = {}
             for row in await connection.execute(content):
-                found[engine_key(row.digest, row.number if self.with_tenants else None)] = (row.tenant, row.name)
-            names = {str(row.number): row.id for row in await connection.execute(owner)} if numbers else {}
+                key = engine_key(row.digest, row.number if self.with_tenants else None)
+                found[key] = (Owner(row.number or 0, row.tenant), row.name)
+            known = await connection.execute(owner) if numbers else ()
+            names = {str(row.number): Owner(row.number, row.id) for row in known}
         gone = {key: (names[account_of(key)], None) for key in wanted - found.keys() if account_of(key) in names}
         return {**{key: who for key, who in found.items() if key in wanted}, **gone}
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import sqlalchemy as sa
 
 DEFAULT_TENANT = "default"
+DEFAULT_TENANT_NUMBER = 1
+"""The first that was given: migration 0003 enters this tenant, which cannot be deleted."""
 
 metadata = sa.MetaData(
     naming_convention={
@@ -255,6 +257,9 @@ usage = sa.Table(
     "usage",
     metadata,
     sa.Column("hour", sa.BigInteger, primary_key=True, autoincrement=False),
+    # Of `tenants`, or of one that has been deleted: a later tenant of the same name has another one. 0: nobody's, or a
+    # tenant's that was deleted before numbers were noted here.
+    sa.Column("tenant_number", sa.Integer, primary_key=True, autoincrement=False),
     sa.Column("tenant", _name(96), primary_key=True),
     # Empty: no key (a server without tenants, or what no request asked for: loads).
     sa.Column("key", _name(64), primary_key=True),
@@ -268,7 +273,7 @@ usage = sa.Table(
     sa.Column("first_token_ms", sa.Float, nullable=False),
     sa.Column("loads", sa.BigInteger, nullable=False),
     sa.Column("byte_hours", sa.Float, nullable=False),
-    sa.Index(None, "tenant", "hour"),
+    sa.Index(None, "tenant_number", "hour"),
 )
 
 # What each service has of the limits of the tenants that use it (service/leases.py).

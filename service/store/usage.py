@@ -1,20 +1,21 @@
 """What was used: one row per hour, tenant, key and adapter, to which every process of the service adds.
 
-Only sums are kept, so the table grows with what is in use, not with traffic.
+Only sums are kept, so the table grows with what is in use, not with traffic. Rows go by the tenant's number and outlive
+it: what is billed later is the deleted tenant's, never that of a new one with its name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.store.database import Database
-from service.store.tables import usage
+from service.store.tables import tenants, usage
 
 HOUR_S = 3600
 DAY_S = 24 * HOUR_S
@@ -47,8 +48,18 @@ class Counts:
 
 COUNTS = tuple(field.name for field in fields(Counts))
 
-Key = tuple[int, str, str, str]
-"""(hour, tenant, key, adapter)"""
+
+class Owner(NamedTuple):
+    """Whose use it is. The number says which tenant; the name is what that one was called."""
+
+    number: int
+    name: str
+
+
+NOBODY = Owner(0, "")
+
+Key = tuple[int, Owner, str, str]
+"""(hour, owner, key, adapter)"""
 
 
 async def add(connection: AsyncConnection, counts: Mapping[Key, Counts]) -> None:
@@ -62,9 +73,9 @@ async def add(connection: AsyncConnection, counts: Mapping[Key, Counts]) -> None
         set_={name: usage.c[name] + insert.excluded[name] for name in COUNTS},
     )
     rows = [
-        {"hour": hour, "tenant": tenant, "key": key, "adapter": adapter}
+        {"hour": hour, "tenant_number": owner.number, "tenant": owner.name, "key": key, "adapter": adapter}
         | {name: getattr(each, name) for name in COUNTS}
-        for (hour, tenant, key, adapter), each in sorted(counts.items())
+        for (hour, owner, key, adapter), each in sorted(counts.items())
     ]
     await connection.execute(statement, rows)
 
@@ -74,28 +85,36 @@ async def read(
     *,
     start: int,
     end: int,
-    tenant: str | None,
+    tenant: int | None,
     group_by: Sequence[str],
     limit: int,
     offset: int = 0,
 ) -> list[dict[str, Any]]:
-    """Sums over the hours in [start, end), grouped, in the groups' order. `tenant` None: of all tenants."""
+    """Sums over the hours in [start, end), grouped, in the groups' order. `tenant`: a number; None: of all tenants.
+    Grouped by tenant, rows also have `tenant_number` and `tenant_deleted`."""
     columns = {
         "hour": usage.c.hour.label("hour"),
         "day": (usage.c.hour - usage.c.hour % DAY_S).label("day"),
         "tenant": usage.c.tenant,
+        "tenant_number": usage.c.tenant_number,
         "key": usage.c.key,
         "adapter": usage.c.adapter,
     }
-    groups = [columns[name] for name in group_by]
+    by = [part for name in group_by for part in ((name, "tenant_number") if name == "tenant" else (name,))]
+    groups = [columns[name] for name in by]
     sums = [sa.func.coalesce(sa.func.sum(usage.c[name]), 0).label(name) for name in COUNTS]
     statement = sa.select(*groups, *sums).where(usage.c.hour >= start, usage.c.hour < end)
     if tenant is not None:
-        statement = statement.where(usage.c.tenant == tenant)
+        statement = statement.where(usage.c.tenant_number == tenant)
     if groups:
-        names = [sa.literal_column(name) for name in group_by] if "day" in group_by else groups
+        names = [sa.literal_column(name) for name in by] if "day" in group_by else groups
         statement = statement.group_by(*names).order_by(*names).limit(limit).offset(offset)
-    return [_plain(row._asdict()) for row in (await connection.execute(statement)).all()]
+    rows = [_plain(row._asdict()) for row in (await connection.execute(statement)).all()]
+    if "tenant" in group_by:
+        numbers = {row["tenant_number"] for row in rows}
+        alive = set(await connection.scalars(sa.select(tenants.c.number).where(tenants.c.number.in_(numbers))))
+        rows = [{**row, "tenant_deleted": row["tenant_number"] not in alive} for row in rows]
+    return rows
 
 
 def _plain(row: Mapping[str, Any]) -> dict[str, Any]:

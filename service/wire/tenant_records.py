@@ -14,9 +14,11 @@ Scope = Literal["infer", "upload", "manage"]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tenant(Record):
     """`weight`: its share of the device against other tenants' while they compete for it. `limits`: None where there is
-    none. `used`: what counts against them now; `tenants.get` alone brings it."""
+    none. `used`: what counts against them now; `tenants.get` alone brings it. `number`: no later tenant gets it again,
+    whatever its name."""
 
     name: str
+    number: int | None = None
     weight: float = 1.0
     limits: Mapping[str, int | None] = field(default_factory=dict)
     disabled: bool = False
@@ -46,7 +48,8 @@ class NewKey(TenantKey):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UsageRow(Record):
     """Sums over what the rest of the row says: those of `hour` (its start, UTC), `day`, `tenant`, `key` (its id) and
-    `adapter` that were grouped by; the others are None. `adapter` is "" for the base model.
+    `adapter` that were grouped by; the others are None. `adapter` is "" for the base model. The admin's rows by tenant
+    have its number, and whether it has been deleted: a later one of the same name has rows of its own.
 
     ttft_ms: mean time to the first token, None without one. loads: how often adapters were brought to the device.
     byte_hours: their bytes there, times hours.
@@ -55,6 +58,8 @@ class UsageRow(Record):
     hour: str | None = None
     day: str | None = None
     tenant: str | None = None
+    tenant_number: int | None = None
+    tenant_deleted: bool | None = None
     key: str | None = None
     adapter: str | None = None
     requests: int

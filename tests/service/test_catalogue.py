@@ -38,6 +38,7 @@ from service.store.errors import CatalogueBusy, CatalogueDamaged, CatalogueFull,
 from service.store.names import parse_selector, valid_alias, valid_name
 from service.store.tables import metadata
 from service.store.tenants import Tenants
+from service.store.usage import Owner
 from tests.real_parts import Postgres
 
 
@@ -463,21 +464,22 @@ async def test_owners_and_what_the_engine_knows_adapters_by(url: str) -> None:
         found = await catalogue.resolve("alpha/first", "beta", None)
         assert (found.key, found.resident_limits) == (alpha, {str(numbers["alpha"]): 7})
         assert (await catalogue.resolve("first@1", "beta")).resident_limits == {str(numbers["beta"]): None}
-        assert {each.key for each in await catalogue.pinned("base")} == {alpha, beta}
+        assert {each.key for each in await catalogue.pinned(("base",))} == {alpha, beta}
         assert {each.default.key for each in (await catalogue.list_adapters(others=True)).items} == {alpha, beta}
         assert (await catalogue.get_version("first", 1, "beta")).key == beta
         # Each owner's own, the oldest of several; and the owner of what it has no more.
         gone, nobody = f"{content(9).digest}@{numbers['beta']}", f"{content(1).digest}@999"
+        first, second = (Owner(numbers[name], name) for name in ("alpha", "beta"))
         owners = await catalogue.owners([alpha, beta, gone, nobody])
-        assert owners == {alpha: ("alpha", "first"), beta: ("beta", "first"), gone: ("beta", None)}
+        assert owners == {alpha: (first, "first"), beta: (second, "first"), gone: (second, None)}
         async with catalogue.write() as edits:
             removed = await edits.remove_adapter("first", "alpha")
         assert (removed.owner, removed.unused) == (numbers["alpha"], frozenset())
-        assert (await catalogue.owners([alpha])) == {alpha: ("alpha", "again")}
+        assert (await catalogue.owners([alpha])) == {alpha: (first, "again")}
         # The same rows for a single user: the content is all there is to say.
         alone = Catalogue(catalogue.database)
         found = await alone.resolve("alpha/again", "alpha")
         assert (found.key, found.resident_limits) == (content(1).digest, {})
-        assert await alone.owners([content(1).digest]) == {content(1).digest: ("alpha", "again")}
+        assert await alone.owners([content(1).digest]) == {content(1).digest: (first, "again")}
     finally:
         await catalogue.close()

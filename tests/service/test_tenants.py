@@ -143,6 +143,45 @@ def test_deleting_a_tenant_takes_everything_and_leaves_nothing_to_the_next(store
         stored.http.delete("/v1/tenants/phoenix")
 
 
+def test_use_stays_with_the_tenant_that_had_it(stored: TenantServer) -> None:
+    """A stream goes on while its tenant is deleted and another is given the name: all it uses is the old one's."""
+    stored.tenant("ibis")
+    old = stored.http.get("/v1/tenants/ibis").json()["number"]
+    key = stored.key("ibis")
+    body = {"model": "hidden", "prompt": [1] * 5, "max_tokens": 400, "ignore_eos": True, "stream": True}
+    with stored.client(key) as client:
+        assert upload(client, "hidden", 1).status_code == 201
+        with client.stream("POST", "/v1/completions", json=body) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            stored.http.delete("/v1/tenants/ibis")
+            stored.tenant("ibis")
+            assert "[DONE]" in list(lines)[-2]
+    new = stored.http.get("/v1/tenants/ibis").json()["number"]
+    with stored.client(stored.key("ibis")) as client:
+        assert complete(client, BASE).status_code == 200
+
+        def rows(asking: httpx.Client, **query: Any) -> list[dict[str, Any]]:
+            found = asking.get("/v1/usage", params={"group_by": "tenant,adapter,key"} | query).json()["data"]
+            return [row for row in found if row["tenant"] == "ibis"]
+
+        def of_old() -> list[dict[str, Any]]:
+            return rows(stored.http, tenant_number=old)
+
+        wait_for(lambda: sum(row["completion_tokens"] for row in of_old()) == 400 and rows(client))
+        assert {row["adapter"] for row in of_old()} == {"hidden"}
+        assert {(row["tenant_number"], row["tenant_deleted"]) for row in of_old()} == {(old, True)}
+        (mine,) = rows(client)
+        assert (mine["adapter"], mine["requests"], mine["prompt_tokens"]) == ("", 1, 2)
+        assert "tenant_number" not in mine
+        assert {row["tenant_number"] for row in rows(stored.http)} == {old, new}
+        assert {row["tenant_number"] for row in rows(stored.http, tenant="ibis")} == {new}
+        assert client.get("/v1/usage", params={"tenant_number": old}).status_code == 403
+        table = stored.http.get("/v1/usage", params={"group_by": "tenant", "format": "csv"}).text
+        assert f"\r\nibis,{old},True," in table
+    stored.http.delete("/v1/tenants/ibis")
+
+
 # ---------------------------------------------------------------- keys
 
 

@@ -10,8 +10,11 @@ from dataclasses import dataclass
 import pytest
 
 from service import usage
-from service.store.usage import COUNTS, HOUR_S, Counts, Key
+from service.store.usage import COUNTS, HOUR_S, Counts, Key, Owner
 from service.usage import UsageRecorder
+
+
+A, B, LATER_A = Owner(1, "a"), Owner(2, "b"), Owner(3, "a")
 
 
 @dataclass
@@ -50,7 +53,7 @@ async def test_a_stream_is_written_as_it_goes() -> None:
     rows = Rows()
     recorder = UsageRecorder(rows.write, clock=lambda: 7250.0)
     tokens = Tokens(prompt_tokens=100)
-    meter = recorder.open("acme", "k1", "pirate")
+    meter = recorder.open(Owner(1, "acme"), "k1", "pirate")
     meter.tokens = tokens
     await recorder.flush()
     assert rows.total() == Counts(requests=1), "a prompt counts when its first token has come"
@@ -63,7 +66,7 @@ async def test_a_stream_is_written_as_it_goes() -> None:
     recorder.close_meter(meter)
     await recorder.flush()
     assert rows.rows == {
-        (7200, "acme", "k1", "pirate"): Counts(1, 100, 64, 9, first_tokens=1, first_token_ms=250.0),
+        (7200, Owner(1, "acme"), "k1", "pirate"): Counts(1, 100, 64, 9, first_tokens=1, first_token_ms=250.0),
     }
     assert rows.writes == 3, "nothing new is not written"
 
@@ -73,13 +76,13 @@ async def test_hours_and_names_are_rows_of_their_own() -> None:
     recorder = UsageRecorder(rows.write, clock=lambda: now[0])
     for moment in (HOUR_S - 1.0, HOUR_S + 1.0):
         now[0] = moment
-        for tenant, key, adapter in (("a", "k", ""), ("a", "k", "x"), ("b", "k", "x")):
-            recorder.close_meter(recorder.open(tenant, key, adapter))
-    recorder.add("a", "", "x", Counts(loads=2, byte_hours=0.5))
+        for owner, key, adapter in ((A, "k", ""), (A, "k", "x"), (B, "k", "x"), (LATER_A, "k", "x")):
+            recorder.close_meter(recorder.open(owner, key, adapter))
+    recorder.add(A, "", "x", Counts(loads=2, byte_hours=0.5))
     await recorder.flush()
-    assert len(rows.rows) == 7
-    assert rows.rows[HOUR_S, "a", "", "x"] == Counts(loads=2, byte_hours=0.5)
-    assert rows.rows[0, "a", "k", "x"] == Counts(requests=1)
+    assert len(rows.rows) == 9
+    assert rows.rows[HOUR_S, A, "", "x"] == Counts(loads=2, byte_hours=0.5)
+    assert rows.rows[0, A, "k", "x"] == Counts(requests=1)
 
 
 async def test_nothing_is_lost_or_counted_twice_while_the_database_comes_and_goes() -> None:
@@ -91,7 +94,7 @@ async def test_nothing_is_lost_or_counted_twice_while_the_database_comes_and_goe
     for _ in range(500):
         rows.away = draw.random() < 0.4
         if draw.random() < 0.4:
-            meter = recorder.open("t", "k", draw.choice("abc"))
+            meter = recorder.open(A, "k", draw.choice("abc"))
             meter.tokens = Tokens(prompt_tokens=draw.randrange(1, 50))
             meters.append(meter)
             expected.requests += 1
@@ -118,9 +121,9 @@ async def test_it_writes_by_itself_and_at_its_end(monkeypatch: pytest.MonkeyPatc
     rows = Rows()
     recorder = UsageRecorder(rows.write)
     recorder.start()
-    recorder.close_meter(recorder.open("t", "", ""))
+    recorder.close_meter(recorder.open(A, "", ""))
     await asyncio.wait_for(rows.written.wait(), 30)
-    recorder.close_meter(recorder.open("t", "", ""))
+    recorder.close_meter(recorder.open(A, "", ""))
     await recorder.close()
     assert rows.total().requests == 2
 
@@ -129,7 +132,7 @@ async def test_the_log_says_once_that_the_database_is_away(caplog: pytest.LogCap
     rows = Rows()
     recorder = UsageRecorder(rows.write)
     rows.away = True
-    recorder.close_meter(recorder.open("t", "", ""))
+    recorder.close_meter(recorder.open(A, "", ""))
     for _ in range(3):
         await recorder.flush()
     assert len(caplog.records) == 1

@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
 
 from service.store import usage
-from service.store.database import Database, sqlite_url
-from service.store.usage import DAY_S, HOUR_S, Counts
+from service.store.database import MIGRATIONS, Database, sqlite_url
+from service.store.tables import tenants
+from service.store.usage import DAY_S, HOUR_S, Counts, Owner
 from tests.real_parts import Postgres
 
 
@@ -33,9 +37,13 @@ async def read(database: Database, **query: Any) -> list[dict[str, Any]]:
         return await usage.read(connection, **asked)
 
 
+NUMBERS = {"a": 11, "b": 12}
+
+
 async def add(database: Database, *rows: tuple[int, str, str, str, Counts]) -> None:
     async with database.write() as connection:
-        await usage.add(connection, {row[:4]: row[4] for row in rows})
+        counts = {(hour, Owner(NUMBERS[name], name), *rest): sums for hour, name, *rest, sums in rows}
+        await usage.add(connection, counts)  # type: ignore[arg-type]
 
 
 ONE = Counts(1, 10, 4, 20, 1, 50.0, 0, 0.0)
@@ -62,14 +70,14 @@ async def test_groups_ranges_and_tenants(database: Database) -> None:
             for key in ("k1", "k2"):
                 await add(database, (hour * HOUR_S, tenant, key, "x", ONE))
     assert (await read(database))[0]["requests"] == 12
-    assert (await read(database, tenant="a"))[0]["requests"] == 6
+    assert (await read(database, tenant=11))[0]["requests"] == 6
     assert (await read(database, end=HOUR_S))[0]["requests"] == 4
-    assert (await read(database, start=HOUR_S, end=2 * HOUR_S, tenant="b"))[0]["requests"] == 2
+    assert (await read(database, start=HOUR_S, end=2 * HOUR_S, tenant=12))[0]["requests"] == 2
     days = await read(database, group_by=("day", "tenant"))
     assert [(row["day"], row["tenant"], row["requests"]) for row in days] == [
         (0, "a", 4), (0, "b", 4), (DAY_S, "a", 2), (DAY_S, "b", 2),
     ]  # fmt: skip
-    hours = await read(database, group_by=("hour", "key"), tenant="a", limit=3, offset=1)
+    hours = await read(database, group_by=("hour", "key"), tenant=11, limit=3, offset=1)
     assert [(row["hour"], row["key"]) for row in hours] == [(0, "k2"), (HOUR_S, "k1"), (HOUR_S, "k2")]
 
 
@@ -83,3 +91,55 @@ async def test_old_hours_can_be_forgotten(database: Database) -> None:
     async with database.write() as connection:
         assert await usage.forget(connection, HOUR_S) == 1
     assert (await read(database))[0]["requests"] == 1
+
+
+async def test_a_new_tenant_with_an_old_name_has_rows_of_its_own(database: Database) -> None:
+    async with database.write() as connection:
+        row = {"id": "acme", "weight": 1.0, "limits": {}, "disabled": False, "created_at": 0}
+        number = (await connection.execute(sa.insert(tenants).values(row).returning(tenants.c.number))).scalar_one()
+        old = Owner(number + 100, "acme")
+        await usage.add(connection, {(0, old, "k", "secret"): ONE, (0, Owner(number, "acme"), "", ""): ONE})
+    rows = await read(database, group_by=("tenant", "adapter"))
+    seen = [(row["tenant"], row["tenant_number"], row["tenant_deleted"], row["adapter"]) for row in rows]
+    assert seen == [("acme", number, False, ""), ("acme", number + 100, True, "secret")]
+    assert [row["adapter"] for row in await read(database, tenant=number, group_by=("adapter",))] == [""]
+    assert (await read(database, tenant=number + 100))[0]["requests"] == 1
+
+
+def _to(connection: sa.Connection, revision: str) -> None:
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    config.attributes["connection"] = connection
+    if revision < "0006":
+        command.downgrade(config, revision)
+    else:
+        command.upgrade(config, revision)
+
+
+async def test_rows_of_before_are_given_to_the_tenant_whose_they_surely_are(database: Database) -> None:
+    created = 10 * HOUR_S + 600
+    async with database.write() as connection:
+        await connection.run_sync(_to, "0005")
+        insert = "INSERT INTO tenants (number, id, weight, limits, disabled, created_at) VALUES (7, 'acme', 1, '{}', "
+        await connection.exec_driver_sql(f"{insert} {'0' if database.is_sqlite else 'false'}, {created})")
+        keys = "INSERT INTO tenant_keys (id, tenant_number, salt, hash, scopes, description, created_at) VALUES "
+        await connection.exec_driver_sql(f"{keys} ('new', 7, '', '', '', '', {created})")
+        rows = [
+            (9, "acme", "old", "before"), (10, "acme", "old", "same-hour"), (10, "acme", "new", "mine"),
+            (10, "acme", "", "whose"), (11, "acme", "gone", "later"), (9, "lost", "x", "of-nobody"),
+            (9, "default", "", "single"),
+        ]  # fmt: skip
+        for hour, tenant, key, adapter in rows:
+            values = f"({hour * HOUR_S}, '{tenant}', '{key}', '{adapter}', 1, 2, 0, 3, 1, 5.5, 0, 0.25)"
+            await connection.exec_driver_sql(f"INSERT INTO usage VALUES {values}")
+        await connection.run_sync(_to, "head")
+    found = await read(database, group_by=("adapter", "tenant"))
+    assert {row["adapter"]: (row["tenant"], row["tenant_number"]) for row in found} == {
+        "before": ("acme", 0), "same-hour": ("acme", 0), "whose": ("acme", 0), "mine": ("acme", 7),
+        "later": ("acme", 7), "of-nobody": ("lost", 0), "single": ("default", 1),
+    }  # fmt: skip
+    assert usage.total(found) == Counts(7, 14, 0, 21, 7, 38.5, 0, 1.75)
+    async with database.write() as connection:
+        await connection.run_sync(_to, "0005")
+        assert (await connection.exec_driver_sql("SELECT SUM(requests) FROM usage")).scalar() == 7
+        await connection.run_sync(_to, "head")
