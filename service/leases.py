@@ -10,12 +10,14 @@ less before others are told that they may use more. Hence no 60 seconds see more
 - A service that has been lent nothing yet (its first second with a tenant, START_S after its own start, or when the
   database has not answered for LENT_S) admits `limits.unlent`: an eighth of the limit among all services, but at least
   one request each. That is the overshoot: with k services at most max(k, limit / 8) a minute, and as many at once. With
-  two services: 675 where 600 requests a minute are the limit, 6 where it is 4 at once.
+  two services: 675 where 600 requests a minute are the limit, 6 where it is 4 at once. Tokens, and the answers of one
+  request: an eighth of the limit, or what one request in each service may use.
 - Requests that run in a service that is cut off from the database go on; others count them LENT_S longer.
 - A limit that is lowered holds for each service once it has read it, within a second.
 
 A service that dies is missed after LENT_S; its share of a minute's limit returns when that minute is over too. Tokens
-are charged at the end of a request, as within one service: what runs by then, in all of them, comes on top.
+that requests have reserved are of their service's share like those that were used. A request that needs more than an
+equal share of a limit waits until the other services want less.
 
 One service alone (always so with SQLite) holds everything and keeps no leases; on PostgreSQL it looks once a second
 whether it still is alone. One that starts takes no share for START_S: by then every other knows of it, or has not heard

@@ -60,9 +60,8 @@ class NamedRequest:
     def done(self, used: Tokens) -> None:
         for series, label in self.series:
             series.requests.labels(label).inc()
-            if used.completion_tokens:
-                series.prompt_tokens.labels(label).inc(used.prompt_tokens)
-                series.generated_tokens.labels(label).inc(used.completion_tokens)
+            series.prompt_tokens.labels(label).inc(used.prompt_tokens)
+            series.generated_tokens.labels(label).inc(used.completion_tokens)
 
 
 class NamedMetrics:

@@ -52,8 +52,7 @@ class Meter:
     def take(self) -> Counts:
         """What has come since the last call."""
         new, self._new = self._new, Counts()
-        # A prompt is paid for when its first token comes: who is refused has used nothing.
-        if self.tokens is not None and self.tokens.completion_tokens:
+        if self.tokens is not None:
             now = (self.tokens.prompt_tokens, self.tokens.cached_tokens, self.tokens.completion_tokens)
             new.prompt_tokens, new.cached_tokens, new.completion_tokens = (
                 after - before for after, before in zip(now, self._taken, strict=True)

@@ -48,7 +48,8 @@ class Job:
 
 @dataclass(slots=True)
 class Usage:
-    """Tokens of a request. A prompt counts once, whatever n is."""
+    """Tokens of a request so far. A prompt counts once, whatever n is, and when its first token has come: who is
+    refused, or leaves before, has used nothing."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -238,7 +239,7 @@ class Generation:
 
     def __init__(self, job: Job, engine: EngineClient, tokenizer: Tokenizer, observer: Observer) -> None:
         self.job = job
-        self.usage = Usage(prompt_tokens=sum(map(len, job.prompts)))
+        self.usage = Usage()
         self._engine = engine
         self._tokenizer = tokenizer
         self._observer = observer
@@ -281,22 +282,26 @@ class Generation:
         started = time.perf_counter()
         choices: dict[int, _Choice] = {}
         unfinished = set(range(len(job.prompts) * job.n))
+        unbegun = set(range(len(job.prompts)))
         async with self._engine.submit(submit) as stream:
             async for delta in stream:
                 if delta.index not in unfinished:
                     continue
+                if delta.finish_reason == "error":
+                    raise EngineRefused("engine_error", "the engine failed while it ran the request")
                 choice = choices.get(delta.index)
                 if choice is None:
                     choice = choices[delta.index] = self._choice(delta.index)
                     choice.first_at = time.perf_counter()
                     self._observer.first_token(choice.first_at - started)
+                    number = delta.index // job.n
+                    if number in unbegun:
+                        unbegun.discard(number)
+                        self.usage.prompt_tokens += len(job.prompts[number])
                     if delta.index % job.n == 0:
                         self.usage.cached_tokens += delta.cached_tokens
                     if job.echo is not None:
-                        number = delta.index // job.n
                         yield choice.echo(job.echo[number], job.prompts[number], delta, self._tokenizer)
-                if delta.finish_reason == "error":
-                    raise EngineRefused("engine_error", "the engine failed while it ran the request")
                 if job.score_only:
                     # One token was generated because the engine cannot generate none.
                     unfinished.discard(delta.index)

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
 from service import log, tracing
-from service.api.auth import SINGLE_USER, Caller, CallerDep, Route, allow, caller_of, limit_error
+from service.api.auth import SINGLE_USER, Caller, CallerDep, Route, allow, caller_of, limit_error, reserve
 from service.api.deps import EventStream, Services, ServicesDep, unless_gone
 from service.api.errors import ApiError, as_api_error, invalid
 from service.api.formats import DONE, ChatFormat, CompletionFormat, Format, error_event
@@ -31,6 +31,9 @@ router = APIRouter(tags=["inference"], route_class=Route)
 
 COMPLETION_MAX_TOKENS = 16
 """OpenAI's default for completions; a chat answer may be as long as the context allows."""
+DEFAULT_SHARE = 8
+"""Except where tokens per minute are limited: then a chat request that names no max_tokens gets this part of the limit,
+as all that an answer may have is reserved when it is begun."""
 _MODELS_AT_ONCE = 500
 
 
@@ -87,7 +90,10 @@ async def chat_completions(body: ChatRequest, request: Request, services: Servic
     limits = services.engine.limits
     check_ids(ids, services.engine.manifest.vocab_size, "messages")
     asked = body.max_completion_tokens or body.max_tokens
-    max_tokens = _granted(caller, asked, max(1, capacity(limits) - len(ids)))
+    room = capacity(limits) - len(ids)
+    if (budget := caller.limits.tokens_per_minute) is not None:
+        room = min(room, budget // DEFAULT_SHARE // body.n, (budget - len(ids)) // body.n)
+    max_tokens = _granted(caller, asked, max(1, room))
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     sampling = _sampling(services, body, max_tokens, logprobs=logprobs)
     check_lengths([ids], sampling, body.n, limits, "messages")
@@ -182,12 +188,12 @@ async def resolve(services: Services, body: Sampled, caller: Caller) -> Target:
 
 
 def _granted(caller: Caller, asked: int | None, default: int) -> int:
-    """Tokens that the answer may have. Raises ApiError 422 for more than the tenant's limit."""
+    """Tokens that the answer may have. Raises ApiError 413 for more than the tenant's limit."""
     most = caller.limits.max_tokens
     if most is None:
         return default if asked is None else asked
     if asked is not None and asked > most:
-        raise limit_error(422, caller, "max_tokens", most, f"; the request asks for {asked}")
+        raise limit_error(413, caller, "max_tokens", most, f"; the request asks for {asked}")
     return min(default, most) if asked is None else asked
 
 
@@ -276,6 +282,9 @@ async def _respond(
     )
     headers = {"x-loraplex-adapter": target.label} if target.label else {}
     caller = caller_of(request)
+    sequences = len(job.prompts) * job.n
+    most = sum(map(len, job.prompts)) + sequences * job.sampling.max_tokens
+    reserve(request, caller, sequences=sequences, tokens=most)
     owner = Owner(caller.tenant_id, caller.tenant)
     meter = services.recorder.open(owner, caller.key_id or "", target.account)
     named = None

@@ -19,7 +19,7 @@ async def require_room(connection: AsyncConnection, tenant: str, name: str, new:
         return
     most = limits.get("max_rank")
     if most is not None and new.max_rank > most:
-        raise QuotaReached("max_rank", most, f"the adapter has rank {new.max_rank}", status=422)
+        raise QuotaReached("max_rank", most, f"the adapter has rank {new.max_rank}")
     most = limits.get("adapters")
     if most is not None:
         others = sa.select(sa.func.count()).where(adapters.c.tenant == tenant, adapters.c.name != name)

@@ -23,8 +23,8 @@ def usage(
 ) -> PageOf[UsageRow]:
     """Sums over whole hours from `start` (30 days before `end`) to `end` (now, exclusive), one row for each combination
     of `group_by`; without any, one row. A date, a datetime or ISO 8601 text; without a zone it is UTC. A tenant's key
-    with the scope "manage" shows its own use, the admin's everybody's, or that of one `tenant`, or by its `tenant_number` of one that has
-    been deleted."""
+    with the scope "manage" shows its own use, the admin's everybody's, or that of one `tenant`. `tenant_number`
+    means a deleted one too."""
     return pages("/v1/usage", UsageRow.read, limit=PAGE, **_query(start, end, group_by, tenant, tenant_number))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from service.limits import PROCESSES, WINDOW, Limiter, LimitReached, TenantLimits
+from service.limits import PROCESSES, RETRY_RUNNING_S, WINDOW, Limiter, LimitReached, TenantLimits
 
 from .inference_helpers import ROOT
 
@@ -25,9 +25,13 @@ admitted = 0
 for _ in range(int(sys.argv[4])):
     try:
         limiter.begin(7, limits)
+    except LimitReached:
+        continue
+    try:
+        limiter.reserve(7, limits, sequences=1, tokens=5)
         admitted += 1
     except LimitReached:
-        pass
+        limiter.end(7, 0)
 print(admitted, flush=True)
 sys.stdin.readline()
 """
@@ -71,9 +75,11 @@ def admitted(started: subprocess.Popen[str]) -> int:
     return int(started.stdout.readline())
 
 
-@pytest.mark.parametrize("limit", ["requests_per_minute", "concurrent_requests"])
-def test_processes_together_admit_exactly_the_limit(tmp_path: Path, limit: str) -> None:
-    processes = [process(tmp_path, limit, 1000, 600) for _ in range(3)]
+@pytest.mark.parametrize(
+    ("limit", "value"), [("requests_per_minute", 1000), ("concurrent_requests", 1000), ("tokens_per_minute", 5004)]
+)
+def test_processes_together_admit_exactly_the_limit(tmp_path: Path, limit: str, value: int) -> None:
+    processes = [process(tmp_path, limit, value, 600) for _ in range(3)]
     try:
         for each in processes:
             go(each)
@@ -96,12 +102,14 @@ def test_what_a_killed_process_was_running_is_taken_off(tmp_path: Path) -> None:
     with pytest.raises(LimitReached) as caught:
         limiter.begin(7, limits)
     assert (caught.value.name, caught.value.limit) == ("concurrent_requests", 5)
+    assert limiter.used(7)["tokens_reserved"] == 25
     dead.kill()
     dead.wait()
     for _ in range(5):
         limiter.begin(7, limits)
     with pytest.raises(LimitReached):
         limiter.begin(7, limits)
+    assert limiter.used(7)["tokens_reserved"] == 0
     # And a process that takes the dead one's place begins with nothing.
     limiter.close()
     again = Limiter(tmp_path, lambda: 1000.5)
@@ -148,20 +156,46 @@ def test_retry_after_is_when_there_is_room_and_not_before(limiter: Limiter, cloc
     limiter.begin(1, limits)
 
 
-def test_tokens_are_charged_at_the_end(limiter: Limiter, clock: Clock) -> None:
+def test_tokens_are_reserved_and_given_back(limiter: Limiter, clock: Clock) -> None:
     limits = TenantLimits(tokens_per_minute=100)
-    limiter.begin(3, limits)
-    limiter.begin(3, limits)
-    limiter.end(3, 99)
-    limiter.begin(3, limits)  # still below
-    limiter.end(3, 50)
-    with pytest.raises(LimitReached) as refused:
+    for _ in range(3):
         limiter.begin(3, limits)
-    assert refused.value.name == "tokens_per_minute"
-    assert limiter.used(3) == {"requests_per_minute": 3, "tokens_per_minute": 149, "concurrent_requests": 1}
-    clock.now += WINDOW
+    limiter.reserve(3, limits, sequences=1, tokens=60)
+    with pytest.raises(LimitReached) as refused:
+        limiter.reserve(3, limits, sequences=1, tokens=41)
+    assert (refused.value.name, refused.value.retry_after_s) == ("tokens_per_minute", RETRY_RUNNING_S)
+    limiter.reserve(3, limits, sequences=2, tokens=40)
+    with pytest.raises(LimitReached):  # nothing is left: it is not even read
+        limiter.begin(3, limits)
+    assert limiter.used(3) == {
+        "requests_per_minute": 3, "tokens_per_minute": 0, "tokens_reserved": 100, "concurrent_requests": 4,
+    }  # fmt: skip
+    limiter.end(3, 10, sequences=1, reserved=60)
+    limiter.end(3, 40, sequences=2, reserved=40)
+    limiter.end(3, 0)  # one that was refused
+    assert limiter.used(3) == {
+        "requests_per_minute": 3, "tokens_per_minute": 50, "tokens_reserved": 0, "concurrent_requests": 0,
+    }  # fmt: skip
     limiter.begin(3, limits)
-    assert limiter.used(3) == {"requests_per_minute": 1, "tokens_per_minute": 0, "concurrent_requests": 2}
+    clock.now += 1
+    with pytest.raises(LimitReached) as refused:
+        limiter.reserve(3, limits, sequences=1, tokens=51)
+    assert refused.value.retry_after_s == WINDOW - 1  # used, so that it has to leave the window
+    clock.now += WINDOW - 1
+    limiter.reserve(3, limits, sequences=1, tokens=51)
+
+
+def test_what_is_larger_than_a_limit_never_fits(limiter: Limiter) -> None:
+    for limits, name in (
+        (TenantLimits(tokens_per_minute=100, concurrent_requests=9), "tokens_per_minute"),
+        (TenantLimits(concurrent_requests=1), "concurrent_requests"),
+    ):
+        limiter.begin(4, limits)
+        with pytest.raises(LimitReached) as refused:
+            limiter.reserve(4, limits, sequences=2, tokens=101)
+        assert (refused.value.name, refused.value.retry_after_s) == (name, None)
+        limiter.end(4, 0)
+        assert limiter.used(4)["concurrent_requests"] == limiter.used(4)["tokens_reserved"] == 0
 
 
 def test_tenants_do_not_share_counters(limiter: Limiter) -> None:

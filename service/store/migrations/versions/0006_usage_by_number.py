@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import sqlalchemy as sa
 from alembic import op
 
@@ -30,9 +32,11 @@ def _name(length: int) -> sa.types.TypeEngine[str]:
     return sa.String(length).with_variant(sa.String(length, collation="C"), "postgresql")
 
 
-def _counts() -> list[sa.Column[float]]:
-    kinds = {"first_token_ms": sa.Float, "byte_hours": sa.Float}
-    return [sa.Column(name, kinds.get(name, sa.BigInteger), nullable=False) for name in COUNTS.split(", ")]
+def _counts() -> list[sa.Column[Any]]:
+    def kind(name: str) -> sa.types.TypeEngine[Any]:
+        return sa.Float() if name in ("first_token_ms", "byte_hours") else sa.BigInteger()
+
+    return [sa.Column(name, kind(name), nullable=False) for name in COUNTS.split(", ")]
 
 
 def upgrade() -> None:
