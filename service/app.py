@@ -27,6 +27,7 @@ from service.limits import Limiter
 from service.merges import Merges
 from service.metrics import Metrics
 from service.settings import Settings
+from service.store.audit import AuditLog
 from service.store.catalogue import Catalogue
 from service.store.tenants import Tenants
 from service.store.usage import UsageTable
@@ -77,6 +78,7 @@ def create_app(settings: Settings) -> FastAPI:
         adapters.router,
         merges.router,
         with_tenants,
+        tenants.audit_router,
         usage.router,
         prompts.router,
         health.router,
@@ -124,7 +126,7 @@ async def _open(app: FastAPI, settings: Settings, stack: AsyncExitStack) -> None
     await library.recover()
 
     if settings.multi_tenant:
-        rows = Tenants(catalogue.database, settings.audit_days)
+        rows = Tenants(catalogue.database)
         keyring = Keyring(rows, settings.admin_key.get_secret_value())
         keyring.start()
         stack.push_async_callback(keyring.close)
@@ -135,6 +137,7 @@ async def _open(app: FastAPI, settings: Settings, stack: AsyncExitStack) -> None
             await leases.start()
             stack.push_async_callback(leases.close)
         app.state.guards = Guards(keyring, limiter, rows)
+    app.state.audit = AuditLog(catalogue.database, settings.audit_days)
     app.state.library = library
     app.state.merges = Merges(library, workers, settings)
     table = UsageTable(catalogue.database, settings.usage_days)

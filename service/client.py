@@ -122,6 +122,7 @@ class Keys(SyncPart):
     create = call(tenants.create_key)
     list = listing(tenants.keys)
     get = call(tenants.get_key)
+    update = call(tenants.update_key)
     delete = call(tenants.delete_key)
 
 
@@ -226,6 +227,7 @@ class AsyncKeys(AsyncPart):
     create = acall(tenants.create_key)
     list = alisting(tenants.keys)
     get = acall(tenants.get_key)
+    update = acall(tenants.update_key)
     delete = acall(tenants.delete_key)
 
 

@@ -18,14 +18,28 @@ from fastapi.routing import APIRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service import log
-from service.api.errors import ApiError, as_api_error, shown
-from service.api.keyring import ADMIN, SINGLE_USER, Caller, Keyring
+from service.api.errors import ApiError, as_api_error, shown, status_of
+from service.api.keyring import ADMIN, OPERATOR, SINGLE_USER, Caller, Keyring
 from service.limits import Limiter, LimitReached
+from service.store.audit import AuditLog
 from service.store.errors import CatalogueError
 from service.store.tables import DEFAULT_TENANT
 from service.store.tenants import SCOPES, Tenants
 
-__all__ = ["SINGLE_USER", "Caller", "CallerDep", "Gate", "Guards", "Route", "Rule", "allow", "caller_of", "limit_error"]
+__all__ = [
+    "SINGLE_USER",
+    "Caller",
+    "CallerDep",
+    "Gate",
+    "Guards",
+    "Route",
+    "Rule",
+    "about",
+    "allow",
+    "caller_of",
+    "limit_error",
+    "reserve",
+]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -129,7 +143,7 @@ class Gate:
         finally:
             if state.get("metered"):
                 used = (state.get("prompt_tokens") or 0) + (state.get("completion_tokens") or 0)
-                guards.limiter.end(caller.tenant_id, used)
+                guards.limiter.end(caller.tenant_id, used, **state.get("reserved", {}))
 
 
 def _authorization(scope: Scope) -> str | None:
@@ -161,24 +175,25 @@ class Route(APIRoute):
         changes = bool((self.methods or set()) - {"GET", "HEAD"}) and not rule.metered
 
         async def handle(request: Request) -> Response:
-            caller: Caller | None = request.scope["state"].get("caller")
+            if changes and not rule.open:
+                return await _audited(lambda: judge(request), self.name, request)
+            return await judge(request)
+
+        async def judge(request: Request) -> Response:
+            """Asks the rule, then the route."""
+            state = request.scope["state"]
+            caller: Caller | None = state.get("caller")
             if caller is None:
                 _only_user(request)
-            if caller is None or rule.open:
-                return await handler(request)
-            guards: Guards = request.app.state.guards
-            _require(caller, rule)
-            if rule.metered:
-                _admit(guards.limiter, caller, request.scope["state"])
-            if not changes:
-                return await handler(request)
-            if caller.namespace != caller.tenant:
-                message = f"What belongs to tenant {caller.namespace!r} cannot be changed with a key of another one."
-                raise ApiError(403, message, code="not_your_tenant", param="tenant")
-            response = await handler(request)
-            if response.status_code < 400:
-                await _audit(guards.tenants, caller, self.name, request, response.status_code)
-            return response
+            elif not rule.open:
+                _require(caller, rule)
+                if rule.metered:
+                    _admit(request.app.state.guards.limiter, caller, state)
+                if changes and caller.namespace != caller.tenant:
+                    whose = f"What belongs to tenant {caller.namespace!r}"
+                    message = f"{whose} cannot be changed with a key of another one."
+                    raise ApiError(403, message, code="not_your_tenant", param="tenant")
+            return await handler(request)
 
         return handle
 
@@ -208,6 +223,25 @@ def _admit(limiter: Limiter, caller: Caller, state: dict[str, Any]) -> None:
     state["metered"] = True
 
 
+def reserve(request: Request, caller: Caller, *, sequences: int, tokens: int) -> None:
+    """What a metered request takes of its tenant's limits, once it is known: how many answers are computed at once, and
+    the tokens of prompts and answers that it may use at most. Raises ApiError 429, 413 for what alone is more than the
+    limit."""
+    state = request.scope["state"]
+    if not state.get("metered") or (caller.limits.tokens_per_minute is None and sequences == 1):
+        return
+    limiter: Limiter = request.app.state.guards.limiter
+    try:
+        limiter.reserve(caller.tenant_id, caller.limits, sequences=sequences, tokens=tokens)
+    except LimitReached as full:
+        of = {"concurrent_requests": f"{sequences} answers at once (prompts x n)"}
+        what = of.get(full.name, f"up to {tokens} tokens (prompts, and max_tokens for each answer)")
+        status = 413 if full.retry_after_s is None else 429
+        detail = f"; the request needs {what}"
+        raise limit_error(status, caller, full.name, full.limit, detail, retry_after_s=full.retry_after_s) from None
+    state["reserved"] = {"sequences": sequences, "reserved": tokens}
+
+
 def limit_error(
     status: int, caller: Caller, name: str, limit: int, detail: str = "", *, retry_after_s: float | None = None
 ) -> ApiError:
@@ -216,9 +250,33 @@ def limit_error(
     return ApiError(status, message, code="limit_exceeded", param=name, retry_after_s=retry_after_s)
 
 
-async def _audit(tenants: Tenants, caller: Caller, action: str, request: Request, status: int) -> None:
-    """Before the answer: what was answered is in the log, also if the process is killed."""
+async def _audited(work: Callable[[], Coroutine[Any, Any, Response]], action: str, request: Request) -> Response:
+    """An action that would change something, in the audit log before it is begun, and completed there before the
+    answer: refused ones too, and those of whoever may not do them. Raises CatalogueUnavailable, and nothing is done,
+    where it cannot be entered."""
+    audit: AuditLog = request.app.state.audit
     state = request.scope["state"]
-    target = state.get("target") or " ".join(str(value) for value in request.path_params.values())
-    log.get("service.audit").info("management action", action=action, actor=caller.actor, target=target, status=status)
-    await tenants.record(caller.actor, caller.tenant, action, target, status, state["request_id"])
+    caller = caller_of(request)
+    actor = caller.actor if "caller" in state else OPERATOR
+    where = " ".join(str(value) for value in request.path_params.values())
+    number = state["action"] = await audit.record(actor, caller.tenant, action, where, request_id=state["request_id"])
+    try:
+        response = await work()
+    except Exception as exc:
+        await _completed(audit, number, action, actor, state.get("target") or where, status_of(exc))
+        raise
+    made = response.headers.get("location", "").rpartition("/")[2]
+    await _completed(audit, number, action, actor, state.get("target") or where or made, response.status_code)
+    return response
+
+
+async def _completed(audit: AuditLog, number: int, action: str, actor: str, target: str, status: int) -> None:
+    log.get("service.audit").info("management action", action=action, actor=actor, target=target, status=status)
+    await audit.complete(number, target, status)
+
+
+async def about(request: Request, target: str) -> None:
+    """What an action is about that has it in its body, for the audit log: before anything is done."""
+    state = request.scope["state"]
+    state["target"] = target
+    await request.app.state.audit.about(state["action"], target)

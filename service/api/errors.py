@@ -260,9 +260,18 @@ def _path(location: tuple[int | str, ...] | list[int | str]) -> str:
     return path
 
 
+def _is_gone(exc: Exception) -> bool:
+    return isinstance(exc, ClientGone) or isinstance(exc.__cause__, ClientDisconnect)
+
+
+def status_of(exc: Exception) -> int:
+    """Of the answer to it."""
+    return 499 if _is_gone(exc) else as_api_error(exc).status
+
+
 async def answer(request: Request, exc: Exception) -> Response:
     """The exception handler of the application."""
-    if isinstance(exc, ClientGone) or isinstance(exc.__cause__, ClientDisconnect):
+    if _is_gone(exc):
         return Response(status_code=499)
     error = as_api_error(exc)
     if error.status == 500:

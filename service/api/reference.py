@@ -57,6 +57,7 @@ FAILURES: dict[str, tuple[int, ...]] = {
     "create_key": (*_BODY, 404),
     "list_keys": (400, 404),
     "get_key": _NAMED,
+    "change_key": (*_BODY, 404),
     "delete_key": _NAMED,
     "list_audit": (400,),
     "health": (),
@@ -197,6 +198,7 @@ def examples(base: str) -> dict[str, dict[str, Json]]:
             "A tenant with limits": {"name": "acme", "weight": 2, "limits": {"requests_per_minute": 600}},
         },
         "change_tenant": {"Fewer requests at once": {"limits": {"concurrent_requests": 8}}},
+        "change_key": {"Not now": {"disabled": True}, "Never ends": {"expires_at": None}},
         "create_key": {"For an application": {"scopes": ["infer"], "description": "the web shop"}},
     }  # fmt: skip
 
@@ -264,7 +266,7 @@ def _secure(operation: Json, rule: Rule) -> None:
     operation["security"] = [] if rule.open else [{"key": []}]
     if rule.open:
         return
-    codes = (400, 401, 403, 404, *((422, 429) if rule.metered else ()))
+    codes = (400, 401, 403, 404, *((413, 429) if rule.metered else ()))
     operation["responses"].update({str(code): _failure(code) for code in codes})
     operation["responses"] = dict(sorted(operation["responses"].items()))
     operation["parameters"].append({

@@ -1,4 +1,4 @@
-"""/v1/tenants and /v1/audit, for the admin key: who may use the server, with which keys, and how much of it."""
+"""/v1/tenants, for the admin key: who may use the server, with which keys, and how much of it. And /v1/audit."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from fastapi.responses import JSONResponse
 from pydantic import Field, StrictBool, StrictInt, StrictStr
 
 from service.api.adapters import Lib, Limit, _list_json
-from service.api.auth import Guards, Route, allow
+from service.api.auth import Guards, Route, about, allow
 from service.api.errors import ApiError, shown
 from service.api.merges import MergesDep
 from service.api.schemas import Strict
 from service.limits import LIMITS
+from service.store.audit import BEGUN, Action, AuditLog
 from service.store.names import NAME_RULE, valid_name
-from service.store.tenants import Action, Key, Tenant
+from service.store.tenants import Key, Tenant
 
 router = APIRouter(tags=["tenants"], route_class=Route)
 
@@ -31,9 +32,10 @@ class LimitsPatch(Strict):
     requests_per_minute: _Limit = None
     """Inference requests; 429."""
     tokens_per_minute: _Limit = None
-    """Tokens of prompts and answers, charged when a request ends; 429 while those of the last minute reach it."""
+    """Tokens of prompts and answers. What a request may use at most is reserved when it begins, and what it has not
+    used is given back when it ends; 429, and 413 for one that alone may use more."""
     concurrent_requests: _Limit = None
-    """Inference requests being answered; 429."""
+    """Answers being computed: a request counts as its prompts times its n. 429, and 413 for one that alone is more."""
     adapters: _Limit = None
     """413."""
     stored_bytes: _Limit = None
@@ -41,9 +43,9 @@ class LimitsPatch(Strict):
     resident_bytes: _Limit = None
     """Of the tenant's adapters on the device: others leave for those that are called; 413 for what is larger alone."""
     max_rank: _Limit = None
-    """Of an adapter; 422."""
+    """Of an adapter; 413."""
     max_tokens: _Limit = None
-    """Of one answer; 422 where more is asked for."""
+    """Of one answer; 413 where more is asked for."""
 
     def given(self) -> dict[str, int | None]:
         return {name: getattr(self, name) for name in LIMITS if name in self.model_fields_set}
@@ -67,12 +69,25 @@ class TenantPatch(Strict):
     """Its keys are refused with 403; what it has is kept, and requests that run end as they would."""
 
 
+_Expiry = Annotated[StrictInt, Field(ge=1, lt=2**53)] | None
+
+
 class KeyCreate(Strict):
     """POST /v1/tenants/{tenant}/keys."""
 
     scopes: list[Literal["infer", "upload", "manage"]] = Field(min_length=1, max_length=3)
-    expires_at: Annotated[StrictInt, Field(ge=1, lt=2**53)] | None = None
+    expires_at: _Expiry = None
     """Seconds since 1970."""
+    description: StrictStr = Field("", max_length=1024)
+
+
+class KeyPatch(Strict):
+    """PATCH /v1/tenants/{tenant}/keys/{key}; what is not given stays."""
+
+    disabled: StrictBool = False
+    """It is refused with 401 until it is enabled again."""
+    expires_at: _Expiry = None
+    """Seconds since 1970; null: never."""
     description: StrictStr = Field("", max_length=1024)
 
 
@@ -103,6 +118,7 @@ def _key_json(key: Key) -> dict[str, Any]:
         "object": "tenant.key",
         "scopes": list(key.scopes),
         "description": key.description,
+        "disabled": key.disabled,
         "created": key.created_at,
         "expires_at": key.expires_at,
         "last_used_at": key.last_used_at,
@@ -118,9 +134,16 @@ def _action_json(action: Action) -> dict[str, Any]:
         "tenant": action.tenant,
         "action": action.action,
         "target": action.target,
-        "status": action.status,
+        "state": _state(action.status),
+        "status": None if action.status == BEGUN else action.status,
         "request_id": action.request_id,
     }
+
+
+def _state(status: int) -> str:
+    if status == BEGUN:
+        return "begun"
+    return "done" if status < 400 else "refused" if status < 500 else "failed"
 
 
 @router.post("/v1/tenants", status_code=201)
@@ -131,7 +154,7 @@ async def create_tenant(request: Request, body: TenantCreate, guards: GuardsDep)
         message = f"A tenant's name is {NAME_RULE} (value {shown(body.name)})."
         raise ApiError(400, message, code="invalid_name", param="name")
     limits = {name: value for name, value in body.limits.given().items() if value is not None}
-    request.scope["state"]["target"] = body.name
+    await about(request, body.name)
     tenant = await guards.tenants.create(body.name, body.weight, limits)
     guards.keyring.forget()
     return JSONResponse(_tenant_json(tenant), 201, {"Location": f"/v1/tenants/{tenant.id}"})
@@ -187,9 +210,7 @@ async def delete_tenant(tenant: str, guards: GuardsDep, library: Lib, merges: Me
 async def create_key(request: Request, tenant: str, body: KeyCreate, guards: GuardsDep) -> Response:
     """A new key. This answer is the only one that shows it. Others stay valid, so that keys can be exchanged while
     requests come."""
-    if body.expires_at is not None and body.expires_at <= time.time():
-        message = f"'expires_at' should be in the future (value {body.expires_at})."
-        raise ApiError(400, message, code="invalid_expiry", param="expires_at")
+    _require_future(body.expires_at)
     key, text = await guards.tenants.create_key(tenant, body.scopes, body.expires_at, body.description)
     request.scope["state"]["target"] = f"{tenant} {key.id}"
     location = f"/v1/tenants/{tenant}/keys/{key.id}"
@@ -212,6 +233,23 @@ async def get_key(tenant: str, key: str, guards: GuardsDep) -> dict[str, Any]:
     return _key_json(await guards.tenants.get_key(tenant, key))
 
 
+def _require_future(expires_at: int | None) -> None:
+    """Raises ApiError 400."""
+    if expires_at is not None and expires_at <= time.time():
+        message = f"'expires_at' should be in the future (value {expires_at})."
+        raise ApiError(400, message, code="invalid_expiry", param="expires_at")
+
+
+@router.patch("/v1/tenants/{tenant}/keys/{key}")
+@allow("admin")
+async def change_key(tenant: str, key: str, body: KeyPatch, guards: GuardsDep) -> dict[str, Any]:
+    """Disables a key or enables it again, and changes when it expires: within a second everywhere, here at once."""
+    _require_future(body.expires_at)
+    changed = await guards.tenants.change_key(tenant, key, body.model_dump(exclude_unset=True))
+    guards.keyring.forget()
+    return _key_json(changed)
+
+
 @router.delete("/v1/tenants/{tenant}/keys/{key}")
 @allow("admin")
 async def delete_key(tenant: str, key: str, guards: GuardsDep) -> dict[str, Any]:
@@ -221,16 +259,22 @@ async def delete_key(tenant: str, key: str, guards: GuardsDep) -> dict[str, Any]
     return {"id": key, "object": "tenant.key", "deleted": True}
 
 
-@router.get("/v1/audit")
+audit_router = APIRouter(tags=["audit"], route_class=Route)
+
+
+@audit_router.get("/v1/audit")
 @allow("admin")
 async def list_audit(
-    guards: GuardsDep,
+    request: Request,
     limit: Limit = 20,
     after: Annotated[str | None, Query(pattern="^[0-9]{1,18}$")] = None,
     tenant_id: str | None = None,
 ) -> dict[str, Any]:
-    """What has been changed by whom, the newest first: uploads, and every management action that succeeded."""
-    page = await guards.tenants.list_actions(limit, None if after is None else int(after), tenant_id)
+    """What has been changed by whom, the newest first: uploads and every other management action, `done`, `refused` or
+    `failed`; one that has only `begun` still runs, or its process ended before its end could be entered. The actor is
+    "admin", the id of a key, or on a server without keys "operator"."""
+    audit: AuditLog = request.app.state.audit
+    page = await audit.list_actions(limit, None if after is None else int(after), tenant_id)
     return _list_json([_action_json(action) for action in page.items], page.has_more)
 
 
@@ -240,7 +284,6 @@ single_user = APIRouter(route_class=Route, include_in_schema=False)
 
 @single_user.api_route("/v1/tenants", methods=["GET", "POST"])
 @single_user.api_route("/v1/tenants/{rest:path}", methods=["GET", "POST", "PATCH", "DELETE"])
-@single_user.api_route("/v1/audit", methods=["GET"])
 @allow("open")
 async def no_tenants() -> Response:
     message = "This server has one user and no tenants: it was started without LORAPLEX_ADMIN_KEY."

@@ -82,8 +82,8 @@ def _tenant_row(tenant: Tenant) -> tuple[str, ...]:
     return tenant.name, f"{tenant.weight:g}", _state(tenant), limits
 
 
-def _state(tenant: Tenant) -> str:
-    return "disabled" if tenant.disabled else "active"
+def _state(what: Tenant | TenantKey) -> str:
+    return "disabled" if what.disabled else "active"
 
 
 @tenants.command()
@@ -156,7 +156,10 @@ def _shown(tenant: Tenant, json: bool) -> None:
 
 @keys.callback()
 def _keys(url: Url = None, key: Key = None) -> None:
-    """List, create and delete the keys of a tenant. Needs the admin key."""
+    """List, create, change and delete the keys of a tenant. Needs the admin key."""
+
+
+KeyId = Annotated[str, typer.Argument(metavar="ID", help="As `loraplex keys list` shows it.", show_default=False)]
 
 
 class Scope(enum.StrEnum):
@@ -168,18 +171,19 @@ class Scope(enum.StrEnum):
 @keys.command("list")
 @administers
 def list_keys(client: Loraplex, tenant: Name, json: Json = False) -> None:
-    """List a tenant's keys, without the secrets. Piped: id, scopes, expiry, last use, description."""
+    """List a tenant's keys, without the secrets. Piped: id, scopes, expiry, last use, description, state."""
     found = client.keys.list(tenant)
     if json:
         write_json([dict(key.raw) for key in found])
         return
-    table(("id", "scopes", "expires", "last used", "description"), _key_rows(found))
+    table(("id", "scopes", "expires", "last used", "description", "state"), _key_rows(found))
 
 
 def _key_rows(found: Iterator[TenantKey]) -> Iterator[tuple[str, ...]]:
     for key in found:
         scopes = ",".join(key.scopes)
-        yield key.id, scopes, moment(key.expires_at) or "never", moment(key.last_used_at) or "never", key.description
+        expires, used = moment(key.expires_at) or "never", moment(key.last_used_at) or "never"
+        yield key.id, scopes, expires, used, key.description, _state(key)
 
 
 @keys.command("create")
@@ -224,12 +228,40 @@ def expiry(text: str, now: datetime) -> datetime:
     return given if given.tzinfo is not None else given.replace(tzinfo=UTC)
 
 
+@keys.command("set")
+@administers
+def set_key(
+    client: Loraplex,
+    tenant: Name,
+    id: KeyId,
+    disable: Annotated[bool, typer.Option("--disable", help="Refuse it until it is enabled again.")] = False,
+    enable: Annotated[bool, typer.Option("--enable", help="Let it in again.")] = False,
+    expires: Annotated[
+        str | None, typer.Option(metavar="WHEN", help="As for `create`, or never.", show_default=False)
+    ] = None,
+    description: Annotated[str | None, typer.Option(help="What it is for.", show_default=False)] = None,
+    json: Json = False,
+) -> None:
+    """Disable a key or enable it, within a second everywhere; change when it expires. What is not given stays."""
+    if disable and enable:
+        raise typer.BadParameter("only one of them", param_hint="--disable, --enable")
+    if not (disable or enable) and expires is None and description is None:
+        raise typer.BadParameter("one of them is needed", param_hint="--disable, --enable, --expires, --description")
+    ends: Any = expires if expires in (None, "never") else expiry(expires, datetime.now(UTC))
+    disabled = disable if disable or enable else None
+    changed = client.keys.update(tenant, id, disabled=disabled, expires_at=ends, description=description)
+    if json:
+        write_json(dict(changed.raw))
+        return
+    line(f"{changed.id}  {_state(changed)}  expires {moment(changed.expires_at) or 'never'}")
+
+
 @keys.command("delete")
 @administers
 def delete_key(
     client: Loraplex,
     tenant: Name,
-    id: Annotated[str, typer.Argument(metavar="ID", help="As `loraplex keys list` shows it.", show_default=False)],
+    id: KeyId,
     yes: Yes = False,
 ) -> None:
     """Delete a key: within a second it is refused everywhere. Asks on a terminal."""

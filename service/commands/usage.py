@@ -74,10 +74,14 @@ def audit(
     limit: Annotated[int, typer.Option(min=1, help="How many.")] = 50,
     json: Json = False,
 ) -> None:
-    """What was changed by whom, the newest first. Needs the admin key. Piped: time, actor, tenant, action, target."""
+    """What was changed by whom, the newest first. Needs the admin key, where there is one. Piped: time, actor, tenant,
+    action, target, state, HTTP status."""
     actions = itertools.islice(client.audit(tenant=tenant), limit)
     if json:
         write_json([dict(action.raw) for action in actions])
         return
-    rows = ((moment(each.at), each.actor, each.tenant, each.action, each.target) for each in actions)
-    table(("time", "actor", "tenant", "action", "target"), rows)
+    rows = (
+        (moment(each.at), each.actor, each.tenant, each.action, each.target, each.state, str(each.status or ""))
+        for each in actions
+    )
+    table(("time", "actor", "tenant", "action", "target", "state", "status"), rows)

@@ -226,6 +226,7 @@ tenant_keys = sa.Table(
     sa.Column("created_at", sa.BigInteger, nullable=False),
     sa.Column("expires_at", sa.BigInteger, nullable=True),
     sa.Column("last_used_at", sa.BigInteger, nullable=True),
+    sa.Column("disabled", sa.Boolean, nullable=False, server_default=sa.false()),
 )
 
 # By name: a grant says nothing about whether there is such a tenant.
@@ -241,11 +242,12 @@ audit = sa.Table(
     metadata,
     sa.Column("number", sa.Integer, primary_key=True, autoincrement=True),
     sa.Column("at", sa.BigInteger, nullable=False),
-    # Id of the key; "admin" for the admin key.
+    # Id of the key; "admin" for the admin key, "operator" for whoever uses a server without keys.
     sa.Column("actor", sa.String(32), nullable=False),
     sa.Column("tenant", sa.String(96), nullable=False),
     sa.Column("action", sa.String(64), nullable=False),
     sa.Column("target", sa.Text, nullable=False),
+    # Of the answer; 0: begun, and not completed (service/store/audit.py).
     sa.Column("status", sa.Integer, nullable=False),
     sa.Column("request_id", sa.String(128), nullable=False),
     sa.Index(None, "tenant", "number"),

@@ -1,4 +1,4 @@
-"""Tenants, their keys and the audit log.
+"""Tenants and their keys.
 
 A key is stored as a salted hash. A fast one: a key's secret has 160 random bits, which nobody guesses however many
 guesses a second he has. bcrypt and its like slow down guesses at what people choose, and would cost each request 50 ms.
@@ -25,7 +25,6 @@ from service.store.tables import (
     DEFAULT_TENANT,
     adapter_grants,
     adapters,
-    audit,
     counters,
     merge_sources,
     merges,
@@ -40,7 +39,6 @@ RESERVED = frozenset({"admin", "all", "everybody", "loraplex", "none", "null", "
 KEY = re.compile(r"lpx_([0-9a-f]{16})_([0-9a-f]{40})")
 """The forms of a key: its id, which is no secret, and its secret."""
 
-DAY_S = 24 * 3600
 _UNKNOWN = ("0" * 32, "0" * 64)  # salt and hash of no key
 
 
@@ -66,6 +64,7 @@ class Key:
     created_at: int
     expires_at: int | None
     last_used_at: int | None
+    disabled: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,23 +77,10 @@ class Credentials:
     expires_at: int | None
     salt: str
     hash: str
+    disabled: bool = False
 
     def matches(self, secret: str) -> bool:
         return hmac.compare_digest(hash_secret(secret, self.salt), self.hash)
-
-
-@dataclass(frozen=True, slots=True)
-class Action:
-    """A line of the audit log."""
-
-    number: int
-    at: int
-    actor: str
-    tenant: str
-    action: str
-    target: str
-    status: int
-    request_id: str
 
 
 def hash_secret(secret: str, salt: str) -> str:
@@ -115,6 +101,7 @@ _CREDENTIALS = (
         tenant_keys.c.expires_at,
         tenant_keys.c.salt,
         tenant_keys.c.hash,
+        tenant_keys.c.disabled.label("key_disabled"),
     )
     .join_from(tenant_keys, tenants, tenant_keys.c.tenant_number == tenants.c.number)
     .where(tenant_keys.c.id == sa.bindparam("key_id"))
@@ -127,17 +114,15 @@ _KEY_COLUMNS = (
     tenant_keys.c.created_at,
     tenant_keys.c.expires_at,
     tenant_keys.c.last_used_at,
+    tenant_keys.c.disabled,
 )
 
 
 class Tenants:
-    """Reads and changes of the rows; every call is one transaction. Lines of the audit log older than `audit_days` are
-    deleted, once a day."""
+    """Reads and changes of the rows; every call is one transaction."""
 
-    def __init__(self, database: Database, audit_days: int) -> None:
+    def __init__(self, database: Database) -> None:
         self._database = database
-        self._audit_days = audit_days
-        self._pruned = -1
 
     # ------------------------------------------------------------ on the way of requests
 
@@ -146,7 +131,10 @@ class Tenants:
             row = (await connection.execute(_CREDENTIALS, {"key_id": key_id})).one_or_none()
         if row is None:
             return None
-        return Credentials(_tenant(row), row.key_id, frozenset(row.scopes.split()), row.expires_at, row.salt, row.hash)
+        scopes = frozenset(row.scopes.split())
+        return Credentials(
+            _tenant(row), row.key_id, scopes, row.expires_at, row.salt, row.hash, disabled=row.key_disabled
+        )
 
     async def note_use(self, used: Mapping[str, int]) -> None:
         """Enters when keys were last used (seconds since 1970, by id)."""
@@ -286,6 +274,20 @@ class Tenants:
             raise KeyNotFound(tenant, key_id)
         return _key(row)
 
+    async def change_key(self, tenant: str, key_id: str, values: Mapping[str, Any]) -> Key:
+        """Sets some of `disabled`, `expires_at` (None: never), `description`. Raises TenantNotFound, KeyNotFound."""
+        async with self._database.write() as connection:
+            row = (await connection.execute(_TENANT, {"tenant": tenant})).one_or_none()
+            if row is None:
+                raise TenantNotFound(tenant)
+            here = sa.and_(tenant_keys.c.tenant_number == row.number, tenant_keys.c.id == key_id)
+            if values:
+                await connection.execute(sa.update(tenant_keys).where(here).values(**values))
+            found = (await connection.execute(sa.select(*_KEY_COLUMNS).where(here))).one_or_none()
+            if found is None:
+                raise KeyNotFound(tenant, key_id)
+            return _key(found)
+
     async def delete_key(self, tenant: str, key_id: str) -> None:
         """Raises TenantNotFound, KeyNotFound."""
         async with self._database.write() as connection:
@@ -296,33 +298,11 @@ class Tenants:
             if (await connection.execute(sa.delete(tenant_keys).where(here))).rowcount == 0:
                 raise KeyNotFound(tenant, key_id)
 
-    # ------------------------------------------------------------ audit
-
-    async def record(self, actor: str, tenant: str, action: str, target: str, status: int, request_id: str) -> None:
-        values = {"actor": actor, "tenant": tenant, "action": action, "target": target, "status": status}
-        now = int(time.time())
-        today = now // DAY_S
-        async with self._database.write() as connection:
-            await connection.execute(sa.insert(audit).values(**values, request_id=request_id, at=now))
-            if today != self._pruned:
-                await connection.execute(sa.delete(audit).where(audit.c.at < now - self._audit_days * DAY_S))
-        self._pruned = today
-
-    async def list_actions(self, limit: int, before: int | None, tenant: str | None) -> Page[Action]:
-        """The newest first, those older than the number `before`."""
-        statement = sa.select(audit).order_by(audit.c.number.desc()).limit(limit + 1)
-        if before is not None:
-            statement = statement.where(audit.c.number < before)
-        if tenant is not None:
-            statement = statement.where(audit.c.tenant == tenant)
-        async with self._database.read() as connection:
-            rows = (await connection.execute(statement)).all()
-        return Page([Action(**row._mapping) for row in rows[:limit]], len(rows) > limit)
-
 
 def _tenant(row: sa.Row[Any]) -> Tenant:
     return Tenant(row.number, row.id, row.weight, row.limits, row.disabled, row.created_at)
 
 
 def _key(row: Any) -> Key:
-    return Key(row.id, tuple(row.scopes.split()), row.description, row.created_at, row.expires_at, row.last_used_at)
+    scopes = tuple(row.scopes.split())
+    return Key(row.id, scopes, row.description, row.created_at, row.expires_at, row.last_used_at, row.disabled)

@@ -36,6 +36,7 @@ class TenantKey(Record):
     created: float | None = None
     expires_at: float | None = None
     last_used_at: float | None = None
+    disabled: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +74,9 @@ class UsageRow(Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuditAction(Record):
-    """`actor` ("admin", or a key's id) has done `action` to `target` of `tenant`; `at`: seconds since 1970."""
+    """`actor` ("admin", a key's id, or "operator" on a server without keys) has asked for `action` on `target` of
+    `tenant`; `at`: seconds since 1970. `state`: "done", "refused" or "failed" with that HTTP `status`; "begun" where
+    there was none (yet)."""
 
     id: str
     at: float
@@ -81,5 +84,6 @@ class AuditAction(Record):
     tenant: str
     action: str
     target: str
-    status: int
+    state: str = "done"
+    status: int | None = None
     request_id: str | None = None

@@ -1,10 +1,10 @@
-"""/v1/tenants, their keys, and /v1/audit. All of it needs the admin key."""
+"""/v1/tenants, their keys, and /v1/audit. All of it needs the admin key, where there is one."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 
 from service.wire.adapters import PAGE, at
 from service.wire.flows import Flow, PageOf, json_of, pages
@@ -82,6 +82,23 @@ def keys(tenant: str) -> PageOf[TenantKey]:
 def get_key(tenant: str, id: str) -> Flow[TenantKey]:
     """One key by its id: the part between the two `_` of a key."""
     return TenantKey.read((yield from json_of("GET", at(tenant, "keys", id, root=_ROOT))))
+
+
+def update_key(
+    tenant: str,
+    id: str,
+    *,
+    disabled: bool | None = None,
+    expires_at: datetime | int | Literal["never"] | None = None,
+    description: str | None = None,
+) -> Flow[TenantKey]:
+    """Changes what is given, within a second everywhere. A disabled key is refused until it is enabled again."""
+    if isinstance(expires_at, datetime):
+        expires_at = int(expires_at.timestamp())
+    body = _given(disabled=disabled, expires_at=expires_at, description=description)
+    if expires_at == "never":
+        body["expires_at"] = None
+    return TenantKey.read((yield from json_of("PATCH", at(tenant, "keys", id, root=_ROOT), json=body)))
 
 
 def delete_key(tenant: str, id: str) -> Flow[None]:

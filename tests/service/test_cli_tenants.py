@@ -87,13 +87,18 @@ def test_keys(cli: Run, tenants: TenantServer) -> None:
     assert re.fullmatch(r"lpx_[0-9a-f]{16}_[0-9a-f]{40}", key)  # and nothing else: KEY=$(loraplex keys create ...)
     identity = key.split("_")[1]
     (row,) = rows(cli("keys", "list", name))
-    assert (row[:2], row[3:]) == ([identity, "infer,upload"], ["never", "ci"])
+    assert (row[:2], row[3:]) == ([identity, "infer,upload"], ["never", "ci", "active"])
     (as_json,) = json.loads(cli("keys", "list", name, "--json").stdout)
     assert abs(as_json["expires_at"] - as_json["created"] - 2 * 86400) < 60
     assert cli("list", key=key).exit_code == 0
     refused = cli("tenants", key=key)
     assert (refused.exit_code, refused.stdout) == (1, "")
     assert "hint: LORAPLEX_KEY (or --key) has to be the admin key here" in refused.stderr
+    off = cli("keys", "set", name, identity, "--disable", "--expires", "never")
+    assert (off.exit_code, off.stdout) == (0, f"{identity}  disabled  expires never\n")
+    assert cli("list", key=key).exit_code == 1
+    assert json.loads(cli("keys", "set", name, identity, "--enable", "--json").stdout)["disabled"] is False
+    assert cli("list", key=key).exit_code == 0
     assert "key" in json.loads(cli("keys", "create", name, "--scope", "manage", "--json").stdout)
     assert cli("keys", "delete", name, identity).stdout == f"{identity}  deleted\n"
     assert cli("keys", "delete", name, identity, "--yes").exit_code == 1
@@ -105,10 +110,10 @@ def test_keys(cli: Run, tenants: TenantServer) -> None:
     assert on_terminal.finish() == 0
     assert "it is not shown again" in on_terminal.text
 
-    audit = rows(cli("audit", "--limit", "4"))
-    assert len(audit) == 4
-    assert [each[3] for each in audit] == ["create_key", "delete_key", "create_key", "create_key"]
-    assert audit[1][1:] == ["admin", "default", "delete_key", f"{name} {identity}"]
+    audit = rows(cli("audit", "--limit", "5"))
+    assert [each[3] for each in audit] == ["create_key", "delete_key", "delete_key", "create_key", "change_key"]
+    assert audit[2][1:] == ["admin", "default", "delete_key", f"{name} {identity}", "done", "200"]
+    assert audit[1][4:] == [f"{name} {identity}", "refused", "404"]
     assert json.loads(cli("audit", "--tenant", name, "--json").stdout) == []
 
 
@@ -175,6 +180,8 @@ def test_usage(cli: Run, tenants: TenantServer) -> None:
         (["keys", "create", "a", "--scope", "all"], "all"),
         (["keys", "create", "a", "--scope", "infer", "--expires", "soon"], "is not like 90d"),
         (["keys", "list"], "TENANT"),
+        (["keys", "set", "a", "b"], "--disable"),
+        (["keys", "set", "a", "b", "--disable", "--enable"], "only one"),
         (["share", "a", "--public", "--private"], "only one of them"),
         (["share", "a", "--with", "b", "--public"], "only one of them"),
         (["usage", "--csv", "--json"], "only one of them"),
@@ -189,7 +196,7 @@ def test_wrong_usage_is_2(cli: Run, arguments: list[str], message: str) -> None:
 
 def test_a_server_with_one_user_says_so(monkeypatch: pytest.MonkeyPatch, server: Any, adapters: dict[str, str]) -> None:
     monkeypatch.setenv("LORAPLEX_URL", server.url)
-    for command in (["tenants"], ["keys", "list", "a"], ["audit"]):
+    for command in (["tenants"], ["keys", "list", "a"]):
         done = CliRunner().invoke(app, command)
         assert (done.exit_code, done.stdout) == (1, "")
         assert "has one user and no tenants" in done.stderr

@@ -85,12 +85,21 @@ def test_keys(connect: Connect, tenants: TenantServer) -> None:
     assert disabled.value.code == "tenant_disabled"
     admin.do(admin.client.tenants.update(name, disabled=False))
     assert member.do(member.client.base_model()) == BASE
+    assert admin.do(keys.update(name, made.id, disabled=True, description="off")).disabled
+    with pytest.raises(api.Unauthorized) as off:
+        member.do(member.client.base_model())
+    assert off.value.code == "key_disabled"
+    changed = admin.do(keys.update(name, made.id, disabled=False, expires_at="never"))
+    assert (changed.disabled, changed.expires_at, changed.description) == (False, None, "off")
+    assert admin.do(keys.update(name, made.id, expires_at=later)).expires_at == int(later.timestamp())
+    assert member.do(member.client.base_model()) == BASE
     admin.do(keys.delete(name, made.id))
     with pytest.raises(api.Unauthorized):
         member.do(member.client.base_model())
     with pytest.raises(api.NotFound):
         admin.do(keys.delete(name, made.id))
-    first, second = (action for action, _ in zip(admin.all(admin.client.audit()), range(2), strict=False))
+    third, first, second = (action for action, _ in zip(admin.all(admin.client.audit()), range(3), strict=False))
+    assert (third.action, third.state, third.status) == ("delete_key", "refused", 404)
     assert (first.actor, first.action, first.target) == ("admin", "delete_key", f"{name} {made.id}")
     assert (second.action, second.target) == ("change_tenant", name)
     assert admin.all(admin.client.audit(tenant=name)) == []  # the admin did it all

@@ -44,6 +44,9 @@ class Cast:
         self.expired = server.key("alpha", expires_at=expires_at)
         self.deleted = server.key("alpha")
         assert server.http.delete(f"/v1/tenants/alpha/keys/{key_id(self.deleted)}").status_code == 200
+        self.off = server.key("alpha")
+        path = f"/v1/tenants/alpha/keys/{key_id(self.off)}"
+        assert server.http.patch(path, json={"disabled": True}).status_code == 200
         self.disabled = server.key(server.tenant("disabled"))
         assert server.http.patch("/v1/tenants/disabled", json={"disabled": True}).status_code == 200
         self.orphan = server.key(server.tenant("orphan"))
@@ -75,6 +78,7 @@ class Cast:
             "known id, other secret": (bearer(other_secret), 401, "invalid_key"),
             "almost the admin's": (bearer(ADMIN + "x"), 401, "invalid_key"),
             "expired": (bearer(self.expired), 401, "key_expired"),
+            "disabled": (bearer(self.off), 401, "key_disabled"),
             "deleted": (bearer(self.deleted), 401, "invalid_key"),
             "of a deleted tenant": (bearer(self.orphan), 401, "invalid_key"),
             "of a disabled tenant": (bearer(self.disabled), 403, "tenant_disabled"),
@@ -152,7 +156,7 @@ def test_wrong_callers_times_every_endpoint(cast: Cast, operations: list[tuple[s
                 assert answer.headers["www-authenticate"] == "Bearer"
                 assert SECRET not in answer.text
     print(f"{tried} wrong calls")
-    assert tried >= 35 * 18
+    assert tried >= 36 * 19
 
 
 def test_a_wrong_scope_at_every_endpoint(cast: Cast, operations: list[tuple[str, str, dict[str, Any]]]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import sqlite3
 import threading
 import time
 from collections.abc import Iterator
@@ -11,9 +13,11 @@ from typing import Any
 
 import httpx
 import pytest
+import sqlalchemy as sa
 
+from service.store.audit import BEGUN, DAY_S, AuditLog
 from service.store.database import Database, sqlite_url
-from service.store.tenants import DAY_S, KEY, Tenants
+from service.store.tenants import KEY
 from tests.real_parts import Postgres
 
 from .inference_helpers import BASE, InferenceServer
@@ -46,7 +50,7 @@ def stored(request: pytest.FixtureRequest) -> TenantServer:
 
 def test_a_server_without_an_admin_key_has_one_user(server: InferenceServer) -> None:
     assert server.http.get("/v1/models").status_code == 200
-    for method, path in (("GET", "/v1/tenants"), ("POST", "/v1/tenants/x/keys"), ("GET", "/v1/audit")):
+    for method, path in (("GET", "/v1/tenants"), ("POST", "/v1/tenants/x/keys")):
         answer = server.http.request(method, path)
         assert (answer.status_code, answer.json()["error"]["code"]) == (404, "single_user")
         assert "LORAPLEX_ADMIN_KEY" in answer.text
@@ -234,6 +238,35 @@ def test_what_no_key_can_be(tenants: TenantServer, body: dict[str, Any], param: 
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
 
 
+def test_a_key_is_disabled_and_enabled(stored: TenantServer) -> None:
+    tenant = stored.tenant()
+    key = stored.key(tenant)
+    path = f"/v1/tenants/{tenant}/keys/{key_id(key)}"
+
+    def asked() -> tuple[int, str | None]:
+        answer = stored.bare.get("/v1/models", headers={"Authorization": f"Bearer {key}"})
+        return answer.status_code, None if answer.status_code == 200 else answer.json()["error"]["code"]
+
+    for _ in range(2):
+        assert stored.http.patch(path, json={"disabled": True}).json()["disabled"] is True
+        assert asked() == (401, "key_disabled")
+        assert stored.http.get(path).json()["disabled"] is True
+        assert stored.http.patch(path, json={"disabled": False, "description": "again"}).status_code == 200
+        assert asked() == (200, None)
+    soon = int(time.time()) + 2
+    changed = stored.http.patch(path, json={"expires_at": soon}).json()
+    assert (changed["expires_at"], changed["description"], changed["disabled"]) == (soon, "again", False)
+    wait_for(lambda: asked() == (401, "key_expired"))
+    assert stored.http.patch(path, json={"expires_at": None}).json()["expires_at"] is None
+    assert asked() == (200, None)
+    assert stored.http.patch(path, json={}).json() == stored.http.get(path).json()
+    assert stored.http.patch(path, json={"expires_at": 1}).status_code == 400
+    assert stored.http.patch(path, json={"scopes": ["infer"]}).status_code == 400
+    assert stored.http.patch(f"/v1/tenants/{tenant}/keys/0123456789abcdef", json={}).status_code == 404
+    assert stored.http.patch(f"/v1/tenants/default/keys/{key_id(key)}", json={"disabled": True}).status_code == 404
+    assert asked() == (200, None)
+
+
 def test_what_one_process_revokes_another_refuses_within_a_second(tenants: TenantServer) -> None:
     """Keys, disabled tenants and new limits; rows are read again once they are a second old."""
     with tenants.another_process() as url:
@@ -391,13 +424,96 @@ def test_requests_and_tokens_per_minute(tenants: TenantServer) -> None:
         tenants.http.patch(f"/v1/tenants/{tenant}", json={"limits": {"requests_per_minute": 4}})
         assert complete(client, BASE).status_code == 200
         refused(complete(client, BASE), 429, "requests_per_minute")
-    with tenants.member(limits={"tokens_per_minute": 40}) as (tenant, client):
+
+
+def chat(client: httpx.Client, **fields: Any) -> httpx.Response:
+    body = {"model": BASE, "messages": [{"role": "user", "content": "x"}], "ignore_eos": True, **fields}
+    return client.post("/v1/chat/completions", json=body)
+
+
+def used(server: TenantServer, tenant: str) -> dict[str, int]:
+    found: dict[str, int] = server.http.get(f"/v1/tenants/{tenant}").json()["used"]
+    return found
+
+
+def test_tokens_per_minute(tenants: TenantServer) -> None:
+    with tenants.member(limits={"tokens_per_minute": 80}) as (tenant, client):
         usage = complete(client, BASE, prompt=[5] * 30, max_tokens=9, ignore_eos=True).json()["usage"]
         assert usage["total_tokens"] == 39
-        wait_for(lambda: tenants.http.get(f"/v1/tenants/{tenant}").json()["used"]["tokens_per_minute"] == 39)
-        assert complete(client, BASE, stream=True).status_code == 200
-        wait_for(lambda: tenants.http.get(f"/v1/tenants/{tenant}").json()["used"]["tokens_per_minute"] > 40)
-        refused(complete(client, BASE), 429, "tokens_per_minute")
+        wait_for(lambda: used(tenants, tenant)["tokens_per_minute"] == 39)
+        for more in ({"max_tokens": 12}, {"max_tokens": 6, "n": 2}, {"max_tokens": 12, "stream": True}):
+            refused(complete(client, BASE, prompt=[5] * 30, **more), 429, "tokens_per_minute")
+        answer = complete(client, BASE, prompt=[5] * 30, max_tokens=11)  # may fill it to the last
+        assert answer.status_code == 200
+        spent = 39 + answer.json()["usage"]["total_tokens"]
+        wait_for(lambda: used(tenants, tenant)["tokens_reserved"] == 0)  # the rest was given back
+        assert used(tenants, tenant)["tokens_per_minute"] == spent
+    with tenants.member(limits={"tokens_per_minute": 240}) as (tenant, client):
+        refused(complete(client, BASE, prompt=[5] * 230, max_tokens=11), 413, "tokens_per_minute")
+        refused(chat(client, max_tokens=240), 413, "tokens_per_minute")
+        # Who names no max_tokens has an eighth of the limit for his answers.
+        for n in (1, 2):
+            assert chat(client, n=n).json()["usage"]["completion_tokens"] == 30
+        wait_for(lambda: used(tenants, tenant)["concurrent_requests"] == 0)
+        assert used(tenants, tenant)["tokens_reserved"] == 0
+
+
+def test_a_burst_does_not_exceed_the_tokens_of_a_minute(slow_tenants: TenantServer) -> None:
+    """Forty at once to two processes, each of which may use a fifth of the limit: no more begin than fit."""
+    server = slow_tenants
+    with server.another_process() as url, server.member(limits={"tokens_per_minute": 500}) as (tenant, client):
+        statuses: list[int] = []
+
+        def ask(base: str) -> None:
+            with httpx.Client(base_url=base, headers=client.headers, timeout=60) as own:
+                answer = complete(own, BASE, prompt=[5] * 60, max_tokens=40, ignore_eos=True)
+                statuses.append(answer.status_code)
+
+        threads = [threading.Thread(target=ask, args=(base,)) for base in (server.url, url) * 20]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(statuses) == [200] * 5 + [429] * 35
+        wait_for(lambda: used(server, tenant)["tokens_per_minute"] == 500)
+
+
+def test_what_is_refused_is_not_charged(base_model_dir: Path) -> None:
+    """A full engine refuses most of a burst: the counter of the limit, the metrics and the table of usage all have what
+    was answered, and nothing of the others."""
+    server = TenantServer(base_model_dir, engine_options={"step_s": 0.05}, max_sequences=1, max_queue=2)
+    try:
+        server.start()
+        with server.member(limits={"tokens_per_minute": 100_000}) as (tenant, client):
+            answers: list[httpx.Response] = []
+
+            def ask() -> None:
+                with server.client(client.headers["authorization"].removeprefix("Bearer ")) as own:
+                    for _ in range(4):
+                        answers.append(complete(own, BASE, prompt=[7] * 50, max_tokens=10, ignore_eos=True))
+
+            threads = [threading.Thread(target=ask) for _ in range(10)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            full = [answer for answer in answers if answer.status_code == 429]
+            assert len(full) >= 20
+            assert {answer.json()["error"]["code"] for answer in full} == {"queue_full"}
+            spent = 60 * sum(answer.status_code == 200 for answer in answers)
+            assert spent > 0
+
+            def billed() -> int:
+                (row,) = client.get("/v1/usage", params={"group_by": ""}).json()["data"]
+                return int(row["prompt_tokens"] + row["completion_tokens"])
+
+            wait_for(lambda: billed() == spent)
+            counted = used(server, tenant)
+            assert (counted["tokens_per_minute"], counted["tokens_reserved"]) == (spent, 0)
+            metrics = server.http.get("/metrics").text
+            assert f"\nloraplex_prompt_tokens_total {spent * 5 // 6}.0\n" in metrics
+    finally:
+        server.stop()
 
 
 def test_processes_count_together(tenants: TenantServer) -> None:
@@ -441,11 +557,22 @@ def test_concurrent_requests(slow_tenants: TenantServer) -> None:
         wait_for(lambda: running() == 0)
         assert complete(client, "nothing").status_code == 404
         wait_for(lambda: running() == 0)
+        # It is answers that are counted: one request does not take more places than many.
+        refused(complete(client, BASE, n=2), 413, "concurrent_requests")
+        refused(complete(client, BASE, prompt=["x", "y"]), 413, "concurrent_requests")
+        server.http.patch(f"/v1/tenants/{tenant}", json={"limits": {"concurrent_requests": 5}})
+        with client.stream("POST", "/v1/completions", json={**body, "prompt": ["x", "y"], "n": 2}) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            assert running() == 4
+            refused(complete(client, BASE, n=2), 429, "concurrent_requests")
+            assert complete(client, BASE).status_code == 200
+        wait_for(lambda: running() == 0)
 
 
 def test_what_a_tenant_may_keep(stored: TenantServer) -> None:
     with stored.member(limits={"adapters": 1, "max_rank": 4}) as (tenant, client):
-        refused(upload(client, "big", 1, rank=8), 422, "max_rank")
+        refused(upload(client, "big", 1, rank=8), 413, "max_rank")
         assert upload(client, "one", 1).status_code == 201
         refused(upload(client, "two", 2), 413, "adapters")
         assert upload(client, "one", 2).status_code == 201  # a version is no adapter more
@@ -463,12 +590,12 @@ def test_what_a_tenant_may_keep(stored: TenantServer) -> None:
 
 def test_max_tokens(tenants: TenantServer) -> None:
     with tenants.member(limits={"max_tokens": 5}) as (_, client):
-        refused(complete(client, BASE, max_tokens=6), 422, "max_tokens")
+        refused(complete(client, BASE, max_tokens=6), 413, "max_tokens")
         assert complete(client, BASE, max_tokens=5, ignore_eos=True).json()["usage"]["completion_tokens"] == 5
         body = {"model": BASE, "messages": [{"role": "user", "content": "x"}], "ignore_eos": True}
         answer = client.post("/v1/chat/completions", json=body)
         assert answer.json()["usage"]["completion_tokens"] == 5  # what is not asked for is not refused, it is cut
-        refused(client.post("/v1/chat/completions", json={**body, "max_tokens": 9}), 422, "max_tokens")
+        refused(client.post("/v1/chat/completions", json={**body, "max_tokens": 9}), 413, "max_tokens")
 
 
 # ---------------------------------------------------------------- audit and logs
@@ -479,18 +606,33 @@ def test_every_change_is_in_the_audit_log_and_no_key_is_in_any_log(stored: Tenan
         key = client.headers["authorization"].removeprefix("Bearer ")
         upload(client, "noted", 1)
         client.patch("/v1/adapters/noted", json={"visibility": "public"})
-        client.patch("/v1/adapters/missing", json={"pinned": True})  # failed: nothing was changed
+        client.patch("/v1/adapters/missing", json={"pinned": True})
+        client.patch("/v1/adapters/noted", json={"pinned": "?"})
+        client.post("/v1/tenants", json={"name": "another"})
+        client.delete("/v1/adapters/noted", params={"tenant": "default"})
+        with stored.client(stored.key(tenant, "infer")) as reader:
+            reader.delete("/v1/adapters/no%00ted")
+            user = key_id(reader.headers["authorization"])
+        upload(client, "noted", 1)
         client.get("/v1/adapters/noted")
         complete(client, "noted")
         request_id = client.delete("/v1/adapters/noted", headers={"x-request-id": "by-hand"}).headers["x-request-id"]
         stored.http.get("/v1/adapters", params={"tenant": tenant})
         stored.http.patch(f"/v1/tenants/{tenant}", json={"disabled": True})
         actions = stored.http.get("/v1/audit", params={"tenant_id": tenant}).json()["data"]
-        assert [(each["action"], each["actor"], each["target"]) for each in reversed(actions)] == [
-            ("put_adapter", key_id(key), "noted 1"),
-            ("change_adapter", key_id(key), "noted"),
-            ("delete_adapter", key_id(key), "noted"),
+        me = key_id(key)
+        assert [(each["action"], each["actor"], each["target"], each["status"]) for each in reversed(actions)] == [
+            ("put_adapter", me, "noted 1", 201),
+            ("change_adapter", me, "noted", 200),
+            ("change_adapter", me, "missing", 404),
+            ("change_adapter", me, "noted", 400),
+            ("create_tenant", me, "", 403),
+            ("delete_adapter", me, "noted", 403),
+            ("delete_adapter", user, "no\\x00ted", 403),
+            ("put_adapter", me, "noted 1", 200),
+            ("delete_adapter", me, "noted", 200),
         ]
+        assert [each["state"] for each in actions] == ["done"] * 2 + ["refused"] * 5 + ["done"] * 2
         assert actions[0]["request_id"] == request_id == "by-hand"
         newest = stored.http.get("/v1/audit?limit=3").json()
         assert newest["has_more"]
@@ -511,6 +653,68 @@ def test_every_change_is_in_the_audit_log_and_no_key_is_in_any_log(stored: Tenan
         assert [line for line in lines if line.get("event") == "management action" and line["actor"] == key_id(key)]
 
 
+def test_the_only_user_has_an_audit_log_too(server: InferenceServer) -> None:
+    server.http.delete("/v1/adapters/not-there")
+    server.http.delete("/v1/adapters/not-there", params={"tenant": "acme"})
+    found = server.http.get("/v1/audit", params={"limit": 2}).json()["data"]
+    assert [(each["actor"], each["tenant"], each["action"], each["status"]) for each in found] == [
+        ("operator", "default", "delete_adapter", 404)
+    ] * 2
+
+
+def test_a_change_is_answered_though_its_end_cannot_be_entered(base_model_dir: Path) -> None:
+    """The database refuses to complete entries (a trigger of its own): what is done is answered as done, its entry says
+    that it was begun, and is completed with the next one that can be. Without an entry nothing is done."""
+    server = TenantServer(base_model_dir)
+    try:
+        server.start()
+        database = sqlite3.connect(server.settings.data_dir / "catalogue.sqlite3", isolation_level=None)
+
+        def newest() -> dict[str, Any]:
+            return dict(server.http.get("/v1/audit?limit=1").json()["data"][0])
+
+        refuse = "CREATE TRIGGER refuse BEFORE {} ON audit BEGIN SELECT RAISE(ABORT, 'no'); END"
+        database.execute(refuse.format("UPDATE OF status"))
+        server.tenant("late")
+        assert server.http.get("/v1/tenants/late").status_code == 200
+        entry = newest()
+        assert (entry["action"], entry["target"], entry["state"]) == ("create_tenant", "late", "begun")
+        assert entry["status"] is None
+        database.execute("DROP TRIGGER refuse")
+        server.tenant("next")
+        done = {each["target"]: each["state"] for each in server.http.get("/v1/audit").json()["data"]}
+        assert (done["late"], done["next"]) == ("done", "done")
+        database.execute(refuse.format("INSERT"))
+        assert server.http.delete("/v1/tenants/late").status_code == 500
+        assert server.http.get("/v1/tenants/late").status_code == 200
+        database.close()
+    finally:
+        server.stop()
+
+
+async def test_entries_that_come_together_share_a_transaction(tmp_path: Path) -> None:
+    database = await Database.open(sqlite_url(tmp_path / "catalogue.sqlite3"))
+    commits = 0
+
+    @sa.event.listens_for(database.engine.sync_engine, "commit")
+    def count(_: Any) -> None:
+        nonlocal commits
+        commits += 1
+
+    try:
+        rows = AuditLog(database, 30)
+        numbers = await asyncio.gather(*(rows.record("k", "t", "act", str(i)) for i in range(50)))
+        assert len(set(numbers)) == 50
+        assert commits <= 2
+        await asyncio.gather(*(rows.complete(number, f"it {number}", 200) for number in numbers[1:]))
+        found = (await rows.list_actions(100, None, None)).items
+        assert {each.number: (each.target, each.status) for each in found} == {
+            numbers[0]: ("0", BEGUN), **{number: (f"it {number}", 200) for number in numbers[1:]}
+        }  # fmt: skip
+    finally:
+        await database.close()
+
+
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
 async def test_old_lines_of_the_audit_log_are_deleted(
     kind: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
@@ -521,19 +725,19 @@ async def test_old_lines_of_the_audit_log_are_deleted(
     database = await Database.open(url)
     now = time.time()
 
-    async def record(rows: Tenants, days_ago: float) -> list[str]:
+    async def record(rows: AuditLog, days_ago: float) -> list[str]:
         monkeypatch.setattr(time, "time", lambda: now - days_ago * DAY_S)
         await rows.record("admin", "default", "change_tenant", f"{days_ago:g}", 200, "r")
         return [each.target for each in (await rows.list_actions(100, None, None)).items]
 
     try:
-        rows = Tenants(database, 30)
+        rows = AuditLog(database, 30)
         assert await record(rows, 40) == ["40"]
         assert await record(rows, 31) == ["31", "40"]
         assert await record(rows, 9.9) == ["9.9", "31"]
         assert await record(rows, 0) == ["0", "9.9"]
         assert await record(rows, 35) == ["35", "0", "9.9"]  # a clock that is wrong
-        assert await record(Tenants(database, 30), 0) == ["0", "0", "9.9"]
+        assert await record(AuditLog(database, 30), 0) == ["0", "0", "9.9"]
     finally:
         await database.close()
 
