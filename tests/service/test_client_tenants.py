@@ -101,7 +101,7 @@ def test_keys(connect: Connect, tenants: TenantServer) -> None:
     third, first, second = (action for action, _ in zip(admin.all(admin.client.audit()), range(3), strict=False))
     assert (third.action, third.state, third.status) == ("delete_key", "refused", 404)
     assert (first.actor, first.action, first.target) == ("admin", "delete_key", f"{name} {made.id}")
-    assert (second.action, second.target) == ("change_tenant", name)
+    assert (second.action, second.target) == ("change_key", f"{name} {made.id}")
     assert admin.all(admin.client.audit(tenant=name)) == []  # the admin did it all
 
 
