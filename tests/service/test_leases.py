@@ -19,10 +19,12 @@ from service.store.database import Database
 from tests.real_parts import Postgres
 
 LIMIT, AT_ONCE = 60, 6
-MINUTE, RUNNING = 1, 2
+MINUTE, RUNNING, SPENDING = 1, 2, 3
+TOKENS, LARGEST = 3000, 400
 LIMITS = {
     MINUTE: TenantLimits(requests_per_minute=LIMIT),
     RUNNING: TenantLimits(concurrent_requests=AT_ONCE),
+    SPENDING: TenantLimits(tokens_per_minute=TOKENS),
 }
 
 
@@ -69,6 +71,7 @@ class Cluster:
         self.random = random.Random(seed)
         self.services: list[Service] = []
         self.admitted: list[tuple[float, str]] = []
+        self.spent: list[tuple[float, int]] = []
         self.most_running = 0
         self._database, self._folder, self._clock = database, folder, clock
         self._started = 0
@@ -114,10 +117,34 @@ class Cluster:
                 service.limiter.begin(MINUTE, LIMITS[MINUTE])
                 service.limiter.end(MINUTE, 0)
                 self.admitted.append((self._clock.now, service.name))
+            self._spend(service.limiter)
             with contextlib.suppress(LimitReached):
                 service.limiter.begin(RUNNING, LIMITS[RUNNING])
                 service.running.append(self._clock.now + self.random.uniform(0.3, 10))
         self.most_running = max(self.most_running, sum(len(each.running) for each in self.services))
+
+    def _spend(self, limiter: Limiter) -> None:
+        """A request that uses all that it has reserved, or half."""
+        most, limits = self.random.randint(1, LARGEST), LIMITS[SPENDING]
+        with contextlib.suppress(LimitReached):
+            limiter.begin(SPENDING, limits)
+            used = reserved = 0
+            try:
+                limiter.reserve(SPENDING, limits, sequences=1, tokens=most)
+                used, reserved = most // self.random.choice((1, 2)), most
+                self.spent.append((self._clock.now, used))
+            finally:
+                limiter.end(SPENDING, used, reserved=reserved)
+
+    def most_spent_in_a_minute(self) -> int:
+        most, first, held = 0, 0, 0
+        for at, tokens in self.spent:
+            held += tokens
+            while self.spent[first][0] <= at - 60:
+                held -= self.spent[first][1]
+                first += 1
+            most = max(most, held)
+        return most
 
     def in_the_last_minute(self, service: Service | None = None) -> int:
         names = {service.name} if service else {name for _, name in self.admitted}
@@ -174,6 +201,7 @@ def test_services_share_a_limit(postgres: Postgres, clock: Clock, tmp_path: Path
             assert cluster.in_the_last_minute(two) >= LIMIT * 0.9
             assert cluster.most_in_a_minute() <= LIMIT + max(2, LIMIT // 8)
             assert cluster.most_running <= AT_ONCE + 2
+            assert TOKENS * 0.8 <= cluster.most_spent_in_a_minute() <= TOKENS + max(TOKENS // 8, 2 * LARGEST)
         finally:
             for each in list(cluster.services):
                 cluster.kill(each)
@@ -226,6 +254,7 @@ def test_never_more_than_stated(postgres: Postgres, clock: Clock, tmp_path: Path
             assert most == 4
             assert len(cluster.admitted) > 2 * LIMIT
             assert cluster.most_in_a_minute() <= LIMIT + max(4, LIMIT // 8)
+            assert TOKENS * 0.5 <= cluster.most_spent_in_a_minute() <= TOKENS + max(TOKENS // 8, 4 * LARGEST)
         finally:
             for each in list(cluster.services):
                 cluster.kill(each)
