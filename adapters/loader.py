@@ -236,7 +236,7 @@ class BlockLoader:
             file.seek(info.payload_offset)
             if not self._cuda:
                 target = self._arena_array()[device.offset : device.offset + info.nbytes]
-                read_payload(file, memoryview(target), info.checksums, digest)
+                read_payload(file, target.data, info.checksums, digest)
                 return
             self._wait_for(after)
             # Two halves: one is filled while the other is copied.

@@ -452,7 +452,7 @@ def test_names() -> None:
 async def test_owners_and_what_the_engine_knows_adapters_by(url: str) -> None:
     catalogue = await Catalogue.open(url, with_tenants=True)
     try:
-        rows = Tenants(catalogue.database, 400)
+        rows = Tenants(catalogue.database)
         numbers = {}
         for name, limits in (("alpha", {"resident_bytes": 7}), ("beta", {})):
             numbers[name] = (await rows.create(name, 1.0, limits)).number
