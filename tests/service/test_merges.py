@@ -7,7 +7,7 @@ import signal
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -266,3 +266,15 @@ def test_the_merger_has_no_torch(client: Client) -> None:
         loaded = {Path(mapped.path).name for mapped in process.memory_maps()}
         assert not [name for name in loaded if name.startswith("libtorch")], process.cmdline()
     assert not client.world.pids(JOB)
+
+
+def test_what_needs_more_memory_than_a_merge_may_take_is_refused() -> None:
+    with merge_service() as world:
+        world.start(LORAPLEX_MERGE_MEMORY_BYTES="100MB")
+        client = Client(world)
+        with closing(client.http):
+            client.upload("one", 1)
+            refused = client.post("too-much", {"one": 1.0}, method="ties_svd", density=0.5)
+            assert (refused.status_code, error_of(refused)["code"]) == (422, "merge_refused")
+            assert "a merge may take 0.1 (LORAPLEX_MERGE_MEMORY_BYTES)" in error_of(refused)["message"]
+            assert client.http.get("/v1/merges").json()["data"] == []
