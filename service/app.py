@@ -110,7 +110,9 @@ async def _open(app: FastAPI, settings: Settings, stack: AsyncExitStack) -> None
     stack.push_async_callback(engine.close)
     workers = Workers()
     stack.push_async_callback(workers.close)
-    spool = Spool(settings.uploads_dir, settings.max_upload_bytes, settings.max_uploads)
+    spool = Spool(
+        settings.uploads_dir, settings.max_upload_bytes, settings.max_uploads, share_disk=settings.multi_tenant
+    )
     stack.callback(spool.close)
     library = Library(
         catalogue,

@@ -144,13 +144,15 @@ class Library:
 
         With `name` (PUT) it becomes a version of that adapter, and its default unless `make_default` is False; content
         that a version has already gives that version back and changes nothing, but the default if `make_default` is
-        True. Without (POST) the form names a new adapter. Raises ApiError, AdapterRefused, AdapterExists,
-        PreconditionFailed, EngineUnavailable, WorkersUnavailable.
+        True. Without (POST) the form names a new adapter. What the tenant's limits cannot admit is refused before it is
+        received. Raises ApiError, AdapterRefused, AdapterExists, QuotaReached, PreconditionFailed, EngineUnavailable,
+        WorkersUnavailable.
         """
         _ = self.engine.manifest  # nothing can be checked before there is an engine
         if name is not None:
             self.require_name(name)
-        async with self._spool.receive(request, FIELDS) as form:
+        room = await self.catalogue.upload_room(tenant, name)
+        async with self._spool.receive(request, FIELDS, tenant, room) as form:
             given = form.fields.get("name")
             _require(form, ("config", "weights") if name is not None else ("name", "config", "weights"))
             if name is not None and given is not None and given != name:

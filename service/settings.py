@@ -108,7 +108,7 @@ class Settings(BaseSettings):
     max_body_bytes: Annotated[int, BeforeValidator(parse_size), Field(ge=1024)] = 8 * 2**20
     """Largest body of any request but an upload."""
     max_uploads: int = Field(16, ge=1)
-    """Uploads that one API process receives at once; above it they get 429."""
+    """Uploads that one API process receives at once; above it a tenant that has its share of them gets 429."""
     max_connections: int = Field(4096, ge=1)
     """Connections of one API process, also limited by its open files; above it requests get 503."""
     keep_alive_s: int = Field(30, ge=1)

@@ -31,6 +31,9 @@ from python_multipart.multipart import parse_options_header
 from adapters.blobs import is_file_name
 from service.api.body import set_body_limit
 from service.api.errors import ApiError, shown
+from service.store.quotas import UNLIMITED, Room
+from service.store.tables import DEFAULT_TENANT
+from service.upload_shares import Shares
 
 CHUNK = 1 << 20  # what is handed to the writing thread at once
 MAX_PARTS = 1024
@@ -38,7 +41,6 @@ MAX_HEADERS = 16
 MAX_HEADER_BYTES = 4096
 MAX_BOUNDARY_BYTES = 200
 IDLE_TIMEOUT_S = 60.0  # without a byte from the client
-RETRY_AFTER_S = 2.0  # what a client is told to wait while there are too many uploads
 LOCK_FILE = "lock"
 SERVING_BYTES = 1
 """Size of the lock file of a process that serves; it is empty before."""
@@ -81,11 +83,11 @@ def safe_basename(filename: str) -> str | None:
 class Spool:
     """The folder of unfinished uploads."""
 
-    def __init__(self, root: Path, max_bytes: int, max_uploads: int = 16) -> None:
+    def __init__(self, root: Path, max_bytes: int, max_uploads: int = 16, *, share_disk: bool = False) -> None:
+        """`max_uploads`, `share_disk`: service/upload_shares.py."""
         self.root = self._root = root
         self._max_bytes = max_bytes
-        self._max_uploads = max_uploads
-        self._uploads = 0
+        self._shares = Shares(max_uploads, share_disk=share_disk)
         self._home = root / uuid.uuid4().hex
         self.process = self._home.name
         """What this process is known by to others of the same data folder: `lives`."""
@@ -127,42 +129,44 @@ class Spool:
         shutil.rmtree(self._home, ignore_errors=True)
 
     @asynccontextmanager
-    async def receive(self, request: Request, rules: Mapping[str, FieldRule]) -> AsyncIterator[Form]:
-        """The request's form; its files are gone when the block ends.
+    async def receive(
+        self, request: Request, rules: Mapping[str, FieldRule], tenant: str = DEFAULT_TENANT, room: Room = UNLIMITED
+    ) -> AsyncIterator[Form]:
+        """The request's form; its files are gone when the block ends. `room`: what the tenant may still keep; nothing
+        of a body that says of itself that it is larger is read.
 
         Raises ApiError 400 (malformed, unknown or repeated fields, cut off), 408, 413, 415, 429 (too many uploads at
-        once), and Starlette's ClientDisconnect.
+        once), 507 (too much of the disk), QuotaReached, OSError ENOSPC, and Starlette's ClientDisconnect.
         """
         boundary = _boundary(request)
-        declared = request.headers.get("content-length", "")
-        if declared.isdigit() and int(declared[:20]) > self._max_bytes:
-            raise _too_large(int(declared[:20]), self._max_bytes)
-        self._require_space(int(declared[:20]) if declared.isdigit() else 0)
-        # The limit of small bodies does not hold here; writer.feed watches this one.
-        set_body_limit(request.scope, sys.maxsize)
-        if self._uploads >= self._max_uploads:
-            message = f"{self._uploads} uploads are in progress, which is the limit; try again."
-            raise ApiError(429, message, code="too_many_uploads", retry_after_s=RETRY_AFTER_S)
-        folder = self._home / uuid.uuid4().hex
-        loop = asyncio.get_running_loop()
-        folder.mkdir()
-        writer = _FormWriter(folder, boundary, rules, self._max_bytes)
-        self._uploads += 1
-        try:
-            async for chunk in _chunks(request):
-                self._require_space(len(chunk))
-                await loop.run_in_executor(self._threads, writer.feed, chunk)
-            yield await loop.run_in_executor(self._threads, writer.finish)
-        finally:
-            self._uploads -= 1
-            # Shielded: it must also happen when this task is being cancelled, perhaps while a thread still writes.
-            await asyncio.shield(loop.run_in_executor(self._threads, _remove, writer, folder))
+        length = request.headers.get("content-length", "")
+        declared = int(length[:20]) if length.isdigit() else 0
+        if declared > self._max_bytes:
+            raise _too_large(declared, self._max_bytes)
+        with self._shares.enter(tenant, room) as upload:
+            upload.require(declared, self._require_space(declared))
+            # The limit of small bodies does not hold here; writer.feed watches this one.
+            set_body_limit(request.scope, sys.maxsize)
+            folder = self._home / uuid.uuid4().hex
+            loop = asyncio.get_running_loop()
+            folder.mkdir()
+            writer = _FormWriter(folder, boundary, rules, self._max_bytes)
+            try:
+                async for chunk in _chunks(request):
+                    upload.grow(len(chunk), self._require_space(len(chunk)))
+                    await loop.run_in_executor(self._threads, writer.feed, chunk)
+                yield await loop.run_in_executor(self._threads, writer.finish)
+            finally:
+                # Shielded: it must also happen when this task is being cancelled, perhaps while a thread still writes.
+                await asyncio.shield(loop.run_in_executor(self._threads, _remove, writer, folder))
 
-    def _require_space(self, nbytes: int) -> None:
-        """Raises OSError ENOSPC if so much more would leave the disk with less than RESERVE_BYTES."""
+    def _require_space(self, nbytes: int) -> int:
+        """What the disk has left above RESERVE_BYTES. Raises OSError ENOSPC if so much more would not fit."""
         disk = os.statvfs(self._root)
-        if disk.f_bavail * disk.f_frsize < nbytes + RESERVE_BYTES:
+        free = disk.f_bavail * disk.f_frsize - RESERVE_BYTES
+        if free < nbytes:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._root))
+        return free
 
     async def sync(self, paths: list[Path]) -> None:
         """Flushes files to the disk."""

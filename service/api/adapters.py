@@ -239,7 +239,7 @@ _FORM = {
 
 
 @router.post("", status_code=201, openapi_extra=_FORM)
-@allow("upload")
+@allow("upload", metered=True)
 async def create_adapter(request: Request, library: Lib, caller: CallerDep) -> Response:
     """Uploads a new adapter. 200 if the name has this content already, 409 if it has other content."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json":
@@ -248,7 +248,7 @@ async def create_adapter(request: Request, library: Lib, caller: CallerDep) -> R
 
 
 @router.put("/{name}", status_code=201, openapi_extra=_FORM)
-@allow("upload")
+@allow("upload", metered=True)
 async def put_adapter(
     request: Request, name: str, library: Lib, condition: Cond, caller: CallerDep, default: bool | None = None
 ) -> Response:

@@ -47,7 +47,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 @dataclass(frozen=True, slots=True)
 class Rule:
     """What a route asks of its caller: any one of `scopes`; none of them: any key will do. `metered`: it is what
-    requests and tokens per minute and concurrent requests count."""
+    requests and tokens per minute and concurrent requests count: inference, uploads, merges."""
 
     scopes: frozenset[str]
     open: bool = False
@@ -172,7 +172,8 @@ class Route(APIRoute):
         RULES[self.name] = rule
         handler = super().get_route_handler()
         # What changes nothing of anybody's is not for the audit log: reads, and what is only computed.
-        changes = bool((self.methods or set()) - {"GET", "HEAD"}) and not rule.metered
+        computed = rule.metered and not rule.scopes & {"upload", "manage"}
+        changes = bool((self.methods or set()) - {"GET", "HEAD"}) and not computed
 
         async def handle(request: Request) -> Response:
             if changes and not rule.open:

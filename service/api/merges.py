@@ -129,7 +129,7 @@ def merge_json(job: Job) -> dict[str, Any]:
 
 
 @router.post("", status_code=202)
-@allow("upload")
+@allow("upload", metered=True)
 async def create_merge(body: MergeRequest, merges: MergesDep, caller: CallerDep, key: Key) -> Response:
     """Queues a merge. 200 with the merge as it is now if this Idempotency-Key has started it already."""
     job, new = await merges.submit(body.wanted(), key, caller.tenant, caller.viewer)

@@ -30,12 +30,13 @@ class LimitsPatch(Strict):
     """Limits of one tenant. One that is not named stays, null lifts it."""
 
     requests_per_minute: _Limit = None
-    """Inference requests; 429."""
+    """Inference requests, uploads and merges; 429."""
     tokens_per_minute: _Limit = None
     """Tokens of prompts and answers. What a request may use at most is reserved when it begins, and what it has not
     used is given back when it ends; 429, and 413 for one that alone may use more."""
     concurrent_requests: _Limit = None
-    """Answers being computed: a request counts as its prompts times its n. 429, and 413 for one that alone is more."""
+    """Answers being computed, a request counts as its prompts times its n, and uploads and merges being sent. 429, and
+    413 for a request that alone is more."""
     adapters: _Limit = None
     """413."""
     stored_bytes: _Limit = None

@@ -32,7 +32,7 @@ HELP = {
     "max_resident_adapters": "Adapters on the device at once.",
     "max_upload_bytes": "Largest upload.",
     "max_body_bytes": "Largest body of any other request.",
-    "max_uploads": "Uploads at once per API process; beyond it they get 429.",
+    "max_uploads": "Uploads at once per API process; beyond it a tenant that has its share gets 429.",
     "max_connections": "Connections per API process; beyond it requests get 503.",
     "keep_alive_s": "Seconds until a connection without a request is closed.",
     "header_timeout_s": "Seconds that the head of a request may take.",

@@ -15,6 +15,7 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from adapters.keys import account_of, digest_of
+from service.store import quotas
 from service.store.blob_book import BlobBook
 from service.store.database import Database
 from service.store.edits import Edits
@@ -272,6 +273,11 @@ class Catalogue:
         """(adapters of the tenant, bytes of all their versions)."""
         async with self._database.read() as connection:
             return await totals(connection, tenant)
+
+    async def upload_room(self, tenant: str, name: str | None) -> quotas.Room:
+        """What an upload of the tenant's may have (service/store/quotas.py)."""
+        async with self._database.read() as connection:
+            return await quotas.upload_room(connection, tenant, name)
 
     async def owners(self, keys: Iterable[str]) -> dict[str, tuple[Owner, str | None]]:
         """(owner, name) of the adapter with each key; of several of one tenant with the same content, the oldest. The

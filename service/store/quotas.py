@@ -1,7 +1,12 @@
 """What a tenant may keep: checked where it is entered, in the same transaction, so that no two uploads together exceed
-what each would not. Merges publish through the same door."""
+what each would not; merges publish through the same door. And before a body is read (`upload_room`), since what cannot
+be kept should not have to be received."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -11,27 +16,79 @@ from service.store.records import NewVersion
 from service.store.tables import adapters, tenants, versions
 
 
+@dataclass(frozen=True, slots=True)
+class Room:
+    """How many bytes the files of an upload may have; None: no limit. `limit` is called `name`, `detail` says how much
+    of it is used."""
+
+    bytes: int | None = None
+    name: str = "stored_bytes"
+    limit: int = 0
+    detail: str = ""
+
+    def require(self, nbytes: int, slack: int = 0) -> None:
+        """Raises QuotaReached if so many are too many; `slack`: of these, what need not be of files."""
+        if self.bytes is not None and (self.bytes == 0 or nbytes > self.bytes + slack):
+            raise QuotaReached(self.name, self.limit, self.detail)
+
+
+UNLIMITED = Room()
+
+
+async def upload_room(connection: AsyncConnection, tenant: str, name: str | None) -> Room:
+    """For an upload of the adapter `name`; None: of one that the body will name. Content that a version has already is
+    never refused, as it takes no room: so an upload may always be as large as the largest that it could repeat."""
+    limits = await _limits(connection, tenant)
+    others_most, bytes_most = limits.get("adapters"), limits.get("stored_bytes")
+    if others_most is None and bytes_most is None:
+        return UNLIMITED
+    mine = sa.and_(versions.c.adapter_id == adapters.c.id, adapters.c.tenant == tenant)
+    if name is not None:
+        mine = sa.and_(mine, adapters.c.name == name)
+    repeated = int(await connection.scalar(sa.select(sa.func.max(versions.c.bytes)).where(mine)) or 0)
+    full = others_most is not None and await _others(connection, tenant, name) + 1 > others_most
+    if full and (name is None or not repeated):
+        return Room(repeated, "adapters", others_most, "delete one first")
+    if bytes_most is None:
+        return UNLIMITED
+    held = await stored_bytes(connection, tenant)
+    return Room(max(bytes_most - held, repeated, 0), "stored_bytes", bytes_most, f"{held} are stored, this has more")
+
+
 async def require_room(connection: AsyncConnection, tenant: str, name: str, new: NewVersion) -> None:
     """Raises QuotaReached if one more version of the adapter `name` would exceed a limit of its tenant: max_rank,
     adapters, stored_bytes (the sum over all versions, whether or not they share files)."""
-    limits = await connection.scalar(sa.select(tenants.c.limits).where(tenants.c.id == tenant))
-    if not limits:
-        return
+    limits = await _limits(connection, tenant)
     most = limits.get("max_rank")
     if most is not None and new.max_rank > most:
         raise QuotaReached("max_rank", most, f"the adapter has rank {new.max_rank}")
     most = limits.get("adapters")
-    if most is not None:
-        others = sa.select(sa.func.count()).where(adapters.c.tenant == tenant, adapters.c.name != name)
-        if (await connection.scalar(others) or 0) + 1 > most:
-            raise QuotaReached("adapters", most, "delete one first")
+    if most is not None and await _others(connection, tenant, name) + 1 > most:
+        raise QuotaReached("adapters", most, "delete one first")
     most = limits.get("stored_bytes")
     if most is not None:
-        stored = (
-            sa.select(sa.func.coalesce(sa.func.sum(versions.c.bytes), 0))
-            .join_from(versions, adapters, versions.c.adapter_id == adapters.c.id)
-            .where(adapters.c.tenant == tenant)
-        )
-        held = int(await connection.scalar(stored) or 0)
+        held = await stored_bytes(connection, tenant)
         if held + new.bytes > most:
             raise QuotaReached("stored_bytes", most, f"{held} are stored, and this has {new.bytes}")
+
+
+async def stored_bytes(connection: AsyncConnection, tenant: str) -> int:
+    """What counts against the tenant's limit of that name."""
+    statement = (
+        sa.select(sa.func.coalesce(sa.func.sum(versions.c.bytes), 0))
+        .join_from(versions, adapters, versions.c.adapter_id == adapters.c.id)
+        .where(adapters.c.tenant == tenant)
+    )
+    return int(await connection.scalar(statement) or 0)
+
+
+async def _limits(connection: AsyncConnection, tenant: str) -> Mapping[str, Any]:
+    return await connection.scalar(sa.select(tenants.c.limits).where(tenants.c.id == tenant)) or {}
+
+
+async def _others(connection: AsyncConnection, tenant: str, name: str | None) -> int:
+    """How many adapters the tenant has, but for that one."""
+    others = sa.select(sa.func.count()).select_from(adapters).where(adapters.c.tenant == tenant)
+    if name is not None:
+        others = others.where(adapters.c.name != name)
+    return int(await connection.scalar(others) or 0)
