@@ -11,7 +11,6 @@ depends neither on the size of the base nor on that of its shards.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,13 +19,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from adapters.checkpoint_layout import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, Layout, read_layout
+from adapters.checkpoint_layout import CONFIG_FILE, INDEX_FILE, plan_index, plan_shards, read_layout
 from adapters.errors import AdapterRefused
 from adapters.folders import emptied, write_synced
 from adapters.manifest import Manifest
-from adapters.merge_request import DEFAULT_SHARD_BYTES, MergeOptions, MergeSource, OpenedSource, open_sources
+from adapters.merge_request import (
+    DEFAULT_SHARD_BYTES,
+    MergeOptions,
+    MergeSource,
+    OpenedSource,
+    needed_modules,
+    open_sources,
+)
 from adapters.safetensors_header import TensorRef
-from adapters.safetensors_writer import SafetensorsWriter, TensorPlan, WrittenFile, aligned_order
+from adapters.safetensors_writer import SafetensorsWriter, TensorPlan, WrittenFile
 from adapters.tensor_reader import TORCH_DTYPES, TensorReader, bytes_of
 
 SUM_VALUES = 1 << 21
@@ -62,7 +68,7 @@ def merge_checkpoint(
         raise ValueError(f"out = {out} and the base's folder {model} must be apart")
     opened = open_sources(sources, manifest, options, "checkpoint", model)
     needed = {module for one in opened for module in one.targets}
-    layout = read_layout(model, manifest, [module for module in manifest.linears if module.name in needed])
+    layout = read_layout(model, manifest, needed_modules(opened, manifest))
     changes = {
         layout.names[name]: [(i, name) for i, one in enumerate(opened) if name in one.targets] for name in needed
     }
@@ -70,7 +76,7 @@ def merge_checkpoint(
     emptied(out)
     done = 0
     written: list[WrittenFile] = []
-    shards = _shards(layout, options.max_shard_bytes or DEFAULT_SHARD_BYTES)
+    shards = plan_shards(layout, options.max_shard_bytes or DEFAULT_SHARD_BYTES)
     with ExitStack() as stack:
         base = stack.enter_context(TensorReader({ref.file: model / ref.file for ref in layout.tensors.values()}))
         summands = _Summands(opened, stack)
@@ -86,7 +92,7 @@ def merge_checkpoint(
                         progress(done / layout.tensor_bytes)
             written.append(writer.result())
     if len(shards) > 1:
-        written.append(_write(out, INDEX_FILE, _index(shards, layout)))
+        written.append(_write(out, INDEX_FILE, plan_index(shards, layout)))
     for path in layout.companions():
         written.append(_write(out, path.relative_to(model).as_posix(), path.read_bytes()))
     written.append(_write(out, CONFIG_FILE, (model / CONFIG_FILE).read_bytes()))
@@ -142,28 +148,6 @@ def _copied(base: TensorReader, ref: TensorRef) -> Iterator[memoryview]:
     size = ref.end - ref.begin
     for offset in range(0, size, COPY_BYTES):
         yield base.read(ref, offset, min(COPY_BYTES, size - offset)).numpy().data
-
-
-def _shards(layout: Layout, limit: int) -> dict[str, list[TensorPlan]]:
-    """File name -> its tensors: as many as fit, in the base's own order. A tensor beyond the limit has a file alone."""
-    groups: list[list[TensorPlan]] = []
-    size = 0
-    for name, ref in layout.tensors.items():
-        plan = TensorPlan(name, ref.dtype, ref.shape)
-        if not groups or size + plan.nbytes > limit:
-            groups.append([])
-            size = 0
-        groups[-1].append(plan)
-        size += plan.nbytes
-    if len(groups) == 1:
-        return {SINGLE_FILE: aligned_order(groups[0])}
-    return {f"model-{i:05}-of-{len(groups):05}.safetensors": aligned_order(g) for i, g in enumerate(groups, 1)}
-
-
-def _index(shards: dict[str, list[TensorPlan]], layout: Layout) -> bytes:
-    weight_map = {tensor.name: file for file, tensors in shards.items() for tensor in tensors}
-    content = {"metadata": {"total_size": layout.tensor_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-    return json.dumps(content, indent=2).encode()
 
 
 def _write(folder: Path, name: str, data: bytes) -> WrittenFile:

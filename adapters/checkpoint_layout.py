@@ -4,6 +4,7 @@ Imports no torch."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from adapters.errors import AdapterRefused, shown
 from adapters.manifest import Manifest, Module
 from adapters.safetensors_header import Header, TensorRef, load_json, read_header
+from adapters.safetensors_writer import TensorPlan, aligned_order, head_of
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -63,6 +65,38 @@ def read_layout(folder: Path, manifest: Manifest, needed: Sequence[Module]) -> L
     if reasons:
         raise AdapterRefused(reasons)
     return layout
+
+
+def plan_shards(layout: Layout, limit: int) -> dict[str, list[TensorPlan]]:
+    """File name -> its tensors: as many as fit, in the base's own order. A tensor beyond the limit has a file alone."""
+    groups: list[list[TensorPlan]] = []
+    size = 0
+    for name, ref in layout.tensors.items():
+        plan = TensorPlan(name, ref.dtype, ref.shape)
+        if not groups or size + plan.nbytes > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(plan)
+        size += plan.nbytes
+    if len(groups) == 1:
+        return {SINGLE_FILE: aligned_order(groups[0])}
+    return {f"model-{i:05}-of-{len(groups):05}.safetensors": aligned_order(g) for i, g in enumerate(groups, 1)}
+
+
+def plan_index(shards: dict[str, list[TensorPlan]], layout: Layout) -> bytes:
+    """model.safetensors.index.json of several shards."""
+    weight_map = {tensor.name: file for file, tensors in shards.items() for tensor in tensors}
+    content = {"metadata": {"total_size": layout.tensor_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+    return json.dumps(content, indent=2).encode()
+
+
+def planned_bytes(layout: Layout, limit: int) -> int:
+    """Of all files of the checkpoint that is made of this one, in shards of that size."""
+    shards = plan_shards(layout, limit)
+    total = layout.tensor_bytes + sum(len(head_of(tensors)[0]) for tensors in shards.values())
+    if len(shards) > 1:
+        total += len(plan_index(shards, layout))
+    return total + sum(path.stat().st_size for path in [*layout.companions(), layout.folder / CONFIG_FILE])
 
 
 def _examine(folder: Path, manifest: Manifest, needed: Sequence[Module]) -> tuple[Layout, list[str]]:

@@ -26,31 +26,16 @@ from torch import Tensor
 from adapters.errors import AdapterRefused, capped
 from adapters.folders import emptied, write_synced
 from adapters.manifest import Manifest, Module
-from adapters.merge_methods import merge_module, merged_rank
+from adapters.merge_methods import merge_module
+from adapters.merge_plan import PlannedModule, plan_modules
 from adapters.merge_request import MergeOptions, MergeSource, OpenedSource, open_sources
 from adapters.peft_config import CONFIG_NAME
 from adapters.peft_format import TargetSpec, parse_adapter
 from adapters.safetensors_header import load_json, read_header
-from adapters.safetensors_writer import SafetensorsWriter, TensorPlan
+from adapters.safetensors_writer import SafetensorsWriter
 from adapters.tensor_reader import TensorReader, bytes_of
 
 WEIGHTS_NAME = "adapter_model.safetensors"
-
-
-@dataclass(frozen=True)
-class _Planned:
-    """One module of the result; `sources` are numbers of those that adapt it, in their order."""
-
-    module: Module
-    sources: tuple[int, ...]
-    rank: int
-
-    def tensors(self) -> tuple[TensorPlan, TensorPlan]:
-        prefix = f"base_model.model.{self.module.name}"
-        return (
-            TensorPlan(f"{prefix}.lora_A.weight", "F32", (self.rank, self.module.in_features)),
-            TensorPlan(f"{prefix}.lora_B.weight", "F32", (self.module.out_features, self.rank)),
-        )
 
 
 def merge_adapters(
@@ -72,7 +57,7 @@ def merge_adapters(
     Memory: what adapters/merge_memory.py says, of one module at a time. The *_svd methods that prune cost a dense SVD
     per module."""
     opened = open_sources(sources, manifest, options, "adapter")
-    plan = _plan(opened, manifest, options)
+    plan = plan_modules(opened, manifest, options)
     generator = torch.Generator().manual_seed(options.seed or 0)
     reasons: list[str] = []
     progress(0.0)
@@ -99,18 +84,6 @@ def merge_adapters(
     # What was planned must be what the configuration says of the tensors, to PEFT's rules.
     parse_adapter(config, {WEIGHTS_NAME: read_header(out / WEIGHTS_NAME)}, manifest)
     write_synced(out / CONFIG_NAME, config)
-
-
-def _plan(opened: Sequence[OpenedSource], manifest: Manifest, options: MergeOptions) -> list[_Planned]:
-    svd_rank = options.svd_rank or max(one.config_rank for one in opened)
-    plan = []
-    for module in manifest.linears:
-        numbers = tuple(i for i, one in enumerate(opened) if module.name in one.targets)
-        if numbers:
-            ranks = [opened[i].targets[module.name].rank for i in numbers]
-            rank = merged_rank(ranks, options, svd_rank, module.out_features, module.in_features)
-            plan.append(_Planned(module, numbers, rank))
-    return plan
 
 
 @dataclass(frozen=True)
@@ -148,9 +121,9 @@ def _value_faults(tensor: Tensor, label: str, manifest: Manifest) -> list[str]:
     return [f"{label}: merged values are not finite in {manifest.dtype}, in which this base runs; use smaller weights"]
 
 
-def _config(opened: Sequence[OpenedSource], plan: Sequence[_Planned], manifest: Manifest) -> dict[str, Any]:
+def _config(opened: Sequence[OpenedSource], plan: Sequence[PlannedModule], manifest: Manifest) -> dict[str, Any]:
     """adapter_config.json with PEFT's defaults for what is not there."""
-    by_kind: dict[str, list[_Planned]] = defaultdict(list)
+    by_kind: dict[str, list[PlannedModule]] = defaultdict(list)
     for planned in plan:
         by_kind[_last(planned.module)].append(planned)
     in_base = Counter(_last(module) for module in manifest.modules)

@@ -59,7 +59,7 @@ class Factors:
 def merge_module(
     sources: Sequence[Source], options: MergeOptions, rank: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """(A [rank, k], B [d, rank]) of the merged module, to be applied with scale 1. `rank` as `merged_rank` gives it.
+    """(A [rank, k], B [d, rank]) of the merged module, to be applied with scale 1. `rank` as merge_plan's gives it.
 
     `generator` is advanced by dare_*: for A of each source, then B of each; with SVD once for the product of each.
     adapters/merge_memory.py says what memory it takes."""
@@ -78,17 +78,6 @@ def merge_module(
     a = _combine((one.a for one in sources), signed, method, options, generator)
     b = _combine((one.b for one in sources), roots, method, options, generator)
     return a, b
-
-
-def merged_rank(ranks: Sequence[int], options: MergeOptions, svd_rank: int, out_features: int, in_features: int) -> int:
-    """The rank of a merged module from its sources' ranks. `svd_rank`: the one asked for, or PEFT's default."""
-    if options.method == "cat":
-        return sum(ranks)
-    if not METHODS[options.method].svd:
-        return ranks[0]
-    # A sum of products has no higher rank than its factors together; pruning a product makes it of any rank.
-    limit = sum(ranks) if options.method == "svd" else svd_rank
-    return min(svd_rank, limit, out_features, in_features)
 
 
 def _combine(

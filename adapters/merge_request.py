@@ -111,10 +111,7 @@ def check_merge(
 
     `model`: the base's Hugging Face folder; with into="checkpoint" its configuration and headers are checked too.
     `memory`: the bytes that the merge's process may take."""
-    opened, reasons = _open(sources, manifest, options, into, model)
-    if memory is not None and len(opened) == len(sources) and options.method in METHODS:
-        reasons = capped([*reasons, *_memory_faults(opened, options.method, into, manifest, memory)])
-    return reasons
+    return open_checked(sources, manifest, options, into, model, memory)[1]
 
 
 def open_sources(
@@ -125,15 +122,27 @@ def open_sources(
     model: Path | None = None,
 ) -> list[OpenedSource]:
     """The sources, read and checked. AdapterRefused with every reason that `check_merge` gives."""
-    opened, reasons = _open(sources, manifest, options, into, model)
+    opened, reasons = open_checked(sources, manifest, options, into, model)
     if reasons:
         raise AdapterRefused(reasons)
     return opened
 
 
-def _open(
-    sources: Sequence[MergeSource], manifest: Manifest, options: MergeOptions, into: Into, model: Path | None
+def needed_modules(opened: Sequence[OpenedSource], manifest: Manifest) -> list[Module]:
+    """Those that some source adapts."""
+    needed = {module for one in opened for module in one.targets}
+    return [module for module in manifest.linears if module.name in needed]
+
+
+def open_checked(
+    sources: Sequence[MergeSource],
+    manifest: Manifest,
+    options: MergeOptions,
+    into: Into,
+    model: Path | None,
+    memory: int | None = None,
 ) -> tuple[list[OpenedSource], list[str]]:
+    """The sources that can be read, and what `check_merge` says."""
     reasons = _option_faults(options, into)
     if not 1 <= len(sources) <= MAX_SOURCES:
         reasons.append(f"sources: {len(sources)} adapters; give 1 to {MAX_SOURCES}")
@@ -150,8 +159,9 @@ def _open(
         if into == "adapter" and options.method in METHODS:
             reasons += _rank_faults(opened, options.method, manifest)
     if into == "checkpoint" and model is not None:
-        needed = {module for one in opened for module in one.targets}
-        reasons += check_base(model, manifest, [m for m in manifest.linears if m.name in needed])
+        reasons += check_base(model, manifest, needed_modules(opened, manifest))
+    if memory is not None and len(opened) == len(sources) and options.method in METHODS:
+        reasons += _memory_faults(opened, options.method, into, manifest, memory)
     return opened, capped(reasons)
 
 

@@ -43,6 +43,22 @@ def aligned_order(tensors: Sequence[TensorPlan]) -> list[TensorPlan]:
     return sorted(tensors, key=lambda tensor: -DTYPE_BYTES[tensor.dtype])
 
 
+def head_of(tensors: Sequence[TensorPlan]) -> tuple[bytes, int]:
+    """What comes before the tensors, which lie one after the other, and how many bytes they have."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in tensors:
+        header[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end + tensor.nbytes],
+        }
+        end += tensor.nbytes
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return len(encoded).to_bytes(8, "little") + encoded, end
+
+
 class SafetensorsWriter:
     """The header at once, then `write` for the bytes of every tensor in the order of the plan, in pieces of any size.
 
@@ -50,22 +66,12 @@ class SafetensorsWriter:
 
     def __init__(self, path: Path, tensors: Sequence[TensorPlan]) -> None:
         self.path = path
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for tensor in tensors:
-            header[tensor.name] = {
-                "dtype": tensor.dtype,
-                "shape": list(tensor.shape),
-                "data_offsets": [end, end + tensor.nbytes],
-            }
-            end += tensor.nbytes
-        encoded = json.dumps(header, separators=(",", ":")).encode()
-        encoded += b" " * (-len(encoded) % 8)
-        self._expected = 8 + len(encoded) + end
+        head, end = head_of(tensors)
+        self._expected = len(head) + end
         self._written = self._flushed = 0
         self._hash = hashlib.sha256()
         self._file = path.open("wb", buffering=0)
-        self.write(len(encoded).to_bytes(8, "little") + encoded)
+        self.write(head)
 
     def write(self, data: bytes | memoryview) -> None:
         view = memoryview(data).cast("B")

@@ -17,7 +17,8 @@ from adapters.errors import AdapterRefused
 from adapters.inspection import inspect_upload
 from adapters.manifest import Manifest, Module
 from adapters.merge import CONFIG_NAME, WEIGHTS_NAME, merge_adapters
-from adapters.merge_methods import Factors, merge_module, merged_rank
+from adapters.merge_methods import Factors, merge_module
+from adapters.merge_plan import merged_rank
 from adapters.merge_request import METHODS, MergeOptions
 from tests.adapters.conftest import build_adapter, build_llama
 from tests.adapters.merging import (
