@@ -47,6 +47,9 @@ class Blobs(Protocol):
     def size(self, sha: str) -> int: ...
     def open(self, sha: str) -> BufferedReader: ...
 
+    def read(self, sha: str, start: int, end: int) -> bytes:
+        """The bytes from `start` to before `end`, as the store has them: a part cannot be checked. AdapterMissing."""
+
     def verify(self, sha: str) -> None:
         """What `open` gives has the bytes that were stored. AdapterMissing, BlobDamaged."""
 
@@ -55,6 +58,10 @@ class Blobs(Protocol):
 
     def where(self, sha: str) -> str:
         """For messages to the operator."""
+
+    @property
+    def shared_at(self) -> str:
+        """Where other services find the same blobs; empty: nowhere, they lie in a local folder."""
 
     def discard(self, shas: Collection[str]) -> None:
         """Deletes those of the blobs that are there."""
@@ -101,6 +108,11 @@ class BlobStore:
             return self.path(sha).open("rb")
         except FileNotFoundError as error:
             raise AdapterMissing(sha) from error
+
+    def read(self, sha: str, start: int, end: int) -> bytes:
+        with self.open(sha) as stream:
+            stream.seek(start)
+            return stream.read(end - start)
 
     def put(self, path: Path, sha: str, *, move: bool = False) -> None:
         """Stores the file at `path` under `sha`; durable when this returns.
@@ -162,6 +174,10 @@ class BlobStore:
 
     def where(self, sha: str) -> str:
         return str(self.path(sha))
+
+    @property
+    def shared_at(self) -> str:
+        return ""
 
     def check(self) -> None:
         """Nothing: the folder is there."""

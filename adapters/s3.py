@@ -102,6 +102,11 @@ class S3Blobs:
     def where(self, sha: str) -> str:
         return "/".join(filter(None, (f"s3://{self._bucket}", self._prefix, _key(sha))))
 
+    @property
+    def shared_at(self) -> str:
+        """Without the endpoint: services may reach one store by different names."""
+        return "/".join(filter(None, (f"s3://{self._bucket}", self._prefix)))
+
     def check(self) -> None:
         """StoreUnavailable if the bucket does not answer, is not there or may not be listed."""
         with _translated(""):
@@ -182,6 +187,11 @@ class S3Blobs:
                 return stream
             self._download(sha)
         raise StoreUnavailable(f"{sha} is evicted from the cache as fast as it comes")
+
+    def read(self, sha: str, start: int, end: int) -> bytes:
+        """Past the cache: what is read so is large and read once."""
+        with _translated(sha):
+            return bytes(obstore.get_range(self._store, _key(sha), start=start, end=end))
 
     def fetch(self, sha: str) -> Path:
         """The cached file, downloaded if it is not there or not sound. AdapterMissing, BlobDamaged."""

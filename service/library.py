@@ -16,7 +16,7 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -233,6 +233,27 @@ class Library:
             self.prefetch(await self.catalogue.find_version(target, number, tenant))
         return Published(target, number, created)
 
+    async def keep(self, files: Mapping[str, Path], also: Callable[[Edits], Awaitable[None]]) -> None:
+        """Stores copies of local files under their hashes. `also` enters the rows that need them, in the transaction
+        that gives the claim up; what it raises undoes all. Raises BlobDamaged, StoreUnavailable, CatalogueUnavailable;
+        whatever is raised, nothing has changed."""
+        upload, names = uuid.uuid4().hex, dict.fromkeys(files, False)
+        async with self.catalogue.write() as edits:
+            await edits.blobs.claim(upload, names, self._janitor.instance, self._spool.process)
+        try:
+            for sha, path in files.items():
+                await _to_its_end(self._in_thread(self.blobs.put, path, sha))
+            async with self.catalogue.write() as edits:
+                await also(edits)
+                await edits.blobs.complete(upload, len(names))
+        except BaseException:
+            self._start(self._abandon(upload, set(names)))
+            raise
+
+    async def read(self, sha: str, start: int, end: int) -> bytes:
+        """Part of a stored file, as the store gives it. Raises AdapterMissing, StoreUnavailable."""
+        return await self._in_thread(self.blobs.read, sha, start, end)
+
     def _store(self, inspection: Inspection, sources: dict[str, Path]) -> None:
         record = inspection.record
         for filename, sha256, _ in record.files:
@@ -358,6 +379,16 @@ class Library:
         self._background.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("work in the background failed", exc_info=error)
+
+
+async def _to_its_end(work: Awaitable[None]) -> None:
+    """Not broken off in the middle: its thread goes on anyway, and stores what nobody would know of any more."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise
 
 
 async def _find(

@@ -2,8 +2,9 @@
 each job has a process of its own that does (merge_job.py), and ends with it.
 
 A job's files are made in merges/work/<id>.<attempt>/. A checkpoint's folder is then renamed to merges/<id>/ and the row
-says so; an adapter is published like an upload, in one transaction with the job's end. Whatever ends in between, the
-next attempt starts from nothing, and what lies in the folder without a row that says so goes at the next start.
+says so, or, where services share a blob store, its files go there as those of an upload do; an adapter is published
+like an upload, in one transaction with the job's end. Whatever ends in between, the next attempt starts from nothing,
+and what lies in the folder without a row that says so goes at the next start.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import contextlib
 import errno
 import os
 import signal
+from collections.abc import Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -20,8 +22,8 @@ from typing import Any
 
 import msgspec
 
-from adapters.blobs import fsync_folder
-from adapters.errors import AdapterRefused, LoraplexAdapterError
+from adapters.blobs import BlobStore, fsync_folder
+from adapters.errors import AdapterRefused, LoraplexAdapterError, StoreUnavailable
 from adapters.merge_request import METHODS
 from adapters.peft_config import CONFIG_NAME
 from service import log
@@ -38,7 +40,7 @@ from service.pace import keep_pace, measurable
 from service.settings import Settings
 from service.store import Catalogue, NotFound
 from service.store.edits import Edits
-from service.store.errors import CatalogueUnavailable
+from service.store.errors import CatalogueUnavailable, Conflict, QuotaReached
 from service.store.merges import Job, JobLost
 from service.uploads import Spool
 
@@ -49,6 +51,11 @@ WRITE_S = 1.0
 BEAT_S = 20.0
 """The longest."""
 FAILURE_PAUSE_S = 5.0
+STORE_TRIES = 10
+STORE_PAUSE_S = 15.0
+"""A store that does not answer is asked again so often, with this pause and its own retries of 20 s between."""
+STORE_BEAT_S = 5.0
+"""So often a job says that it is wanted while its files are on their way to the store."""
 
 logger = log.get(__name__)
 
@@ -155,7 +162,7 @@ class Merger:
             if not isinstance(error, LoraplexAdapterError) and not _full(error):
                 logger.error("a merge met an error", merge=job.id, exc_info=error)
             raise Failed(explain(error)) from error
-        except (NotFound, ApiError) as error:
+        except (NotFound, Conflict, QuotaReached, ApiError) as error:
             raise Failed(str(error)) from error
         except WorkersUnavailable as error:
             raise Interrupted(str(error)) from error
@@ -251,7 +258,39 @@ class Merger:
         )  # fmt: skip
 
     async def _keep(self, job: Job, out: Path, files: list[dict[str, Any]]) -> None:
+        """A checkpoint, where every service that knows of it finds it: in a store that they share, or in the folder."""
         await self._report(job, "publishing", 1.0)
+        if isinstance(self._library.blobs, BlobStore):
+            await self._keep_here(job, out, files)
+            return
+        paths = {str(file["sha256"]): out / file["name"] for file in files}
+
+        async def finish(edits: Edits) -> None:
+            await edits.merges.succeed(job, files=files, in_store=True)
+
+        for attempt in range(1, STORE_TRIES + 1):
+            try:
+                await self._beating(job, self._library.keep(paths, finish))
+                return
+            except StoreUnavailable as error:  # what was computed is not thrown away for that
+                logger.warning("a merged checkpoint cannot be stored", merge=job.id, attempt=attempt, reason=str(error))
+                if attempt == STORE_TRIES:
+                    raise Failed("The store of files does not answer, so the checkpoint could not be kept.") from error
+                await asyncio.sleep(STORE_PAUSE_S)
+
+    async def _beating(self, job: Job, work: Coroutine[Any, Any, None]) -> None:
+        """Says meanwhile that the job goes on. Raises JobLost when it is no longer wanted, once `work` has ended."""
+        task = asyncio.create_task(work)
+        try:
+            while not (await asyncio.wait([task], timeout=STORE_BEAT_S))[0]:
+                await self._report(job, "publishing", 1.0)
+        except BaseException:
+            task.cancel()
+            await asyncio.wait([task])
+            raise
+        task.result()
+
+    async def _keep_here(self, job: Job, out: Path, files: list[dict[str, Any]]) -> None:
         final = self._folder / job.id
         try:
             await asyncio.to_thread(_move, out, final)

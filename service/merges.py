@@ -18,7 +18,8 @@ from typing import Any, Literal
 import msgspec
 
 from adapters.manifest import Manifest
-from adapters.merge_request import MergeOptions, check_merge
+from adapters.merge_plan import Forecast, forecast_merge
+from adapters.merge_request import MergeOptions
 from service.api.errors import ApiError, shown
 from service.jobs import Workers
 from service.library import Library
@@ -90,7 +91,7 @@ class Merges:
         eyes see the sources; None: everything.
 
         Raises ApiError (400, 403 for another tenant's source, 409, 422 with every reason, 429), NotFound, Conflict,
-        EngineUnavailable, OSError ENOSPC.
+        QuotaReached, EngineUnavailable, OSError ENOSPC.
         """
         if key is not None:
             async with self.library.catalogue.merges() as table:
@@ -108,9 +109,18 @@ class Merges:
             size += found.bytes
             sources.append(Source(found.name, found.version, found.digest, weight))
         require_space(self._folder, wanted.target, self._model, size)
-        await self._check(wanted, sources, manifest, tenant)
+        forecast = await self._forecast(wanted, sources, manifest, tenant)
         new = NewJob(
-            tenant, wanted.name, wanted.target, wanted.description, wanted.options, tuple(sources), wanted.digest, key
+            tenant,
+            wanted.name,
+            wanted.target,
+            wanted.description,
+            wanted.options,
+            tuple(sources),
+            wanted.digest,
+            key,
+            forecast.bytes,
+            forecast.rank,
         )
         try:
             async with self.library.catalogue.write() as edits:
@@ -120,16 +130,18 @@ class Merges:
         except TooManyMerges as error:
             raise ApiError(429, f"{error}. Try again.", code="too_many_merges", retry_after_s=RETRY_AFTER_S) from None
 
-    async def _check(self, wanted: Wanted, sources: list[Source], manifest: Manifest, tenant: str) -> None:
+    async def _forecast(self, wanted: Wanted, sources: list[Source], manifest: Manifest, tenant: str) -> Forecast:
+        """What it will give. Raises ApiError 422 if it is impossible."""
         stored = await stored_sources(self.library, sources, tenant)
         local = await asyncio.to_thread(lambda: [source.fetch(self.library.blobs) for source in stored])
         options = MergeOptions(**wanted.options)
-        reasons = await self._workers.run(
-            check_merge, local, manifest, options, wanted.target, self._model, self._memory
+        forecast = await self._workers.run(
+            forecast_merge, local, manifest, options, wanted.target, self._model, self._memory
         )
-        if reasons:
-            texts = [str(reason) for reason in reasons]
+        if forecast.reasons:
+            texts = [str(reason) for reason in forecast.reasons]
             raise ApiError(422, "The merge is impossible: " + "; ".join(texts), code="merge_refused", reasons=texts)
+        return forecast
 
     async def delete(self, identity: str, tenant: str) -> Job | None:
         """Cancels a queued or running job and gives it; of any other, deletes row and files, and gives None."""

@@ -13,7 +13,9 @@ from fastapi import APIRouter, Depends, Header, Request, Response
 from fastapi.responses import FileResponse, JSONResponse
 from pydantic import AfterValidator, Field, StrictInt, StrictStr
 
+from adapters.errors import AdapterMissing
 from adapters.merge_request import MAX_SOURCES, METHODS, MIN_SHARD_BYTES
+from service.api import ranges
 from service.api.adapters import Limit, Route, _list_json, _matches
 from service.api.auth import CallerDep, allow
 from service.api.errors import ApiError, shown
@@ -191,10 +193,22 @@ async def get_merge_file(request: Request, merge: str, filename: str, merges: Me
     headers = {"ETag": f'"{file["sha256"]}"', "Cache-Control": "private, no-cache"}
     if _matches(request.headers.get("if-none-match", ""), headers["ETag"]):
         return Response(status_code=304, headers=headers)
+    media_type = "application/json" if filename.endswith(".json") else "application/octet-stream"
+    async with merges.library.catalogue.merges() as table:
+        in_store = await table.in_store(job)
+    if in_store:
+        headers["Content-Disposition"] = f'attachment; filename="{filename.rpartition('/')[2]}"'
+
+        async def read(start: int, end: int) -> bytes:
+            return await merges.library.read(file["sha256"], start, end)
+
+        try:
+            return await ranges.download(request, read, file["bytes"], headers, media_type)
+        except AdapterMissing:
+            raise missing from None  # deleted since then
     path = merges.file(job, filename)
     try:
         stat = await asyncio.to_thread(os.stat, path)
     except FileNotFoundError:
-        raise missing from None  # deleted since then, or made by another server of this catalogue
-    media_type = "application/json" if filename.endswith(".json") else "application/octet-stream"
+        raise missing from None  # deleted since then
     return FileResponse(path, headers=headers, media_type=media_type, filename=path.name, stat_result=stat)

@@ -18,7 +18,7 @@ Json = dict[str, Any]
 _NAMED = (404,)
 _CHANGE = (400, 404, 409, 412)
 _BODY = (400, 413)
-_UPLOAD = (400, 403, 408, 409, 413, 415, 422, 503, 507)
+_UPLOAD = (400, 403, 408, 409, 413, 415, 422, 429, 503, 507)
 
 FAILURES: dict[str, tuple[int, ...]] = {
     "completions": (*_BODY, 404, 409, 429, 503),
@@ -48,7 +48,7 @@ FAILURES: dict[str, tuple[int, ...]] = {
     "get_usage": (400,),
     "delete_merge": _NAMED,
     "list_merge_files": _NAMED,
-    "get_merge_file": (404, 416),
+    "get_merge_file": (404, 416, 503),
     "create_tenant": (*_BODY, 409),
     "list_tenants": (400,),
     "get_tenant": _NAMED,

@@ -40,7 +40,7 @@ class LimitsPatch(Strict):
     adapters: _Limit = None
     """413."""
     stored_bytes: _Limit = None
-    """Of the files of all versions of all adapters; 413."""
+    """Of the files of all versions of all adapters, and of merged checkpoints, also of those that are queued; 413."""
     resident_bytes: _Limit = None
     """Of the tenant's adapters on the device: others leave for those that are called; 413 for what is larger alone."""
     max_rank: _Limit = None

@@ -22,7 +22,7 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.store.errors import ClaimLost
-from service.store.tables import blob_claims, blob_garbage, blob_releases, files, instances, versions
+from service.store.tables import blob_claims, blob_garbage, blob_releases, files, instances, merge_files, versions
 
 LEASE_S = 60
 """An instance that has not been heard of for so long is gone: what it claimed is void, its release is not waited for.
@@ -87,12 +87,14 @@ class BlobBook:
             await self._run(sa.insert(blob_garbage), rows)
 
     async def unneeded(self, blobs: Iterable[str], but: str = "") -> set[str]:
-        """Those of the blobs that no version needs (as its record or as a file) and no upload, but `but`, claims."""
+        """Those of the blobs that no version needs (as its record or as a file), no checkpoint, and no upload, but
+        `but`, claims."""
         names = set(blobs)
         for part in _parts(names):
             needed = (
                 sa.select(versions.c.digest).where(versions.c.digest.in_(part)),
                 sa.select(files.c.sha256).where(files.c.sha256.in_(part)),
+                sa.select(merge_files.c.sha256).where(merge_files.c.sha256.in_(part)),
                 sa.select(blob_claims.c.sha256).where(blob_claims.c.sha256.in_(part), blob_claims.c.upload != but),
             )
             for statement in needed:
@@ -136,9 +138,9 @@ class BlobBook:
 
     # ------------------------------------------------------------ instances
 
-    async def here(self, instance: str) -> None:
-        """This instance lives."""
-        seen: dict[str, Any] = {"seen_at": self.now}
+    async def here(self, instance: str, files_at: str = "") -> None:
+        """This instance lives; `files_at`: where others find its files (Blobs.shared_at), empty: nowhere."""
+        seen: dict[str, Any] = {"seen_at": self.now, "files_at": files_at}
         if (await self._run(sa.update(instances).where(instances.c.id == instance).values(seen))).rowcount == 0:
             await self._run(sa.insert(instances).values(id=instance, **seen))
         if not self._shared:
@@ -150,6 +152,18 @@ class BlobBook:
         if self._shared:
             statement = statement.where(instances.c.seen_at >= self.now - LEASE_S)
         return set(await self._scalars(statement))
+
+    async def gone(self, instance: str) -> None:
+        """This instance has ended, and nobody has to wait until it counts as such."""
+        await self._run(sa.delete(instances).where(instances.c.id == instance))
+
+    async def apart(self, instance: str, files_at: str) -> list[str]:
+        """Living instances whose files this one would not find, or that would not find its own."""
+        where = sa.or_(
+            instances.c.files_at != files_at, instances.c.files_at == "", sa.true() if not files_at else sa.false()
+        )
+        statement = sa.select(instances.c.id).where(instances.c.id != instance, where)
+        return list(await self._scalars(statement.where(instances.c.seen_at >= self.now - LEASE_S)))
 
     @property
     def now(self) -> sa.ColumnElement[int]:

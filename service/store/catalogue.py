@@ -270,9 +270,10 @@ class Catalogue:
         return page.items[0]
 
     async def totals(self, tenant: str) -> tuple[int, int]:
-        """(adapters of the tenant, bytes of all their versions)."""
-        async with self._database.read() as connection:
-            return await totals(connection, tenant)
+        """(adapters of the tenant, bytes of all their versions and of its checkpoints)."""
+        mine = sa.select(sa.func.count()).select_from(adapters).where(adapters.c.tenant == tenant)
+        async with self._database.snapshot() as connection:
+            return int(await connection.scalar(mine) or 0), await quotas.stored_bytes(connection, tenant)
 
     async def upload_room(self, tenant: str, name: str | None) -> quotas.Room:
         """What an upload of the tenant's may have (service/store/quotas.py)."""
@@ -323,17 +324,6 @@ class Catalogue:
         async with self._database.read() as connection:
             rows = (await connection.execute(statement)).all()
         return [self._resolved(row.tenant, row[1:]) for row in rows]
-
-
-async def totals(connection: AsyncConnection, tenant: str) -> tuple[int, int]:
-    """(adapters of the tenant, bytes of all their versions; files that versions share count for each)."""
-    statement = (
-        sa.select(sa.func.count(adapters.c.id.distinct()), sa.func.coalesce(sa.func.sum(versions.c.bytes), 0))
-        .join_from(adapters, versions, _of_adapter)
-        .where(adapters.c.tenant == tenant)
-    )
-    count, nbytes = (await connection.execute(statement)).one()
-    return int(count), int(nbytes)
 
 
 async def _assemble(connection: AsyncConnection, rows: Sequence[sa.Row[Any]], with_tenants: bool) -> list[Adapter]:

@@ -23,6 +23,7 @@ from service.store.tables import (
     counters,
     files,
     labels,
+    merge_files,
     tenants,
     versions,
 )
@@ -293,10 +294,11 @@ class Edits:
         )
 
     async def referenced(self) -> set[str]:
-        """Every blob that some version needs."""
+        """Every blob that some version or checkpoint needs."""
         records = await self._connection.scalars(sa.select(versions.c.digest))
         contents = await self._connection.scalars(sa.select(files.c.sha256))
-        return set(records) | set(contents)
+        checkpoints = await self._connection.scalars(sa.select(merge_files.c.sha256))
+        return set(records) | set(contents) | set(checkpoints)
 
 
 def _files_of(tenant: str) -> sa.Select[tuple[str]]:

@@ -20,9 +20,11 @@ from typing import Any, Literal
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from service.store import quotas
+from service.store.blob_book import BlobBook
 from service.store.errors import Conflict, NotFound, VersionInUse, VersionNotFound
 from service.store.records import Page
-from service.store.tables import DEFAULT_TENANT, adapters, merge_sources, merges, versions
+from service.store.tables import DEFAULT_TENANT, adapters, merge_files, merge_sources, merge_turns, merges, versions
 
 State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 STATES: tuple[State, ...] = ("queued", "running", "succeeded", "failed", "cancelled")
@@ -81,7 +83,8 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class NewJob:
-    """What a request asks for. `options`: fields of adapters.merge_request.MergeOptions that were given."""
+    """What a request asks for. `options`: fields of adapters.merge_request.MergeOptions that were given; `bytes` and
+    `rank`: of the result, as far as is known (adapters/merge_plan.py)."""
 
     tenant: str
     name: str
@@ -91,11 +94,13 @@ class NewJob:
     sources: tuple[Source, ...]
     request_digest: str
     idempotency_key: str | None = None
+    bytes: int = 0
+    rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A row. `number` orders jobs; `attempt` counts how often it was taken up."""
+    """A row. `number` orders jobs; `attempt` counts how often it was taken up. `bytes`: of a checkpoint."""
 
     number: int
     id: str
@@ -114,6 +119,7 @@ class Job:
     error: str | None
     result_version: int | None
     files: tuple[dict[str, Any], ...]
+    bytes: int
     created_at: int
     started_at: int | None
     finished_at: int | None
@@ -144,7 +150,8 @@ class MergeTable:
 
     async def add(self, new: NewJob, max_queued: int) -> Job:
         """Raises MergeExists for a checkpoint's name that is taken, VersionNotFound for a source that has been deleted
-        since it was looked up, TooManyMerges."""
+        since it was looked up, TooManyMerges, and QuotaReached for a result that the tenant may not keep. What a
+        checkpoint will have is taken from the tenant's stored_bytes by this."""
         mine = merges.c.tenant == new.tenant
         for source in new.sources:
             found = (
@@ -166,6 +173,10 @@ class MergeTable:
         count = int(await self._connection.scalar(waiting) or 0)
         if count >= max_queued:
             raise TooManyMerges(count)
+        if new.target == "checkpoint":
+            await quotas.require_bytes(self._connection, new.tenant, new.bytes)
+        else:
+            await quotas.require_adapter(self._connection, new.tenant, new.name, new.bytes, new.rank)
         identity = f"merge-{secrets.token_hex(12)}"
         result = await self._connection.execute(
             sa.insert(merges)
@@ -173,6 +184,7 @@ class MergeTable:
                 id=identity, tenant=new.tenant, name=new.name, target=new.target, description=new.description,
                 options=new.options, idempotency_key=new.idempotency_key, request_digest=new.request_digest,
                 state="queued", phase="queued", progress=0.0, attempts=0, files=[], created_at=_now(),
+                bytes=new.bytes if new.target == "checkpoint" else 0,
             )
             .returning(merges.c.number)
         )  # fmt: skip
@@ -203,8 +215,27 @@ class MergeTable:
         await self._set(job, state="cancelled", phase="cancelled", finished_at=_now())
 
     async def remove(self, job: Job) -> None:
-        for table, column in ((merge_sources, merge_sources.c.merge_number), (merges, merges.c.number)):
-            await self._connection.execute(sa.delete(table).where(column == job.number))
+        await self._remove(merges.c.number == job.number)
+
+    async def remove_all(self, tenant: str) -> list[str]:
+        """Of a tenant that is deleted; their ids. A merge that runs finds that it is no more, and ends."""
+        identities = await self._connection.scalars(sa.select(merges.c.id).where(merges.c.tenant == tenant))
+        found = list(identities.all())
+        await self._remove(merges.c.tenant == tenant)
+        await self._connection.execute(sa.delete(merge_turns).where(merge_turns.c.tenant == tenant))
+        return found
+
+    async def _remove(self, which: sa.ColumnElement[bool]) -> None:
+        """Also what is theirs in the blob store, unless somebody else needs it."""
+        numbers = sa.select(merges.c.number).where(which)
+        stored = await self._connection.scalars(
+            sa.select(merge_files.c.sha256).where(merge_files.c.merge_number.in_(numbers)).distinct()
+        )
+        names = dict.fromkeys(stored.all(), False)
+        for table in (merge_files, merge_sources):
+            await self._connection.execute(sa.delete(table).where(table.c.merge_number.in_(numbers)))
+        await self._connection.execute(sa.delete(merges).where(which))
+        await BlobBook(self._connection).discard(names)
 
     async def count(self) -> dict[str, int]:
         """Jobs by state, of all tenants."""
@@ -222,15 +253,34 @@ class MergeTable:
         return (await self._connection.execute(statement.limit(1))).first() is not None
 
     async def claim(self, runner: str) -> Job | None:
-        """The oldest queued job, now running, or None."""
-        jobs = await self._jobs(merges.c.state == "queued", order=merges.c.number, limit=1)
-        if not jobs:
+        """A queued job, now running, or None. Tenants take turns: of those with the fewest merges running, the one
+        whose last merge was begun before all others'; of its own, the oldest."""
+        other = merges.alias()
+        running = (
+            sa.select(sa.func.count())
+            .where(other.c.tenant == merges.c.tenant, other.c.state == "running")
+            .scalar_subquery()
+        )
+        statement = (
+            sa.select(merges.c.number)
+            .join_from(merges, merge_turns, merge_turns.c.tenant == merges.c.tenant, isouter=True)
+            .where(merges.c.state == "queued")
+            .order_by(running, sa.func.coalesce(merge_turns.c.turn, 0), merges.c.number)
+            .limit(1)
+        )
+        number = await self._connection.scalar(statement)
+        job = None if number is None else await self._one(merges.c.number == number)
+        if job is None:
             return None
         await self._set(
-            jobs[0], state="running", phase="starting", progress=0.0, runner=runner, seen_at=_now(),
-            attempts=merges.c.attempts + 1, started_at=jobs[0].started_at or _now(),
+            job, state="running", phase="starting", progress=0.0, runner=runner, seen_at=_now(),
+            attempts=merges.c.attempts + 1, started_at=job.started_at or _now(),
         )  # fmt: skip
-        return await self.get(jobs[0].id, None)
+        turn = int(await self._connection.scalar(sa.select(sa.func.max(merge_turns.c.turn))) or 0) + 1
+        mine = sa.update(merge_turns).where(merge_turns.c.tenant == job.tenant).values(turn=turn)
+        if (await self._connection.execute(mine)).rowcount == 0:
+            await self._connection.execute(sa.insert(merge_turns).values(tenant=job.tenant, turn=turn))
+        return await self.get(job.id, None)
 
     async def requeue(self, runner: str, alone: bool) -> tuple[list[Job], list[Job]]:
         """Running jobs that nobody runs any more, asked by a runner that runs none: its own, and those not heard of for
@@ -269,12 +319,27 @@ class MergeTable:
         """Raises JobLost."""
         await self._advance(job, state="failed", error=error, finished_at=_now())
 
-    async def succeed(self, job: Job, *, version: int | None = None, files: Collection[dict[str, Any]] = ()) -> None:
-        """Raises JobLost."""
+    async def succeed(
+        self, job: Job, *, version: int | None = None, files: Collection[dict[str, Any]] = (), in_store: bool = False
+    ) -> None:
+        """`in_store`: the files lie in the blob store, under their hashes. Raises JobLost, and QuotaReached for files
+        that the tenant may not keep (any more)."""
+        size = sum(int(file["bytes"]) for file in files)
+        if files:
+            await quotas.require_bytes(self._connection, job.tenant, size, instead_of=job.bytes)
         await self._advance(
             job, state="succeeded", phase="finished", progress=1.0, result_version=version, files=list(files),
-            finished_at=_now(),
+            bytes=size, finished_at=_now(),
         )  # fmt: skip
+        if in_store:
+            names = sorted({str(file["sha256"]) for file in files})
+            rows = [{"merge_number": job.number, "sha256": name} for name in names]
+            await self._connection.execute(sa.insert(merge_files), rows)
+
+    async def in_store(self, job: Job) -> bool:
+        """Whether the checkpoint's files lie in the blob store, rather than in the data folder where it was made."""
+        statement = sa.select(merge_files.c.sha256).where(merge_files.c.merge_number == job.number).limit(1)
+        return (await self._connection.execute(statement)).first() is not None
 
     async def checkpoints(self) -> set[str]:
         """Ids of the jobs whose files are there for the taking."""
@@ -312,7 +377,7 @@ class MergeTable:
                 description=row.description, options=row.options, sources=tuple(sources[row.number]),
                 request_digest=row.request_digest, state=row.state, phase=row.phase, progress=row.progress,
                 attempt=row.attempts, runner=row.runner, error=row.error, result_version=row.result_version,
-                files=tuple(row.files), created_at=row.created_at, started_at=row.started_at,
+                files=tuple(row.files), bytes=row.bytes, created_at=row.created_at, started_at=row.started_at,
                 finished_at=row.finished_at,
             )
             for row in rows

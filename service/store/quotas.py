@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.store.errors import QuotaReached
 from service.store.records import NewVersion
-from service.store.tables import adapters, tenants, versions
+from service.store.tables import adapters, merges, tenants, versions
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +46,8 @@ async def upload_room(connection: AsyncConnection, tenant: str, name: str | None
     if name is not None:
         mine = sa.and_(mine, adapters.c.name == name)
     repeated = int(await connection.scalar(sa.select(sa.func.max(versions.c.bytes)).where(mine)) or 0)
-    full = others_most is not None and await _others(connection, tenant, name) + 1 > others_most
-    if full and (name is None or not repeated):
+    only_again = name is None or not repeated
+    if only_again and others_most is not None and await _others(connection, tenant, name) + 1 > others_most:
         return Room(repeated, "adapters", others_most, "delete one first")
     if bytes_most is None:
         return UNLIMITED
@@ -57,29 +57,44 @@ async def upload_room(connection: AsyncConnection, tenant: str, name: str | None
 
 async def require_room(connection: AsyncConnection, tenant: str, name: str, new: NewVersion) -> None:
     """Raises QuotaReached if one more version of the adapter `name` would exceed a limit of its tenant: max_rank,
-    adapters, stored_bytes (the sum over all versions, whether or not they share files)."""
+    adapters, stored_bytes."""
+    await require_adapter(connection, tenant, name, new.bytes, new.max_rank)
+
+
+async def require_adapter(connection: AsyncConnection, tenant: str, name: str, nbytes: int, rank: int) -> None:
+    """The same for a version of so many bytes and of that rank."""
     limits = await _limits(connection, tenant)
     most = limits.get("max_rank")
-    if most is not None and new.max_rank > most:
-        raise QuotaReached("max_rank", most, f"the adapter has rank {new.max_rank}")
+    if most is not None and rank > most:
+        raise QuotaReached("max_rank", most, f"the adapter has rank {rank}")
     most = limits.get("adapters")
     if most is not None and await _others(connection, tenant, name) + 1 > most:
         raise QuotaReached("adapters", most, "delete one first")
-    most = limits.get("stored_bytes")
+    await require_bytes(connection, tenant, nbytes)
+
+
+async def require_bytes(connection: AsyncConnection, tenant: str, nbytes: int, instead_of: int = 0) -> None:
+    """Raises QuotaReached if the tenant may not keep so many bytes more; `instead_of`: of those it has, what they
+    replace."""
+    most = (await _limits(connection, tenant)).get("stored_bytes")
     if most is not None:
-        held = await stored_bytes(connection, tenant)
-        if held + new.bytes > most:
-            raise QuotaReached("stored_bytes", most, f"{held} are stored, and this has {new.bytes}")
+        held = await stored_bytes(connection, tenant) - instead_of
+        if held + nbytes > most:
+            raise QuotaReached("stored_bytes", most, f"{held} are stored, and this has {nbytes}")
 
 
 async def stored_bytes(connection: AsyncConnection, tenant: str) -> int:
-    """What counts against the tenant's limit of that name."""
+    """What counts against the tenant's limit of that name: versions (those that share files each with all of them), and
+    checkpoints, which are counted from the moment they are queued until they are deleted, or have come to nothing."""
     statement = (
         sa.select(sa.func.coalesce(sa.func.sum(versions.c.bytes), 0))
         .join_from(versions, adapters, versions.c.adapter_id == adapters.c.id)
         .where(adapters.c.tenant == tenant)
     )
-    return int(await connection.scalar(statement) or 0)
+    of_merges = sa.select(sa.func.coalesce(sa.func.sum(merges.c.bytes), 0)).where(
+        merges.c.tenant == tenant, merges.c.state.in_(("queued", "running", "succeeded"))
+    )
+    return int(await connection.scalar(statement) or 0) + int(await connection.scalar(of_merges) or 0)
 
 
 async def _limits(connection: AsyncConnection, tenant: str) -> Mapping[str, Any]:

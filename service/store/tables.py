@@ -131,6 +131,8 @@ merges = sa.Table(
     sa.Column("result_version", sa.Integer, nullable=True),
     # Of a checkpoint: [{"name", "bytes", "sha256"}].
     sa.Column("files", sa.JSON, nullable=False),
+    # Of a checkpoint: what its files have, or will have as far as is known. Counts against stored_bytes.
+    sa.Column("bytes", sa.BigInteger, nullable=False, server_default="0"),
     sa.Column("created_at", sa.BigInteger, nullable=False),
     sa.Column("started_at", sa.BigInteger, nullable=True),
     sa.Column("finished_at", sa.BigInteger, nullable=True),
@@ -150,6 +152,22 @@ merge_sources = sa.Table(
     sa.Column("weight", sa.Float, nullable=False),
 )
 
+# Files of checkpoints that lie in the blob store, where that is one for several services.
+merge_files = sa.Table(
+    "merge_files",
+    metadata,
+    sa.Column("merge_number", sa.Integer, sa.ForeignKey("merges.number"), primary_key=True),
+    sa.Column("sha256", sa.String(64), primary_key=True, index=True),
+)
+
+# When a tenant's last merge was begun, counted in merges: so they take turns.
+merge_turns = sa.Table(
+    "merge_turns",
+    metadata,
+    sa.Column("tenant", sa.String(96), primary_key=True),
+    sa.Column("turn", sa.BigInteger, nullable=False),
+)
+
 # What follows is the book of blobs (service/store/blob_book.py).
 
 # Services that share this database: one per data folder. Time is the database's own.
@@ -158,6 +176,8 @@ instances = sa.Table(
     metadata,
     sa.Column("id", sa.String(64), primary_key=True),
     sa.Column("seen_at", sa.BigInteger, nullable=False),
+    # Where its files lie (service/store/blob_book.py); NULL: it is of a version that did not say.
+    sa.Column("files_at", sa.Text, nullable=True),
 )
 
 # Blobs that an upload is storing: entered before the first byte, gone with the commit of its version.

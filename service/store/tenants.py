@@ -26,8 +26,6 @@ from service.store.tables import (
     adapter_grants,
     adapters,
     counters,
-    merge_sources,
-    merges,
     tenant_keys,
     tenants,
 )
@@ -211,20 +209,15 @@ class Tenants:
             row = (await connection.execute(_TENANT, {"tenant": tenant})).one_or_none()
             if row is None:
                 raise TenantNotFound(tenant)
-            own = merges.c.tenant == tenant
-            jobs = (await connection.scalars(sa.select(merges.c.id).where(own))).all()
-            numbers = sa.select(merges.c.number).where(own)
-            # A merge that runs finds that it is no more, and ends.
-            await connection.execute(sa.delete(merge_sources).where(merge_sources.c.merge_number.in_(numbers)))
-            await connection.execute(sa.delete(merges).where(own))
             edits = Edits(connection)
+            jobs = await edits.merges.remove_all(tenant)
             names = (await connection.scalars(sa.select(adapters.c.name).where(adapters.c.tenant == tenant))).all()
             removed = [await edits.remove_adapter(name, tenant) for name in names]
             await connection.execute(sa.delete(counters).where(counters.c.tenant == tenant))
             await connection.execute(sa.delete(adapter_grants).where(adapter_grants.c.tenant == tenant))
             await connection.execute(sa.delete(tenant_keys).where(tenant_keys.c.tenant_number == row.number))
             await connection.execute(sa.delete(tenants).where(tenants.c.number == row.number))
-        return removed, list(jobs)
+        return removed, jobs
 
     # ------------------------------------------------------------ keys
 

@@ -66,6 +66,45 @@ async def test_jobs_are_taken_in_order_and_once(catalogue: Catalogue) -> None:
         assert await table.count() == {"queued": 0, "running": 3, "succeeded": 0, "failed": 0, "cancelled": 0}
 
 
+async def begun(catalogue: Catalogue) -> str:
+    """Of the next merge that is begun, the tenant; it has ended at once."""
+    job = await claim(catalogue)
+    assert job is not None
+    async with catalogue.write() as edits:
+        await edits.merges.succeed(job)
+        await edits.merges.remove(job)  # whoever deletes what is done is not first again by that
+    return job.tenant
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+async def test_tenants_take_turns(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Whoever has queued many before does not hold up the others: one of each in turn."""
+    url = sqlite_url(tmp_path / "turns.sqlite3")
+    if kind == "postgresql":
+        url = request.getfixturevalue("postgres").create()
+    catalogue = await Catalogue.open(url)
+    try:
+        for tenant in ("flood", "other", "third"):
+            async with catalogue.write() as edits:
+                new = NewVersion(DIGEST, "base", 8, {}, (File("f", "c" * 64, 1),))
+                await edits.publish("a", new, default=True, tenant=tenant)
+        for _ in range(6):
+            await add(catalogue, replace(NEW, tenant="flood"), 64)
+        assert [await begun(catalogue) for _ in range(2)] == ["flood", "flood"]
+        for tenant in ("other", "other", "third"):
+            await add(catalogue, replace(NEW, tenant=tenant))
+        assert [await begun(catalogue) for _ in range(7)] == [
+            "other", "third", "flood", "other", "flood", "flood", "flood",
+        ]  # fmt: skip
+        # With several services, whoever has a merge running lets the others go first.
+        for tenant in ("flood", "flood", "other"):
+            await add(catalogue, replace(NEW, tenant=tenant))
+        taken = [await claim(catalogue, runner) for runner in ("one", "two", "three")]
+        assert [job and job.tenant for job in taken] == ["other", "flood", "flood"]
+    finally:
+        await catalogue.close()
+
+
 async def test_whoever_cancels_deletes_or_takes_over_has_the_last_word(catalogue: Catalogue) -> None:
     """The attempt that had the job can change nothing any more, and what it does along with it is undone."""
     for lost in ("cancel", "remove", "requeue"):
