@@ -50,6 +50,13 @@ def instance_id(folder: Path) -> str:
     return hashlib.sha256(f"{boot}:{status.st_dev}:{status.st_ino}".encode()).hexdigest()[:32]
 
 
+class FilesApart(Exception):  # noqa: N818 - it says what is wrong
+    """Services on one database need one place for the files of adapters."""
+
+    def __init__(self) -> None:
+        super().__init__("another service uses this database, and its files lie elsewhere")
+
+
 class Janitor:
     """One per API process; `run` works while this process holds the instance's lock. `delay_s`: so much later than a
     deletion the engine is asked, since requests that had looked the name up before it are with the engine by then."""
@@ -79,7 +86,9 @@ class Janitor:
         async with self._catalogue.write() as edits:
             alone = self._spool.alone()  # as a writer: who begins to serve later deletes nothing before this is done
             book = edits.blobs
-            await book.here(self.instance)
+            if self._catalogue.shared and await book.apart(self.instance, self._blobs.shared_at):
+                raise FilesApart  # the supervisor has looked before, but several may have started at once
+            await book.here(self.instance, self._blobs.shared_at)
             await self._give_up_the_dead(book)
             if alone:
                 await book.release(self.instance, await book.unreleased(self.instance))
@@ -146,7 +155,7 @@ class Janitor:
         if time.monotonic() >= self._next_beat:
             if self._catalogue.shared:
                 async with self._catalogue.write() as edits:
-                    await edits.blobs.here(self.instance)
+                    await edits.blobs.here(self.instance, self._blobs.shared_at)
             self._next_beat = time.monotonic() + BEAT_S
         async with self._catalogue.blob_book() as book:
             dead = await self._dead(book)

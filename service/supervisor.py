@@ -32,14 +32,18 @@ from service.engine.client import EngineClient
 from service.engine.config import CANNOT_START, EXIT_CANNOT_START
 from service.examples import load_examples
 from service.gguf_model import stop_helpers
+from service.janitor import instance_id
 from service.model_source import resolve_model
 from service.settings import PREFIX, Settings
-from service.store import backup, database
+from service.store import backup, database, instances
+from service.store.blob_book import LEASE_S
 from service.store.errors import CatalogueTooNew, CatalogueUnavailable, CatalogueUnusable
 
 API_STOP_S = api_worker.GRACE_S + 5.0
 ENGINE_STOP_S = 10.0
 """The engine is told to stop after the API processes have ended, so nothing is left for it to finish."""
+LEAVE_S = 5.0
+"""What it may take to tell the database that this service has ended; it is found out anyway."""
 SILENT_S = 5.0
 """An engine is killed when, for so long, it counts as silent (client.HEARTBEAT_TIMEOUT_S without an answer): some ten
 seconds after it began to hang, so that service is back within half a minute. One whose step hangs does answer: it is
@@ -156,6 +160,23 @@ async def check_database(settings: Settings) -> None:
         raise StartError(f"{where}: {exc}", "is something else using it? docs/operations.md") from None
 
 
+async def check_neighbours(settings: Settings) -> None:
+    """Raises StartError where services on one PostgreSQL would not find each other's files."""
+    if settings.private_catalogue:
+        return
+    files_at = settings.open_blobs().shared_at
+    try:
+        found = await instances.apart(settings.database_address(), instance_id(settings.uploads_dir), files_at)
+    except CatalogueUnavailable as exc:
+        raise StartError(f"{PREFIX}DATABASE_URL: {exc}", "start again when the database answers") from None
+    if found:
+        raise StartError(
+            f"{PREFIX}DATABASE_URL: another loraplex uses this database, and neither would find the other's files",
+            f"give both the same {PREFIX}BLOBS_URL (s3://...), give this one a database of its own, or stop the other "
+            f"one (if it was killed, it counts for {LEASE_S} s)",
+        )
+
+
 def bind(settings: Settings) -> socket.socket:
     """The service's TCP socket, not listening yet: while the base model is being fetched, connections are refused."""
     try:
@@ -221,6 +242,7 @@ class Supervisor:
         with data_folder(self._settings), bind(self._settings) as listener:
             check_catalogue(self._settings)
             await check_database(self._settings)
+            await check_neighbours(self._settings)
             await self._check_store()
             with self._display.steps():
                 model = await self._resolved()
@@ -439,3 +461,7 @@ class Supervisor:
         await client.close()
         await asyncio.gather(*(child.stop(ENGINE_STOP_S) for child in engines))
         self._children.clear()
+        if not self._settings.private_catalogue:
+            with contextlib.suppress(CatalogueUnavailable, TimeoutError):
+                async with asyncio.timeout(LEAVE_S):
+                    await instances.leave(self._settings.database_address(), instance_id(self._settings.uploads_dir))

@@ -58,6 +58,11 @@ class Database:
         self._writers = asyncio.Lock()
 
     @classmethod
+    def unmigrated(cls, url: str) -> Database:
+        """Nothing is asked or changed by this."""
+        return cls(_engine(url))
+
+    @classmethod
     async def open(cls, url: str) -> Database:
         """Connects and brings the schema up to date.
 
@@ -145,7 +150,7 @@ def _engine(url: str) -> AsyncEngine:
 async def check(url: str) -> None:
     """Raises CatalogueUnavailable unless the database answers, CatalogueTooNew if this version does not know its
     schema; changes nothing."""
-    found = Database(_engine(url))
+    found = Database.unmigrated(url)
     try:
         async with found.read() as connection:
             await connection.run_sync(_revision)
