@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
 
 from service.store import Catalogue, File, NewVersion, VersionInUse, VersionNotFound
-from service.store.database import sqlite_url
+from service.store.database import MIGRATIONS, Database, sqlite_url
 from service.store.merges import (
     MAX_ATTEMPTS,
     Job,
@@ -187,3 +191,32 @@ async def test_names_keys_and_the_queue_have_limits(catalogue: Catalogue) -> Non
         assert await table.by_key("k") == keyed
         assert await table.by_key("k", "somebody") is None
         assert await table.checkpoints() == set()
+
+
+async def test_checkpoints_of_before_count_after_the_upgrade(tmp_path: Path) -> None:
+    url = sqlite_url(tmp_path / "old.sqlite3")
+    old = Database.unmigrated(url)
+
+    def upgrade(connection: sa.Connection) -> None:
+        config = Config()
+        config.set_main_option("script_location", str(MIGRATIONS))
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0005")
+
+    files = json.dumps([{"name": name, "bytes": size, "sha256": name} for name, size in (("a", 7), ("b", 5))])
+    async with old.write() as connection:
+        await connection.run_sync(upgrade)
+        await connection.execute(
+            sa.text(
+                "INSERT INTO merges (id, tenant, name, target, description, options, request_digest, state, phase, "
+                "progress, attempts, files, created_at) VALUES ('m', 't', 'n', 'checkpoint', '', '{}', 'x', "
+                "'succeeded', 'finished', 1, 1, :files, 1)"
+            ),
+            {"files": files},
+        )
+    await old.close()
+    catalogue = await Catalogue.open(url)
+    try:
+        assert await catalogue.totals("t") == (0, 12)
+    finally:
+        await catalogue.close()
