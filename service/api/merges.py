@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Header, Request, Response
@@ -197,7 +198,7 @@ async def get_merge_file(request: Request, merge: str, filename: str, merges: Me
     async with merges.library.catalogue.merges() as table:
         in_store = await table.in_store(job)
     if in_store:
-        headers["Content-Disposition"] = f'attachment; filename="{filename.rpartition('/')[2]}"'
+        headers["Content-Disposition"] = f'attachment; filename="{PurePosixPath(filename).name}"'
 
         async def read(start: int, end: int) -> bytes:
             return await merges.library.read(file["sha256"], start, end)
