@@ -10,6 +10,7 @@ processes; one that crashes a parser is written to a file, and said with the two
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import multiprocessing
 import os
@@ -238,9 +239,9 @@ def _laid_out(document: dict[str, Any], data: bytes) -> bytes:
 def _edited(document: Any, donor: Any, rng: Random, kind: str) -> Any:
     """One change somewhere; `document` may be changed in place."""
     if rng.random() < 0.02 or not document or not isinstance(document, (dict, list)):
-        return rng.choice(VALUES)
+        return _value(rng)
     if kind == "config" and rng.random() < 0.4 and isinstance(document, dict):
-        document[rng.choice(sorted(FIELDS))] = rng.choice(VALUES)
+        document[rng.choice(sorted(FIELDS))] = _value(rng)
         return document
     holder = document
     while True:  # to a place at any depth
@@ -251,7 +252,7 @@ def _edited(document: Any, donor: Any, rng: Random, kind: str) -> Any:
             break
         holder = inner
     changes: tuple[Callable[[], None], ...] = (
-        lambda: _set(holder, key, rng.choice(VALUES)),
+        lambda: _set(holder, key, _value(rng)),
         lambda: _set(holder, key, _near(inner, rng)),
         lambda: _set(holder, key, [inner] if rng.random() < 0.5 else {"x": inner}),
         lambda: _set(holder, key, holder[rng.choice(keys)]),
@@ -261,6 +262,11 @@ def _edited(document: Any, donor: Any, rng: Random, kind: str) -> Any:
     )
     rng.choice(changes)()
     return document
+
+
+def _value(rng: Random) -> Any:
+    """A copy, since it may be edited in turn: the next input must not depend on this one."""
+    return copy.deepcopy(rng.choice(VALUES))
 
 
 def _set(holder: Any, key: Any, value: Any) -> None:
@@ -280,7 +286,7 @@ def _near(value: Any, rng: Random) -> Any:
         return rng.choice(
             (value[:at], value[at:], value[:at] + rng.choice(".*(0\0é") + value[at:], value.upper(), value * 40)
         )
-    return rng.choice(VALUES)
+    return _value(rng)
 
 
 def _rename(holder: Any, key: Any, donor: Any, rng: Random) -> None:
