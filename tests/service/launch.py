@@ -18,7 +18,7 @@ from tests.soundness import check_engine
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SIMULATED = '{"vocab_size": 49152}'
-UNSOUND = "IntegrityError"
+UNSOUND = "engine.errors.IntegrityError"
 """In the log of a service whose engine has found itself unsound, and was replaced."""
 START_S = 180.0
 """Generous: a busy machine may take many times what an idle one does."""
