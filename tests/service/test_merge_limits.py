@@ -128,7 +128,7 @@ def test_merged_adapters_have_the_limits_of_uploaded_ones(make_tenant: Callable[
     tenant.upload("a", 1)
     tenant.upload("b", 2)
     refused(tenant.post("c", {"a": 0.5}), 413, "adapters")
-    refused(tenant.post("a", {"a": 0.5, "b": 0.5}, method="cat"), 422, "max_rank")
+    refused(tenant.post("a", {"a": 0.5, "b": 0.5}, method="cat"), 413, "max_rank")
     assert tenant.ended(tenant.submit("a", {"a": 0.5, "b": 0.5}))["adapter"] == "a@2"
 
 
