@@ -1,6 +1,6 @@
 """Draws docs/images/throughput.svg from h200.json: each server's share of what the machine allows, row by row.
 
-    pip install matplotlib && python -m benchmarks.plots
+pip install matplotlib && python -m benchmarks.plots
 """
 
 from __future__ import annotations
