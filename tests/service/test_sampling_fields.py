@@ -92,7 +92,7 @@ def test_all_together(kind: type[Sampled], least: dict[str, Any]) -> None:
 def test_what_is_not_sampling(kind: type[Sampled], least: dict[str, Any]) -> None:
     body = kind.model_validate({**least, **{field: value for field, (value, _, _) in JOB.items()}})
     sampling = SamplingParams(top_k=5)
-    target = Target((AdapterRef("d", 0.5),), "", "")
+    target = Target((AdapterRef("d", 0.5),), {"1": 4096}, "", "")
     job = _job(body, SINGLE_USER, target, [[1, 2]], sampling)
     assert {field: getattr(job, attribute) for field, (_, attribute, _) in JOB.items()} == {
         field: wanted for field, (_, _, wanted) in JOB.items()
