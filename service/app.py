@@ -19,7 +19,6 @@ from service.api.body import BodyLimit
 from service.api.deps import RequestScope, Services
 from service.api.keyring import Keyring
 from service.engine.client import EngineClient
-from service.janitor import instance_id
 from service.jobs import Workers
 from service.leases import Leases
 from service.library import Library
@@ -29,6 +28,7 @@ from service.metrics import Metrics
 from service.settings import Settings
 from service.store.audit import AuditLog
 from service.store.catalogue import Catalogue
+from service.store.instances import instance_id
 from service.store.tenants import Tenants
 from service.store.usage import UsageTable
 from service.tokenizer import Tokenizer

@@ -11,9 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
-import hashlib
 import logging
-import os
 import time
 from collections.abc import Awaitable, Collection
 from pathlib import Path
@@ -27,6 +25,7 @@ from service.engine.errors import EngineCallTimedOut, EngineError
 from service.store import Catalogue
 from service.store.blob_book import LEASE_S, BlobBook
 from service.store.errors import CatalogueUnavailable
+from service.store.instances import instance_id
 from service.uploads import Spool
 
 log = logging.getLogger(__name__)
@@ -37,17 +36,6 @@ BEAT_S = LEASE_S / 12
 FAILURE_PAUSE_S = 10.0
 ENGINE_WAIT_S = 60.0  # for an engine that is being started, before it is asked what it needs
 UNLOAD_TIMEOUT_S = 3600.0  # the longest a release waits for running requests in one go
-
-
-def instance_id(folder: Path) -> str:
-    """Of the service on this data folder: the same in all its processes, another one on every other machine or folder,
-    and after a restart of the machine."""
-    status = folder.stat()
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        boot = os.uname().nodename
-    return hashlib.sha256(f"{boot}:{status.st_dev}:{status.st_ino}".encode()).hexdigest()[:32]
 
 
 class FilesApart(Exception):  # noqa: N818 - it says what is wrong

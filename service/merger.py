@@ -31,7 +31,6 @@ from service.api.errors import ApiError
 from service.children import Child
 from service.engine.client import EngineClient
 from service.engine.errors import EngineError
-from service.janitor import instance_id
 from service.jobs import Workers, WorkersUnavailable
 from service.library import WEIGHTS, Library
 from service.merge_task import BLOBS_URL, Priority, Said, Task, explain
@@ -41,6 +40,7 @@ from service.settings import Settings
 from service.store import Catalogue, NotFound
 from service.store.edits import Edits
 from service.store.errors import CatalogueUnavailable, Conflict, QuotaReached
+from service.store.instances import instance_id
 from service.store.merges import Job, JobLost
 from service.uploads import Spool
 

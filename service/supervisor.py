@@ -32,12 +32,12 @@ from service.engine.client import EngineClient
 from service.engine.config import CANNOT_START, EXIT_CANNOT_START
 from service.examples import load_examples
 from service.gguf_model import stop_helpers
-from service.janitor import instance_id
 from service.model_source import resolve_model
 from service.settings import PREFIX, Settings
 from service.store import backup, database, instances
 from service.store.blob_book import LEASE_S
 from service.store.errors import CatalogueTooNew, CatalogueUnavailable, CatalogueUnusable
+from service.store.instances import instance_id
 
 API_STOP_S = api_worker.GRACE_S + 5.0
 ENGINE_STOP_S = 10.0

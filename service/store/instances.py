@@ -1,12 +1,28 @@
-"""What a supervisor asks about other services on its database, before anything of its own service has started."""
+"""What a service is called on its database, and what its supervisor asks about others there, before anything of its own
+service has started."""
 
 from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
 
 import sqlalchemy as sa
 
 from service.store.blob_book import LEASE_S, BlobBook
 from service.store.database import Database
 from service.store.tables import instances
+
+
+def instance_id(folder: Path) -> str:
+    """Of the service on this data folder: the same in all its processes, another one on every other machine or folder,
+    and after a restart of the machine."""
+    status = folder.stat()
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        boot = os.uname().nodename
+    return hashlib.sha256(f"{boot}:{status.st_dev}:{status.st_ino}".encode()).hexdigest()[:32]
 
 
 async def apart(url: str, instance: str, files_at: str) -> bool:

@@ -117,9 +117,11 @@ def test_uploads_and_merges_count_as_requests(busy: TenantServer) -> None:
         for refused in (upload(client, "third", 2), client.post("/v1/merges", json=merge), complete(client, "second")):
             assert refused.json()["error"]["param"] == "requests_per_minute"
             assert refused.headers["retry-after"]
-        # What is counted is written down all the same.
+        # What is counted is written down all the same, and so is what was refused.
         lines = busy.http.get("/v1/audit", params={"tenant_id": tenant}).json()["data"]
-        assert [line["action"] for line in lines] == ["put_adapter"]
+        actions = [(line["action"], line["status"]) for line in reversed(lines) if line["status"] is not None]
+        assert [action for action in actions if action[1] < 400] == [("put_adapter", 201)]
+        assert {("put_adapter", 429), ("create_merge", 404), ("create_merge", 429)} <= set(actions)
 
 
 def test_what_a_tenant_cannot_keep_is_refused_before_it_is_received(busy: TenantServer) -> None:
