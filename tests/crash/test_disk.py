@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import stat
 import subprocess
@@ -250,8 +249,7 @@ def test_a_backup_of_a_running_service_is_restored_as_documented(make_world: Wor
     """Files, catalogue, files: with an upload and a deletion after each of the first two."""
     if shutil.which("sqlite3") is None:
         missing("sqlite3")
-    page = (ROOT / "docs" / "operations.md").read_text()
-    backup, restore = re.findall(r"```bash\n(.*?)```", page.partition("To back it up")[2], re.DOTALL)[:2]
+    backup, restore = bash_under("operations.md", "Backup of the data folder")
     prepare, files, catalogue, files_again = backup.splitlines()
 
     def shell(folder: Path, *commands: str) -> None:

@@ -34,6 +34,7 @@ CONSOLE = re.compile(
 ONLY_READ = re.compile(r"\bdocker\b|LORAPLEX_MODEL=")
 ELSEWHERE = {
     "operations.md": {
+        "Backup of the data folder": "tests/crash/test_disk.py",
         "PostgreSQL and S3": "tests/crash/test_instances.py",
         "Backup and restore": "tests/crash/test_instances.py",
         "A damaged file": "tests/crash/test_disk.py",
