@@ -61,8 +61,6 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     """Adapters whose digest starts so cannot be loaded."""
     client_timeout_s: float = 10.0
     drain_s: float = 20.0
-    integrity_interval_s: float = 30.0
-    """Between two integrity checks of an idle engine, as process.INTEGRITY_INTERVAL_S."""
 
 
 # ---------------------------------------------------------------- the "model"
