@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -72,14 +74,22 @@ class Launched:
     def check(self) -> None:
         """That its engine, if it has one to ask, is sound, and that none before it was not."""
         if self.process.poll() is None and self.ready():
-            check_engine(self._engine_address())
+            with self._engine_address() as address:
+                check_engine(address)
         assert UNSOUND not in self.log.read_text()
 
-    def _engine_address(self) -> str:
-        """Also where its data folder is a disk that this process does not see (tests/crash/confined.py)."""
-        path = Settings.load(data_dir=self.data_dir).engine_socket.removeprefix("ipc://")
+    @contextmanager
+    def _engine_address(self) -> Iterator[str]:
+        """Also where its data folder is a disk that this process does not see (tests/crash/confined.py). A link leads
+        there: the way through /proc may be longer than a socket's path can be."""
+        path = Path(Settings.load(data_dir=self.data_dir).engine_socket.removeprefix("ipc://"))
         inside = Path(f"/proc/{self.process.pid}/root{path}")
-        return f"ipc://{inside if inside.exists() and not Path(path).exists() else path}"
+        with tempfile.TemporaryDirectory() as folder:
+            if inside.exists() and not path.exists():
+                link = Path(folder, "run")
+                link.symlink_to(inside.parent)
+                path = link / path.name
+            yield f"ipc://{path}"
 
     def _stop(self) -> None:
         self.http.close()
