@@ -32,7 +32,7 @@ class LoraPlan:
     weights: NDArray[np.float32]
     """[P]"""
     seg_row: NDArray[np.int32]
-    """[S]"""
+    """[S]; -1: no adapter, see `covering`."""
     seg_start: NDArray[np.int32]
     """[S + 1] positions in `tokens`."""
     waves: tuple[tuple[int, int], ...]
@@ -93,6 +93,26 @@ def build_plan(spans: Iterable[tuple[int, int, Rows]]) -> LoraPlan | None:
         seg_row=np.asarray(seg_row, dtype=np.int32),
         seg_start=np.asarray(seg_start, dtype=np.int32),
         waves=tuple(bounds),
+    )
+
+
+def covering(plan: LoraPlan, tokens: int) -> LoraPlan:
+    """The same plan with all of a step's `tokens` in its first wave: a segment of row -1 holds those that have no
+    adapter. A kernel that computes this wave may write its output instead of adding to what is there."""
+    count = plan.seg_start[plan.waves[0][1]]
+    bare = np.ones(tokens, dtype=bool)
+    bare[plan.tokens[:count]] = False
+    rest = np.flatnonzero(bare).astype(np.int32)
+    if not len(rest):
+        return plan
+    segments = plan.waves[0][1]
+    starts = plan.seg_start
+    return LoraPlan(
+        tokens=np.concatenate((plan.tokens[:count], rest, plan.tokens[count:])),
+        weights=np.concatenate((plan.weights[:count], np.zeros(len(rest), np.float32), plan.weights[count:])),
+        seg_row=np.insert(plan.seg_row, segments, -1),
+        seg_start=np.concatenate((starts[: segments + 1], starts[segments:] + len(rest))).astype(np.int32),
+        waves=((0, segments + 1), *((first + 1, last + 1) for first, last in plan.waves[1:])),
     )
 
 

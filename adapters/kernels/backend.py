@@ -9,7 +9,7 @@ from adapters.arena import Arena
 from adapters.kernels import ops, triton_lora
 from adapters.kernels.device_plan import DevicePlan
 from adapters.kernels.ops import STEP
-from adapters.plan import LoraPlan
+from adapters.plan import LoraPlan, covering
 from adapters.site import Site
 
 DECODE_ENTRIES = 512
@@ -27,14 +27,16 @@ class TritonKernels:
         STEP.tables, STEP.plan = arena, None
         STEP.side = torch.cuda.Stream(arena.data.device) if overlap and arena.data.is_cuda else None
 
-    def begin_step(self, plan: LoraPlan | None) -> None:
+    def begin_step(self, plan: LoraPlan | None, tokens: int) -> None:
         STEP.tables = self.arena
         if plan is None:
             STEP.plan = None
             return
         # float32 has no tensor cores to fill, and its larger tiles spill registers.
         small = len(plan.tokens) <= DECODE_ENTRIES or self.arena.data.element_size() == 4
-        STEP.plan = DevicePlan.from_plan(plan, self.max_rank(plan), self.arena.data.device, block_m=16 if small else 64)
+        STEP.plan = DevicePlan.from_plan(
+            covering(plan, tokens), self.max_rank(plan), self.arena.data.device, 16 if small else 64, covers=True
+        )
 
     def use(self, plan: DevicePlan | None) -> None:
         """A plan that lies on the device already (a CUDA graph's own)."""

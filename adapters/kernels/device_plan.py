@@ -120,13 +120,15 @@ def pack(plan: LoraPlan | None, shape: PlanShape, out: NDArray[np.int32]) -> Non
 class DevicePlan:
     """Typed views of one packed plan on the device."""
 
-    def __init__(self, shape: PlanShape, buffer: Tensor, max_rank: int) -> None:
+    def __init__(self, shape: PlanShape, buffer: Tensor, max_rank: int, *, covers: bool = False) -> None:
         """buffer: int32 [shape.size], which the caller fills with what `pack` wrote. max_rank: no row of a plan packed
-        here has a larger rank in any target; host-known, as it decides how kernels are compiled."""
+        here has a larger rank in any target; host-known, as it decides how kernels are compiled. covers: plans packed
+        here cover their step (adapters/plan.py)."""
         if buffer.dtype != torch.int32 or buffer.numel() != shape.size:
             raise ValueError(f"buffer: expected int32 [{shape.size}], found {buffer.dtype} {list(buffer.shape)}")
         self.shape = shape
         self.buffer = buffer
+        self.covers = covers
         self.bucket = rank_bucket(max_rank)
         part = {name: buffer[where] for name, where in shape.slices.items()}
         self.wave_tiles = part["wave_tiles"]
@@ -136,18 +138,20 @@ class DevicePlan:
         self.weights = part["weights"].view(torch.float32)
         """[entries]"""
         self.tile_row = part["tile_row"]
-        """[tiles] arena row."""
+        """[tiles] arena row; -1: these tokens have no adapter."""
         self.tile_start = part["tile_start"]
         """[tiles] first entry."""
         self.tile_len = part["tile_len"]
         """[tiles] entries, 1..block_m."""
 
     @classmethod
-    def from_plan(cls, plan: LoraPlan, max_rank: int, device: torch.device | str, block_m: int = 16) -> DevicePlan:
+    def from_plan(
+        cls, plan: LoraPlan, max_rank: int, device: torch.device | str, block_m: int = 16, *, covers: bool = False
+    ) -> DevicePlan:
         """A plan in a buffer of its own, of just its size: one allocation, one copy."""
         shape = PlanShape.of(plan, block_m)
         pinned = torch.device(device).type == "cuda"
         host = torch.empty(shape.size, dtype=torch.int32, pin_memory=pinned)
         pack(plan, shape, host.numpy())
         # A fresh pinned buffer per plan: the caching host allocator reuses it only after the copy's event.
-        return cls(shape, host.to(device, non_blocking=True), max_rank)
+        return cls(shape, host.to(device, non_blocking=True), max_rank, covers=covers)

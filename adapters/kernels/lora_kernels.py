@@ -1,6 +1,8 @@
 """The Triton kernels of the LoRA products; triton_lora.py says what they compute, and launches them.
 
-Both walk a list of items with a fixed number of programs. `cell` is a (row, target) of the arena's table.
+Both walk a list of items with a fixed number of programs. `cell` is a (row, target) of the arena's table; tiles of row -1
+hold tokens without an adapter. Where expand does not ADD, it writes every column of every token of its wave. ROWS: tiles of one entry
+are computed without tensor cores, which need no shared memory and so fit beside other kernels.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -9,6 +11,20 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def _shrink_row(x_row, a, r, used, k_begin, k_end, K: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr):
+    total = tl.zeros([BR], tl.float32)
+    for k0 in range(k_begin, k_end, BK):
+        kk = k0 + tl.arange(0, BK)
+        mask = used[:, None]
+        if K % BK != 0:
+            mask = mask & (kk < K)[None, :]
+        xv = tl.load(x_row + kk, mask=kk < K, other=0.0).to(tl.float32)
+        av = tl.load(a + (r * K)[:, None] + kk[None, :], mask=mask, other=0.0).to(tl.float32)
+        total += tl.sum(av * xv[None, :], 1)
+    return total
 
 
 @triton.jit(do_not_specialize=["stride_split"], do_not_specialize_on_alignment=["num_tiles", "targets"])
@@ -35,6 +51,7 @@ def shrink_kernel(
     BK: tl.constexpr,
     SPLITS: tl.constexpr,
     VEC: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     R_BLOCKS: tl.constexpr = (BUCKET + BR - 1) // BR
     K_SPLIT: tl.constexpr = ((K + BK - 1) // BK + SPLITS - 1) // SPLITS * BK
@@ -44,35 +61,40 @@ def shrink_kernel(
         r0 = (item // SPLITS) % R_BLOCKS * BR
         j = (item // (SPLITS * R_BLOCKS)) % NT
         tile = item // (SPLITS * R_BLOCKS * NT)
-        cell = tl.load(tile_row + tile).to(tl.int64) * stride_table + tl.load(targets + j)
-        rank = tl.load(ranks + cell)
+        row = tl.load(tile_row + tile).to(tl.int64)
+        cell = row * stride_table + tl.load(targets + j)
+        rank = tl.load(ranks + cell, mask=row >= 0, other=0)
         if r0 < rank:
             start = tl.load(tile_start + tile)
-            rows = tl.arange(0, BM)
-            live = rows < tl.load(tile_len + tile)
-            token = tl.load(tokens + start + rows, mask=live, other=0).to(tl.int64)
             r = r0 + tl.arange(0, BR)
             used = r < rank
             # The division tells the compiler of the alignment that the table promises: 16-byte loads.
             a = data + tl.load(offsets + 2 * cell) // VEC * VEC
-            acc = tl.zeros([BM, BR], tl.float32)
             k_begin = split * K_SPLIT
-            for k0 in range(k_begin, tl.minimum(k_begin + K_SPLIT, K), BK):
-                kk = k0 + tl.arange(0, BK)
-                x_mask = live[:, None]
-                a_mask = used[:, None]
-                if K % BK != 0:
-                    x_mask = x_mask & (kk < K)[None, :]
-                    a_mask = a_mask & (kk < K)[None, :]
-                xv = tl.load(x + (token * stride_x)[:, None] + kk[None, :], mask=x_mask, other=0.0)
-                av = tl.load(a + (r * K)[:, None] + kk[None, :], mask=a_mask, other=0.0)
-                acc = tl.dot(xv, tl.trans(av), acc, input_precision="ieee")
-            at = (
-                split.to(tl.int64) * stride_split
-                + ((start + rows) * (NT * BUCKET))[:, None]
-                + (j * BUCKET + r)[None, :]
-            )
-            tl.store(partials + at, acc, mask=live[:, None] & used[None, :])
+            k_end = tl.minimum(k_begin + K_SPLIT, K)
+            length = tl.load(tile_len + tile)
+            out = partials + split.to(tl.int64) * stride_split + j * BUCKET
+            if ROWS and length == 1:
+                x_row = x + tl.load(tokens + start).to(tl.int64) * stride_x
+                product = _shrink_row(x_row, a, r, used, k_begin, k_end, K, BR, BK)
+                tl.store(out + start * (NT * BUCKET) + r, product, mask=used)
+            else:
+                rows = tl.arange(0, BM)
+                live = rows < length
+                token = tl.load(tokens + start + rows, mask=live, other=0).to(tl.int64)
+                acc = tl.zeros([BM, BR], tl.float32)
+                for k0 in range(k_begin, k_end, BK):
+                    kk = k0 + tl.arange(0, BK)
+                    x_mask = live[:, None]
+                    a_mask = used[:, None]
+                    if K % BK != 0:
+                        x_mask = x_mask & (kk < K)[None, :]
+                        a_mask = a_mask & (kk < K)[None, :]
+                    xv = tl.load(x + (token * stride_x)[:, None] + kk[None, :], mask=x_mask, other=0.0)
+                    av = tl.load(a + (r * K)[:, None] + kk[None, :], mask=a_mask, other=0.0)
+                    acc = tl.dot(xv, tl.trans(av), acc, input_precision="ieee")
+                at = (start + rows) * (NT * BUCKET)
+                tl.store(out + at[:, None] + r[None, :], acc, mask=live[:, None] & used[None, :])
 
 
 @triton.jit
@@ -81,6 +103,38 @@ def _sum_splits(partials, at, mask, stride_split, SPLITS: tl.constexpr):
     for split in tl.static_range(1, SPLITS):
         total += tl.load(partials + split * stride_split + at, mask=mask, other=0.0)
     return total
+
+
+@triton.jit
+def _expand_row(
+    y_row,
+    b,
+    partials,
+    factor,
+    rank,
+    begin,
+    end,
+    width,
+    splits_apart,
+    BR: tl.constexpr,
+    BN: tl.constexpr,
+    SPLITS: tl.constexpr,
+    ADD: tl.constexpr,
+):
+    for n0 in range(begin, end, BN):
+        n = n0 + tl.arange(0, BN)
+        inside = n < width
+        delta = tl.zeros([BN], tl.float32)
+        for r0 in range(0, rank, BR):
+            r = r0 + tl.arange(0, BR)
+            s = _sum_splits(partials, r, r < rank, splits_apart, SPLITS)
+            at = (r * width)[:, None] + n[None, :]
+            bv = tl.load(b + at, mask=(r < rank)[:, None] & inside[None, :], other=0.0).to(tl.float32)
+            delta += tl.sum(s[:, None] * bv, 0)
+        delta *= factor
+        if ADD:
+            delta += tl.load(y_row + n, mask=inside, other=0.0)
+        tl.store(y_row + n, delta.to(y_row.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["stride_split", "wave"], do_not_specialize_on_alignment=["targets"])
@@ -114,6 +168,8 @@ def expand_kernel(
     SPLITS: tl.constexpr,
     VEC: tl.constexpr,
     ALIGNED: tl.constexpr,
+    ADD: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     splits_apart = tl.cast(stride_split, tl.int64)
     first = tl.load(wave_tiles + wave)
@@ -135,18 +191,37 @@ def expand_kernel(
         if ALIGNED:
             width = width // VEC * VEC
             offset = offset // VEC * VEC
-        cell = tl.load(tile_row + tile).to(tl.int64) * stride_table + tl.load(targets + j)
-        rank = tl.load(ranks + cell)
-        if rank > 0:
-            start = tl.load(tile_start + tile)
-            rows = tl.arange(0, BM)
-            live = rows < tl.load(tile_len + tile)
-            token = tl.load(tokens + start + rows, mask=live, other=0).to(tl.int64)
+        row = tl.load(tile_row + tile).to(tl.int64)
+        cell = row * stride_table + tl.load(targets + j)
+        rank = tl.load(ranks + cell, mask=row >= 0, other=0)
+        start = tl.load(tile_start + tile)
+        length = tl.load(tile_len + tile)
+        rows = tl.arange(0, BM)
+        live = rows < length
+        token = tl.load(tokens + start + rows, mask=live, other=0).to(tl.int64)
+        y_at = y + (token * stride_y)[:, None] + offset
+        if ROWS and length == 1 and rank > 0:
+            y_row = y + tl.load(tokens + start).to(tl.int64) * stride_y + offset
+            _expand_row(
+                y_row,
+                data + tl.load(offsets + 2 * cell + 1) // VEC * VEC,
+                partials + start * (NT * BUCKET) + j * BUCKET,
+                tl.load(weights + start) * tl.load(scales + cell),
+                rank,
+                column,
+                tl.minimum(column + CHUNK, width),
+                width,
+                splits_apart,
+                BR,
+                BN,
+                SPLITS,
+                ADD,
+            )
+        elif rank > 0:
             factor = tl.load(weights + start + rows, mask=live, other=0.0) * tl.load(scales + cell)
             b = data + tl.load(offsets + 2 * cell + 1) // VEC * VEC
             r = tl.arange(0, BR)
             s_at = ((start + rows) * (NT * BUCKET))[:, None] + (j * BUCKET + r)[None, :]
-            y_at = y + (token * stride_y)[:, None] + offset
             if BUCKET <= BR:
                 s = _sum_splits(partials, s_at, live[:, None] & (r < rank)[None, :], splits_apart, SPLITS)
                 s = s.to(data.dtype.element_ty)
@@ -156,8 +231,9 @@ def expand_kernel(
                     bv = tl.load(b + (r * width)[:, None] + n[None, :], mask=(r < rank)[:, None] & inside, other=0.0)
                     delta = tl.dot(s, bv, input_precision="ieee") * factor[:, None]
                     mask = live[:, None] & inside
-                    old = tl.load(y_at + n[None, :], mask=mask, other=0.0)
-                    tl.store(y_at + n[None, :], (old + delta).to(y.dtype.element_ty), mask=mask)
+                    if ADD:
+                        delta += tl.load(y_at + n[None, :], mask=mask, other=0.0)
+                    tl.store(y_at + n[None, :], delta.to(y.dtype.element_ty), mask=mask)
             else:
                 for n0 in range(column, tl.minimum(column + CHUNK, width), BN):
                     n = n0 + tl.arange(0, BN)
@@ -170,6 +246,12 @@ def expand_kernel(
                         bv = tl.load(b + at, mask=used[:, None] & inside, other=0.0)
                         delta = tl.dot(s.to(bv.dtype), bv, delta, input_precision="ieee")
                     mask = live[:, None] & inside
-                    old = tl.load(y_at + n[None, :], mask=mask, other=0.0)
-                    new = (old + delta * factor[:, None]).to(y.dtype.element_ty)
-                    tl.store(y_at + n[None, :], new, mask=mask)
+                    delta *= factor[:, None]
+                    if ADD:
+                        delta += tl.load(y_at + n[None, :], mask=mask, other=0.0)
+                    tl.store(y_at + n[None, :], delta.to(y.dtype.element_ty), mask=mask)
+        elif not ADD:
+            for n0 in range(column, tl.minimum(column + CHUNK, width), BN):
+                n = n0 + tl.arange(0, BN)
+                nothing = tl.zeros([BM, BN], y.dtype.element_ty)
+                tl.store(y_at + n[None, :], nothing, mask=live[:, None] & (n < width)[None, :])

@@ -97,9 +97,12 @@ def lora_linear_delta(
         return functional.linear(x, weight, bias), delta.zero_()
     main, side = _fork(x.device)
     with torch.cuda.stream(side):
-        delta.zero_()
+        if not plan.covers:
+            delta.zero_()
         partials = triton_lora.shrink(x, targets, weight.shape[0], plan, tables)
-        triton_lora.expand(delta, partials, targets, tuple(offsets), tuple(widths), x.shape[1], plan, tables)
+        triton_lora.expand(
+            delta, partials, targets, tuple(offsets), tuple(widths), x.shape[1], plan, tables, add=not plan.covers
+        )
     y = functional.linear(x, weight, bias)
     _join(main, side)
     return y, delta

@@ -1,7 +1,7 @@
 """The LoRA products on the GPU: two Triton kernels per site, for all its targets and all adapters of the step.
 
     shrink   s[p, j, :] = x[tokens[p]] A_j^T                                  float32, by split of k
-    expand   y[tokens[p], o_j : o_j + d_j] += weights[p] · scale_j · s[p, j, :] B_j
+    expand   y[tokens[p], o_j : o_j + d_j] += weights[p] · scale_j · s[p, j, :] B_j      (or =, see `expand`)
 
 Each factor's address, rank and scale are read from the arena's table on the device, and loads are masked at the true
 rank, so memory traffic is that of the ranks themselves. Both grids have a fixed size: their programs walk a list of
@@ -86,6 +86,7 @@ def shrink(
             BK=config.block_k,
             SPLITS=config.splits,
             VEC=16 // x.element_size(),
+            ROWS=config.rows,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
@@ -102,9 +103,13 @@ def expand(
     plan: DevicePlan,
     tables: Tables,
     config: ExpandConfig | None = None,
+    *,
+    add: bool = True,
 ) -> None:
     """Adds to y [T, d] in place, wave after wave. offsets, widths: columns of each target; k: in_features of the site
-    (chooses the configuration only)."""
+    (chooses the configuration only). add False: y may hold anything and is written, of a plan that covers its tokens."""
+    if not (add or plan.covers):
+        raise ValueError("add: only a plan that covers its tokens writes all of y")
     _check(y, tables)
     shape, vector = plan.shape, 16 // y.element_size()
     config = config or expand_config(k, y.shape[1], shape.entries, plan.bucket, shape.block_m, y.element_size())
@@ -141,6 +146,8 @@ def expand(
             SPLITS=partials.shape[0],
             VEC=vector,
             ALIGNED=all(n % vector == 0 for n in (*offsets, *widths)),
+            ADD=add or wave > 0,
+            ROWS=config.rows,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )

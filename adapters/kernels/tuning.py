@@ -26,6 +26,8 @@ class ShrinkConfig:
     num_stages: int
     programs: int
     """Programs per multiprocessor; each walks several items."""
+    rows: bool = False
+    """Tiles of one entry are computed without tensor cores."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,8 @@ class ExpandConfig:
     num_warps: int
     num_stages: int
     programs: int
+    rows: bool = False
+    """As of ShrinkConfig."""
 
 
 def power_of_two(n: int) -> int:

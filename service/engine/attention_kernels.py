@@ -111,13 +111,14 @@ def _attend_block(
     return new_peak, total, acc
 
 
-@triton.jit(do_not_specialize=["stride_table"], do_not_specialize_on_alignment=["page_table", "context_lens"])
+@triton.jit(do_not_specialize=["stride_table"], do_not_specialize_on_alignment=["page_table", "context_lens", "count"])
 def decode_kernel(
     q,
     k_cache,
     v_cache,
     page_table,
     context_lens,
+    count,
     out,
     partials,
     logsums,
@@ -139,8 +140,12 @@ def decode_kernel(
     DIRECT: tl.constexpr,
     WINDOW: tl.constexpr,
     CAPPED: tl.constexpr,
+    COUNTED: tl.constexpr,
 ):
     s = tl.program_id(0).to(tl.int64)
+    if COUNTED:  # noqa: SIM102
+        if s >= tl.load(count):
+            return
     head = tl.program_id(1)
     split = tl.program_id(2)
     splits = tl.num_programs(2)
@@ -198,18 +203,23 @@ def decode_kernel(
         tl.store(logsums + at, logsum, mask=rows < GROUP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["count"])
 def merge_kernel(
     partials,
     logsums,
+    count,
     out,
     stride_ot,
     stride_oh,
     D: tl.constexpr,
     BD: tl.constexpr,
     SPLITS: tl.constexpr,
+    COUNTED: tl.constexpr,
 ):
     s = tl.program_id(0).to(tl.int64)
+    if COUNTED:  # noqa: SIM102
+        if s >= tl.load(count):
+            return
     head = tl.program_id(1)
     d = tl.arange(0, BD)
     at = (s * tl.num_programs(1) + head) * SPLITS + tl.arange(0, SPLITS)
@@ -223,7 +233,8 @@ def merge_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["stride_table"], do_not_specialize_on_alignment=["page_table", "context_lens", "query_starts"]
+    do_not_specialize=["stride_table"],
+    do_not_specialize_on_alignment=["page_table", "context_lens", "query_starts", "tile_seq", "tile_row"],
 )
 def prefill_kernel(
     q,
@@ -232,6 +243,8 @@ def prefill_kernel(
     page_table,
     context_lens,
     query_starts,
+    tile_seq,
+    tile_row,
     out,
     scale,
     cap,
@@ -252,14 +265,13 @@ def prefill_kernel(
     WINDOW: tl.constexpr,
     CAPPED: tl.constexpr,
 ):
-    # The last rows of a chunk see the most keys, so they start first.
-    m0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
+    s = tl.load(tile_seq + tl.program_id(0)).to(tl.int64)
+    if s < 0:
+        return
+    m0 = tl.load(tile_row + tl.program_id(0))
     head = tl.program_id(1)
-    s = tl.program_id(2).to(tl.int64)
     q0 = tl.load(query_starts + s)
     queries = tl.load(query_starts + s + 1) - q0
-    if m0 >= queries:
-        return
     context = tl.load(context_lens + s)
     before = context - queries
     rows = m0 + tl.arange(0, BM)

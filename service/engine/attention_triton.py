@@ -16,6 +16,7 @@ import triton
 from numpy.typing import NDArray
 from torch import Tensor
 
+from adapters.plan import ranges
 from service.engine.attention import LayerShape, StepLayout, allocate_cache
 from service.engine.attention_kernels import decode_kernel, kv_write_kernel, merge_kernel, prefill_kernel
 
@@ -24,6 +25,8 @@ MIN_PAGE_SIZE = 8
 MAX_HEAD_DIM = 256
 MAX_GROUP = 16
 MAX_SPLITS = 64
+TILE = 64
+"""Queries of a tile of prompts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,34 +41,64 @@ class StepArrays:
     """[S + 1] cumulative query lengths; sequence s has tokens query_starts[s] : query_starts[s + 1]."""
     page_table: Tensor
     """[S, most pages]"""
+    tile_seq: Tensor
+    """[N] the sequence of each tile of `block_m` queries of those with several; -1: no tile."""
+    tile_row: Tensor
+    """[N] its first query's place in its sequence's."""
+    block_m: int
     num_decode: int
+    """The first so many sequences have one query; an upper bound where `count` is."""
     max_context: int
-    """Of the decoding sequences; with max_query, what grids are sized by: upper bounds will do."""
-    max_query: int
-    """Of the other sequences."""
+    """Of the decoding sequences: what grids are sized by, an upper bound will do."""
+    count: Tensor | None = None
+    """[1] the same as num_decode, known on the device only (a CUDA graph's)."""
 
     @classmethod
-    def from_layout(cls, layout: StepLayout, device: torch.device) -> StepArrays:
+    def from_layout(cls, layout: StepLayout, device: torch.device, block_m: int | None = None) -> StepArrays:
         """One copy to the device for all arrays: ten small copies take 122 us of host time, one takes 6."""
         n = layout.num_decode
+        block_m = block_m or rows_per_tile(layout)
+        seqs, rows = tiles(layout, block_m)
         parts: list[NDArray] = [
             layout.slots,
             layout.context_lens,
             np.concatenate([[0], np.cumsum(layout.query_lens)]),
             layout.page_table.reshape(-1),
+            seqs,
+            rows,
         ]
         host = torch.empty(sum(p.size for p in parts), dtype=torch.int32, pin_memory=device.type == "cuda")
         np.concatenate(parts, out=host.numpy(), casting="same_kind", dtype=None)
-        slots, contexts, starts, table = host.to(device, non_blocking=True).split([p.size for p in parts])
+        slots, contexts, starts, table, seqs_, rows_ = host.to(device, non_blocking=True).split([p.size for p in parts])
         return cls(
             slots=slots,
             context_lens=contexts,
             query_starts=starts,
             page_table=table.view(layout.page_table.shape),
+            tile_seq=seqs_,
+            tile_row=rows_,
+            block_m=block_m,
             num_decode=n,
             max_context=int(layout.context_lens[:n].max(initial=0)),
-            max_query=int(layout.query_lens[n:].max(initial=0)),
         )
+
+
+def rows_per_tile(layout: StepLayout) -> int:
+    """Queries of a tile. 64 with 4 warps beat 128 with 8 on an H200 for 8 prompts of 512: 99 us against 108 to 112."""
+    return TILE if layout.query_lens[layout.num_decode :].max(initial=0) > 16 else 16
+
+
+def tiles(layout: StepLayout, block_m: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """(sequence, first query) of every tile of the sequences with several queries. Those that see the most keys come
+    first: they take longest."""
+    n = layout.num_decode
+    counts = layout.query_lens[n:]
+    each = -(-counts // block_m)
+    seqs = np.repeat(np.arange(n, len(layout.query_lens), dtype=np.int32), each)
+    rows = ranges(np.zeros(len(counts), dtype=np.int32), each) * block_m
+    sees = (layout.context_lens - layout.query_lens)[seqs] + rows
+    order = np.argsort(-sees, kind="stable")
+    return seqs[order], rows[order]
 
 
 class TritonPagedAttention:
@@ -81,10 +114,12 @@ class TritonPagedAttention:
         for shape in shapes:
             _check_heads(shape.query_heads, shape.kv_heads, shape.head_dim)
         self.device = device
+        self.block_m = 16 if dtype.itemsize > 2 else None
+        """Queries of a tile, where the step has no say in it: without tensor cores (float32) larger ones spill."""
         self.tensors = allocate_cache(shapes, pages, page_size, dtype, device)
 
     def begin_step(self, layout: StepLayout) -> None:
-        self.step = StepArrays.from_layout(layout, self.device)
+        self.step = StepArrays.from_layout(layout, self.device, self.block_m)
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, scaling: float, window: int | None
@@ -151,21 +186,10 @@ def paged_attention(
             max_context=step.max_context,
             window=window,
             softcap=softcap,
+            count=step.count,
         )
-    if step.context_lens.numel() > n:
-        prefill(
-            q,
-            k_cache,
-            v_cache,
-            step.page_table[n:],
-            step.context_lens[n:],
-            step.query_starts[n:],
-            out,
-            scale=scale,
-            max_query=step.max_query,
-            window=window,
-            softcap=softcap,
-        )
+    if step.tile_seq.numel():
+        prefill(q, k_cache, v_cache, step, out, scale=scale, window=window, softcap=softcap)
     return out
 
 
@@ -182,11 +206,12 @@ def decode(
     window: int | None = None,
     softcap: float | None = None,
     splits: int | None = None,
+    count: Tensor | None = None,
 ) -> None:
     """One query per sequence: q and out [S, query_heads, head_dim]. A sequence with context 0 gets zeros.
 
     max_context: an upper bound of context_lens. splits: programs per sequence and KV head, a power of two; None
-    chooses."""
+    chooses. count: int32 [1], only so many sequences are computed, and of `out` only their rows written."""
     sequences, query_heads, head_dim = q.shape
     kv_heads = k_cache.shape[2]
     group = _check_heads(query_heads, kv_heads, head_dim)
@@ -206,6 +231,7 @@ def decode(
         v_cache,
         page_table,
         context_lens,
+        context_lens if count is None else count,
         out,
         partials,
         logsums,
@@ -227,12 +253,23 @@ def decode(
         DIRECT=splits == 1,
         WINDOW=window or 0,
         CAPPED=softcap is not None,
+        COUNTED=count is not None,
         num_warps=4,
         num_stages=3,
     )
     if splits > 1:
         merge_kernel[(sequences, query_heads)](
-            partials, logsums, out, out.stride(0), out.stride(1), D=head_dim, BD=padded, SPLITS=splits, num_warps=2
+            partials,
+            logsums,
+            context_lens if count is None else count,
+            out,
+            out.stride(0),
+            out.stride(1),
+            D=head_dim,
+            BD=padded,
+            SPLITS=splits,
+            COUNTED=count is not None,
+            num_warps=2,
         )
 
 
@@ -240,32 +277,29 @@ def prefill(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    page_table: Tensor,
-    context_lens: Tensor,
-    query_starts: Tensor,
+    step: StepArrays,
     out: Tensor,
     *,
     scale: float,
-    max_query: int,
     window: int | None = None,
     softcap: float | None = None,
 ) -> None:
-    """Chunks of prompts: tokens query_starts[s] : query_starts[s + 1] of q and out [T, query_heads, head_dim] are the
-    last of sequence s, whose context_lens[s] keys (its own included) lie in its pages. max_query: an upper bound."""
+    """Chunks of prompts, by the step's tiles: tokens query_starts[s] : query_starts[s + 1] of q and out [T,
+    query_heads, head_dim] are the last of sequence s, whose context_lens[s] keys (its own included) lie in its
+    pages."""
     _, query_heads, head_dim = q.shape
     group = _check_heads(query_heads, k_cache.shape[2], head_dim)
     padded = max(16, triton.next_power_of_2(head_dim))
-    # Without tensor cores (float32) larger tiles spill.
-    rows = 64 if max_query > 16 and q.element_size() == 2 else 16
     factor, cap = _scores(scale, softcap)
-    # 64 x 64 with 4 warps beat 128 x 64 and 128 x 128 on an H200 for 8 prompts of 512: 99 us against 108 to 112.
-    prefill_kernel[(triton.cdiv(max_query, rows), query_heads, context_lens.numel())](
+    prefill_kernel[(step.tile_seq.numel(), query_heads)](
         _rows(q),
         k_cache,
         v_cache,
-        page_table,
-        context_lens,
-        query_starts,
+        step.page_table,
+        step.context_lens,
+        step.query_starts,
+        step.tile_seq,
+        step.tile_row,
         out,
         factor,
         cap,
@@ -276,11 +310,11 @@ def prefill(
         k_cache.stride(0),
         k_cache.stride(1),
         k_cache.stride(2),
-        page_table.stride(0),
+        step.page_table.stride(0),
         D=head_dim,
         GROUP=group,
         PAGE=k_cache.shape[1],
-        BM=rows,
+        BM=step.block_m,
         BN=_block_n(padded, q.element_size()),
         BD=padded,
         WINDOW=window or 0,

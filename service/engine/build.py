@@ -36,6 +36,8 @@ CUDA_HEADROOM = 0.06
 """Share of the device left alone: fragmentation, library workspaces, other small users."""
 CUDA_ARENA_SHARE = 0.4
 """Of what the model leaves free. The rest is KV cache."""
+GRAPH_TOKENS = 2048
+"""Tokens of the largest step that is captured (graphs.py)."""
 CUDA_HOST_CACHE_BYTES = 8 << 30
 
 
@@ -91,7 +93,7 @@ def build_engine(
     )
     runner = Runner(loaded, backend, kernels, config.page_size, ahead=config.ahead)
     if cuda and not config.eager:
-        _prepare(config, loaded, runner, backend, kernels, arena, budget)
+        _prepare(config, loaded, runner, backend, kernels, arena, budget, limits.max_positions)
     multiprocessors = torch.cuda.get_device_properties(loaded.device).multi_processor_count if cuda else 0
     engine = Engine(
         config,
@@ -196,25 +198,29 @@ def _prepare(
     kernels: LoraKernels,
     arena: Arena,
     budget: int,
+    max_positions: int,
 ) -> None:
     """Compiles and captures all that the GPU path uses. A model whose layers do not compile is served uncompiled."""
     import torch._dynamo.exc
     import torch._inductor.exc
 
-    from service.engine.graphs import DecodeGraphs
+    from service.engine.graphs import StepGraphs
     from service.engine.warmup import warm_up
 
     def set_active(active: bool) -> None:
         runner.hook.active = active
 
-    graphs = DecodeGraphs(
+    graphs = StepGraphs(
         runner.logits,
         backend,  # type: ignore[arg-type]
         kernels,  # type: ignore[arg-type]
         set_active,
         max_sequences=config.max_sequences,
-        max_positions=loaded.manifest.max_positions,
+        max_tokens=budget,
+        max_positions=max_positions,
         page_size=config.page_size,
+        vocabulary=loaded.manifest.vocab_size,
+        dtype=loaded.dtype,
         device=loaded.device,
     )
     with torch.inference_mode():
@@ -244,6 +250,8 @@ def share_memory(config: EngineConfig, loaded: LoadedModel, budget: int) -> tupl
             arena_bytes or CPU_ARENA_BYTES
         )
     activations = measure_activations(loaded, budget, config.max_sequences)
+    # Graphs keep theirs, of steps of up to so many tokens.
+    activations += activations * min(budget, GRAPH_TOKENS) // budget
     free, total = torch.cuda.mem_get_info()
     usable = int(free - activations - CUDA_HEADROOM * total)
     if not arena_bytes:

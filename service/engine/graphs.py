@@ -1,9 +1,10 @@
-"""CUDA graphs of decode steps: one launch instead of a thousand.
+"""CUDA graphs of steps: one launch instead of a thousand.
 
-A graph is captured for a number of sequences (a bucket) and a LoRA variant: none, or one for each bound of the
-ranks. Its inputs lie at fixed places in one int32 buffer per bucket, so a step is one copy from pinned memory and one
-replay; places that a smaller batch leaves empty have slot -1 (no KV entry is written) and context 0 (attention gives
-zeros), and the plan says on the device how many tiles there are. Batches that fit no graph run without one.
+A graph is captured for a shape and a LoRA variant. In the shapes called decode every sequence has one token; in the
+others, up to so many tokens of prompts and decoding sequences come together, in any division. Inputs lie at fixed
+places in one int32 buffer per shape, so a step is one copy from pinned memory and one replay. What a smaller batch
+leaves empty is told on the device: tokens with slot -1 (no KV entry is written), sequences beyond the count of those
+that decode, tiles of sequence -1, and the LoRA plan's own lengths. Batches that fit no graph run without one.
 """
 
 from __future__ import annotations
@@ -21,63 +22,108 @@ from torch import Tensor
 
 from adapters.kernels.backend import TritonKernels
 from adapters.kernels.device_plan import DevicePlan, PlanShape, PlanSizeError, pack
-from adapters.plan import LoraPlan
+from adapters.plan import LoraPlan, covering
 from service.engine.attention import StepLayout
-from service.engine.attention_triton import StepArrays, TritonPagedAttention
+from service.engine.attention_triton import TILE, StepArrays, TritonPagedAttention, tiles
 from service.engine.transfer import fill_pending
 
 log = logging.getLogger(__name__)
 
-RANK_BOUNDS = (16, 64)
-"""LoRA variants that are captured; batches with a larger rank run without a graph."""
-BLOCK_M = 16
+VARIANTS = ((16, 1), (64, 1), (512, 4))
+"""(largest rank, waves) of the LoRA variants that are captured, beside the one without LoRA; a batch takes the first
+that fits. The last is for everything else: what it launches for nothing costs about 0.5 ms in 32 layers."""
+MIXED_TOKENS = (64, 128, 192, 256, 320, 384, 448, 512, 576, 640, 704, 768, 896, 1024, 1280, 1536, 2048)
+"""Token counts of the shapes for steps with prompts. Larger steps keep the device busy for longer than their launches
+take the host."""
+MIXED_SEQUENCES = 256
+"""Most sequences of such a step."""
+SMALL_TILES = 256
+"""Shapes of at most so many tokens use LoRA tiles of 16 entries, as most have one row anyway; larger ones of 64."""
 _ALIGN = 16
 
 
-def buckets(max_sequences: int) -> list[int]:
-    """Numbers of sequences that graphs are captured for, ascending: every batch pads by less than a quarter or 16."""
+def decode_sizes(max_sequences: int) -> list[int]:
+    """Numbers of decoding sequences that graphs are captured for, ascending: every batch pads by less than a quarter
+    or 16."""
     wanted = [1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 128, 160, 192, 224, *range(256, max_sequences + 1, 64)]
     return sorted({min(size, max_sequences) for size in wanted})
 
 
-@dataclass(slots=True)
-class _Buffer:
-    """The inputs of one bucket: the same int32 layout in pinned host memory, twice, and on the device. While a step is
-    prepared, the copy for the one before it may not have been made yet; the one before both has been collected."""
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What one set of graphs has room for."""
 
-    size: int
-    host: Tensor
-    other: Tensor
-    device: Tensor
-    ids: slice
-    positions: slice
-    slots: slice
-    contexts: slice
-    starts: slice
-    table: slice
-    plan: slice
-    plan_shape: PlanShape
+    tokens: int
+    sequences: int
+    tiles: int = 0
+    """Of prompts; 0: every sequence decodes, and every token's logits are computed."""
 
-    def turn(self) -> None:
-        """From now on the other host buffer is written."""
-        self.host, self.other = self.other, self.host
-
-    def part(self, where: slice) -> NDArray[np.int32]:
-        return self.host.numpy()[where]
+    def fits(self, tokens: int, layout: StepLayout) -> bool:
+        return tokens <= self.tokens and len(layout.context_lens) <= self.sequences
 
 
-@dataclass(slots=True)
-class _Graph:
-    graph: torch.cuda.CUDAGraph
-    logits: Tensor
-    greedy: Tensor
+def shapes(max_sequences: int, max_tokens: int) -> list[Shape]:
+    """All, in the order in which a batch looks for one that fits."""
+    decode = [Shape(size, size) for size in decode_sizes(max_sequences)]
+    sequences = min(max_sequences, MIXED_SEQUENCES)
+    mixed = [Shape(size, sequences, max(16, size // 16)) for size in MIXED_TOKENS if size <= max_tokens]
+    return decode + mixed
+
+
+class _Places:
+    """Where the inputs of one shape lie in the buffer."""
+
+    def __init__(self, shape: Shape, pages: int, small: bool) -> None:
+        self.shape = shape
+        block_m = 16 if small or shape.tokens <= SMALL_TILES or not shape.tiles else 64
+        self.plans = [
+            PlanShape.bounded(shape.tokens * waves, shape.sequences * waves + 1, waves, block_m)
+            for _, waves in VARIANTS
+        ]
+        """One for each variant, all at the same place."""
+        lengths = {
+            **dict.fromkeys(("ids", "positions", "slots"), shape.tokens),
+            **dict.fromkeys(("contexts", "wanted"), shape.sequences),
+            "starts": shape.sequences + 1,
+            **dict.fromkeys(("tile_seq", "tile_row"), shape.tiles),
+            "count": 1,
+            "plan": max(plan.size for plan in self.plans),
+            "table": shape.sequences * pages,  # last, and sent as far as it is used
+        }
+        self.of: dict[str, slice] = {}
+        self.size = 0
+        for name, length in lengths.items():
+            self.of[name] = slice(self.size, self.size + length)
+            self.size += -(-length // _ALIGN) * _ALIGN
+
+
+class _Inputs:
+    """One int32 buffer for the inputs of all shapes: on the device, where a step's are overwritten by the next one's
+    behind its replay, and twice in pinned host memory. While a step is prepared, the copy for the one before it may
+    not have been made yet; the one before both has been collected."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.device = torch.zeros(size, dtype=torch.int32, device=device)
+        self._host, self._other = (torch.zeros(size, dtype=torch.int32, pin_memory=True) for _ in range(2))
+        self.host = self._host.numpy()
+
+    def send(self, size: int) -> None:
+        """Copies the first `size` elements; from now on the other host buffer is written."""
+        self.device[:size].copy_(self._host[:size], non_blocking=True)
+        self._host, self._other = self._other, self._host
+        self.host = self._host.numpy()
+
+    def fill(self, where: slice, values: NDArray[np.integer], rest: int) -> None:
+        part = self.host[where]
+        part[: len(values)] = values
+        part[len(values) :] = rest
 
 
 Forward = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""(ids [T], positions [T], rows wanted or None for all) -> logits [rows, vocabulary]"""
+"""(ids [T], positions [T], tokens wanted or None for all) -> logits [wanted, vocabulary]"""
 
 
-class DecodeGraphs:
+class StepGraphs:
     """All graphs of an engine."""
 
     def __init__(
@@ -88,8 +134,11 @@ class DecodeGraphs:
         set_active: Callable[[bool], None],
         *,
         max_sequences: int,
+        max_tokens: int,
         max_positions: int,
         page_size: int,
+        vocabulary: int,
+        dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         self._forward = forward
@@ -99,17 +148,23 @@ class DecodeGraphs:
         self._max_positions = max_positions
         self._pages = -(-max_positions // page_size)
         self._device = device
-        self._sizes = buckets(max_sequences)
-        self._buffers = {size: self._buffer(size) for size in self._sizes}
-        self._graphs: dict[tuple[int, int], _Graph] = {}
+        small = attention.block_m is not None  # float32: without tensor cores larger tiles spill
+        self._places = [_Places(shape, self._pages, small) for shape in shapes(max_sequences, max_tokens)]
+        self._tile = attention.block_m or TILE
+        self._inputs = _Inputs(max(places.size for places in self._places), device)
+        self._graphs: dict[tuple[Shape, int | None], torch.cuda.CUDAGraph] = {}
+        # One place for what all of them give: a tensor of its own for each would take gigabytes.
+        rows = max(places.shape.sequences for places in self._places)
+        self._logits = torch.empty(rows, vocabulary, dtype=dtype, device=device)
+        self._greedy = torch.empty(rows, dtype=torch.int64, device=device)
 
     def capture(self) -> None:
         """Captures every graph, largest first so that the smaller ones share its memory."""
         begin = time.perf_counter()
         pool = torch.cuda.graph_pool_handle()
-        for size in reversed(self._sizes):
-            for bound in (0, *RANK_BOUNDS):
-                self._graphs[size, bound] = self._capture(size, bound, pool)
+        for places in sorted(self._places, key=lambda places: -places.shape.tokens):
+            for variant in (None, *range(len(VARIANTS))):
+                self._graphs[places.shape, variant] = self._capture(places, variant, pool)
         torch.cuda.synchronize()
         log.info("%d CUDA graphs captured in %.1f s", len(self._graphs), time.perf_counter() - begin)
 
@@ -119,84 +174,102 @@ class DecodeGraphs:
         positions: NDArray[np.int64],
         layout: StepLayout,
         plan: LoraPlan | None,
+        wanted: NDArray[np.int64],
         drawn: Tensor,
     ) -> tuple[Tensor, Tensor] | None:
-        """(logits [S, vocabulary], most probable tokens [S]) of a step of S decoding sequences; None when no graph
-        fits it. An id of -1 - i stands for drawn[i]. The tensors are overwritten by the next replay, which is queued
-        behind whatever was queued to read them."""
-        count = len(ids)
-        size = next((size for size in self._sizes if size >= count), None)
-        bound = 0
+        """(logits [wanted, vocabulary], most probable tokens [wanted]) of the step's tokens `wanted`; None when no
+        graph fits it. An id of -1 - i stands for drawn[i]. The tensors are overwritten by the next replay, which is
+        queued behind whatever was queued to read them."""
+        found = self._fitting(len(ids), layout, wanted)
+        if found is None:
+            return None
+        places, seqs, rows = found
+        inputs, of = self._inputs, places.of
+        variant = None
         if plan is not None:
-            rank = self._kernels.max_rank(plan)
-            bound = next((bound for bound in RANK_BOUNDS if rank <= bound), -1)
-        graph = None if size is None else self._graphs.get((size, bound))
-        if graph is None or size is None:
+            variant = self._write_plan(plan, places, len(ids))
+            if variant is None:
+                return None
+        graph = self._graphs.get((places.shape, variant))
+        if graph is None:
             return None
-        buffer = self._buffers[size]
-        buffer.turn()
-        try:
-            pack(plan, buffer.plan_shape, buffer.part(buffer.plan))
-        except PlanSizeError:  # a composition has more waves than a graph provides for
-            return None
-        for where, values, rest in (
-            (buffer.ids, ids, 0),
-            (buffer.positions, positions, 0),
-            (buffer.slots, layout.slots, -1),
-            (buffer.contexts, layout.context_lens, 0),
-        ):
-            part = buffer.part(where)
-            part[:count] = values
-            part[count:] = rest
-        width = layout.page_table.shape[1]
-        buffer.part(buffer.table).reshape(size, self._pages)[:count, :width] = layout.page_table
-        buffer.device.copy_(buffer.host, non_blocking=True)
+        inputs.fill(of["ids"], ids, 0)
+        inputs.fill(of["positions"], positions, 0)
+        inputs.fill(of["slots"], layout.slots, -1)
+        inputs.fill(of["contexts"], layout.context_lens, 0)
+        inputs.fill(of["wanted"], wanted, 0)
+        inputs.fill(of["tile_seq"], seqs, -1)
+        inputs.host[of["tile_row"]][: len(rows)] = rows
+        starts = inputs.host[of["starts"]]
+        starts[0] = 0
+        np.cumsum(layout.query_lens, out=starts[1 : len(layout.query_lens) + 1])
+        inputs.host[of["count"]] = layout.num_decode
+        sequences, width = layout.page_table.shape
+        inputs.host[of["table"]].reshape(-1, self._pages)[:sequences, :width] = layout.page_table
+        inputs.send(of["table"].start + sequences * self._pages)
         if ids.min() < 0:
-            fill_pending(buffer.device[buffer.ids][:count], drawn)
-        graph.graph.replay()
-        return graph.logits[:count], graph.greedy[:count]
+            fill_pending(inputs.device[of["ids"]][: len(ids)], drawn)
+        graph.replay()
+        return self._logits[: len(wanted)], self._greedy[: len(wanted)]
 
-    def _buffer(self, size: int) -> _Buffer:
-        plan_shape = PlanShape.bounded(entries=size, segments=size, waves=1, block_m=BLOCK_M)
-        lengths = {
-            **dict.fromkeys(("ids", "positions", "slots", "contexts"), size),
-            "starts": size + 1,
-            "table": size * self._pages,
-            "plan": plan_shape.size,
-        }
-        parts: dict[str, slice] = {}
-        at = 0
-        for name, length in lengths.items():
-            parts[name] = slice(at, at + length)
-            at += -(-length // _ALIGN) * _ALIGN
-        host, other = (torch.zeros(at, dtype=torch.int32, pin_memory=True) for _ in range(2))
-        device = torch.zeros(at, dtype=torch.int32, device=self._device)
-        buffer = _Buffer(size=size, host=host, other=other, device=device, plan_shape=plan_shape, **parts)
-        for _ in range(2):
-            buffer.part(buffer.slots)[:] = -1
-            buffer.part(buffer.starts)[:] = np.arange(size + 1)
-            buffer.turn()
-        buffer.device.copy_(host)
-        return buffer
+    def _fitting(
+        self, tokens: int, layout: StepLayout, wanted: NDArray[np.int64]
+    ) -> tuple[_Places, NDArray[np.int32], NDArray[np.int32]] | None:
+        """The smallest shape, with the sequence and the first row of each tile of prompts."""
+        decoding = layout.num_decode == tokens == len(wanted)
+        seqs, rows = tiles(layout, self._tile)
+        for places in self._places:
+            shape = places.shape
+            if shape.fits(tokens, layout) and (decoding or len(seqs) <= shape.tiles > 0):
+                return places, seqs, rows
+        return None
 
-    def _capture(self, size: int, bound: int, pool: Any) -> _Graph:
-        buffer = self._buffers[size]
-        data = buffer.device
+    def _write_plan(self, plan: LoraPlan, places: _Places, tokens: int) -> int | None:
+        """The variant that it fits, after it has been written."""
+        rank = self._kernels.max_rank(plan)
+        plan = covering(plan, tokens)
+        for variant, ((bound, waves), shape) in enumerate(zip(VARIANTS, places.plans, strict=True)):
+            if rank > bound or len(plan.waves) > waves:
+                continue
+            try:
+                pack(plan, shape, self._inputs.host[places.of["plan"]][: shape.size])
+            except PlanSizeError:
+                continue
+            return variant
+        return None
+
+    def _capture(self, places: _Places, variant: int | None, pool: Any) -> torch.cuda.CUDAGraph:
+        shape = places.shape
+        self._blank(places)
+
+        def part(name: str) -> Tensor:
+            return self._inputs.device[places.of[name]]
+
         self._attention.step = StepArrays(
-            slots=data[buffer.slots],
-            context_lens=data[buffer.contexts],
-            query_starts=data[buffer.starts],
-            page_table=data[buffer.table].view(size, self._pages),
-            num_decode=size,
+            slots=part("slots"),
+            context_lens=part("contexts"),
+            query_starts=part("starts"),
+            page_table=part("table").view(shape.sequences, self._pages),
+            tile_seq=part("tile_seq"),
+            tile_row=part("tile_row"),
+            block_m=self._tile,
+            num_decode=shape.sequences,
             max_context=self._max_positions,
-            max_query=0,
+            count=part("count") if shape.tiles else None,
         )
-        self._kernels.use(DevicePlan(buffer.plan_shape, data[buffer.plan], bound) if bound else None)
-        self._set_active(bound > 0)
+        plan = None
+        if variant is not None:
+            bound, _ = VARIANTS[variant]
+            size = places.plans[variant]
+            plan = DevicePlan(size, part("plan")[: size.size], bound, covers=True)
+        self._kernels.use(plan)
+        self._set_active(plan is not None)
+        wanted = part("wanted") if shape.tiles else None
 
-        def step() -> tuple[Tensor, Tensor]:
-            logits = self._forward(data[buffer.ids], data[buffer.positions], None)
-            return logits, logits.argmax(-1)
+        def step() -> None:
+            logits = self._forward(part("ids"), part("positions"), wanted)
+            torch.argmax(logits, -1, out=self._greedy[: len(logits)])
+            self._logits[: len(logits)].copy_(logits)
 
         stream = torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -205,5 +278,13 @@ class DecodeGraphs:
         torch.cuda.current_stream(self._device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
-            logits, greedy = step()
-        return _Graph(graph, logits, greedy)
+            step()
+        return graph
+
+    def _blank(self, places: _Places) -> None:
+        """Inputs of a step of no tokens."""
+        self._inputs.host[: places.size] = 0
+        for name in ("slots", "tile_seq"):
+            self._inputs.host[places.of[name]] = -1
+        self._inputs.send(places.size)
+        torch.cuda.synchronize(self._device)

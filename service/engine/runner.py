@@ -25,7 +25,7 @@ from service.engine.sampler import Drawn
 from service.engine.transfer import column, fill_pending, to_device
 
 if TYPE_CHECKING:  # it imports Triton, which torch for CPU does not bring
-    from service.engine.graphs import DecodeGraphs
+    from service.engine.graphs import StepGraphs
 
 
 class LoraKernels(Protocol):
@@ -33,7 +33,7 @@ class LoraKernels(Protocol):
 
     fused: bool
 
-    def begin_step(self, plan: LoraPlan | None) -> None: ...
+    def begin_step(self, plan: LoraPlan | None, tokens: int) -> None: ...
 
     def apply(self, y: Tensor, x: Tensor, site: Site) -> None: ...
 
@@ -50,7 +50,7 @@ class ReferenceKernels:
         self._views = reference.ViewCache(arena, in_features, out_features)
         self._plan: reference.PreparedPlan | None = None
 
-    def begin_step(self, plan: LoraPlan | None) -> None:
+    def begin_step(self, plan: LoraPlan | None, tokens: int) -> None:
         self._plan = None if plan is None else reference.PreparedPlan(plan, self._arena, self._views)
 
     def apply(self, y: Tensor, x: Tensor, site: Site) -> None:
@@ -101,7 +101,7 @@ class Runner:
         self.page_size = page_size
         self.hook = _Hook(kernels)
         self.sites = layers.install(loaded.model, loaded.manifest, self.hook, fuse=fuse)
-        self.graphs: DecodeGraphs | None = None
+        self.graphs: StepGraphs | None = None
         """Set once captured."""
         self._drawn = torch.empty(0, dtype=torch.int64, device=loaded.device)
         """The tokens of the last launch."""
@@ -120,13 +120,12 @@ class Runner:
         plan = build_plan(_spans(items))
         layout = self._layout(items)
         ids, positions = self._tokens(items)
-        done = self._replay(items, ids, positions, layout, plan)
-        if done is not None:
-            (logits, greedy), wanted = done, _Wanted(samples=list(range(len(items))))
-        else:
-            wanted = _wanted_rows(items)
-            logits = self.forward(ids, positions, layout, plan, np.asarray(wanted.tokens, dtype=np.int64))
-            greedy = None
+        wanted = _wanted_rows(items)
+        tokens = np.asarray(wanted.tokens, dtype=np.int64)
+        done = None
+        if self.graphs is not None and not wanted.prompts:
+            done = self.graphs.run(ids, positions, layout, plan, tokens, self._drawn)
+        logits, greedy = done or (self.forward(ids, positions, layout, plan, tokens), None)
         told = [
             (items[i].seq, sampler.prompt_logprobs(logits[row : row + len(following)], following, alternatives))
             for i, row, following, alternatives in wanted.prompts
@@ -148,19 +147,6 @@ class Runner:
 
         return collect
 
-    def _replay(
-        self,
-        items: list[Scheduled],
-        ids: NDArray[np.int64],
-        positions: NDArray[np.int64],
-        layout: StepLayout,
-        plan: LoraPlan | None,
-    ) -> tuple[Tensor, Tensor] | None:
-        """(logits, most probable tokens) of a step in which every sequence decodes, by its CUDA graph."""
-        if self.graphs is None or layout.num_decode < len(items) or not all(item.samples for item in items):
-            return None
-        return self.graphs.run(ids, positions, layout, plan, self._drawn)
-
     def _draw(self, logits: Tensor, seqs: list[Sequence], greedy: Tensor | None) -> Drawn:
         before, rows = self._drawn, self._row_of
         drawn = sampler.sample(logits, seqs, greedy, lambda i: before[rows[seqs[i]] : rows[seqs[i]] + 1])
@@ -180,7 +166,7 @@ class Runner:
         for the i-th token that the launch before has drawn."""
         Current.backend = self._attention
         self._attention.begin_step(layout)
-        self._kernels.begin_step(plan)
+        self._kernels.begin_step(plan, len(ids))
         self.hook.active = plan is not None
         ids_, positions_, wanted_ = (to_device(array, self._device) for array in (ids, positions, wanted))
         if ids.min(initial=0) < 0:

@@ -20,13 +20,13 @@ from adapters.manifest import Manifest
 from adapters.plan import LoraPlan, Rows, build_plan
 from adapters.tiers import RowEntries
 from service.engine.attention import StepLayout
-from service.engine.graphs import DecodeGraphs
+from service.engine.graphs import StepGraphs
 from service.engine.runner import Runner
 
 log = logging.getLogger(__name__)
 
 
-def warm_up(runner: Runner, arena: Arena, manifest: Manifest, graphs: DecodeGraphs | None, budget: int) -> None:
+def warm_up(runner: Runner, arena: Arena, manifest: Manifest, graphs: StepGraphs | None, budget: int) -> None:
     """Runs dummy steps of up to `budget` tokens, then captures the graphs."""
     begin = time.perf_counter()
     sizes = sorted({size for size in (1, 2, 9, 65, 600, 5000, budget) if size <= budget})

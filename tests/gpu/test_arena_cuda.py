@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from adapters import arena as arena_module
+from adapters import block as block_module
 from adapters import loader as loader_module
 from adapters.arena import Arena
 from adapters.blobs import BlobStore
@@ -68,6 +69,7 @@ def test_the_slab_is_pinned_to_the_byte() -> None:
 def test_content_through_evictions_reloads_and_compactions(
     tmp_path: Path, host_bytes: int, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(block_module, "CHECKED_BYTES", 1000)
     monkeypatch.setattr(loader_module, "BOUNCE_BYTES", 1000)
     monkeypatch.setattr(arena_module, "BOUNCE_BYTES", 1024)
     rng = random.Random(host_bytes)

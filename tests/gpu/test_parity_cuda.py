@@ -6,8 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.engine.oracle import ARCHITECTURES, VOCABULARY, Oracle
-from tests.engine.test_parity import World, ask_all
+from tests.engine.oracle import ARCHITECTURES, VOCABULARY, Oracle, recipes
+from tests.engine.test_parity import MIXES, World, ask_all
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -17,7 +17,7 @@ ALLOWED = 1.5
 
 @pytest.fixture(scope="module", params=sorted(ARCHITECTURES))
 def world(request, tmp_path_factory) -> World:
-    return World(request.param, tmp_path_factory.mktemp(request.param))
+    return World(request.param, tmp_path_factory.mktemp(request.param), recipes(request.param), MIXES)
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounter
 from adapters.kernels import ops, triton_lora
 from adapters.kernels.device_plan import DevicePlan, PlanShape, PlanSizeError, pack, rank_bucket
 from adapters.kernels.tuning import ExpandConfig, ShrinkConfig
+from adapters.plan import covering
 from tests.kernels.lora_cases import CASES, Case, error, expected, make_site, make_table, plan_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -51,6 +52,35 @@ def test_deltas_are_added(case: Case, dtype: torch.dtype) -> None:
     untouched = torch.ones(len(y), dtype=torch.bool)
     untouched[plan.tokens] = False
     assert torch.equal(y[untouched], before[untouched])
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("rows", [False, True], ids=["tensor cores", "rows"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_covering_plan_writes_deltas_and_zeros(case: Case, rows: bool) -> None:
+    site = make_site(case.k, case.widths, first_target=1)
+    table = make_table(
+        [[2, *r] for r in case.ranks], [(8, 8), *((case.k, d) for d in case.widths)], torch.float32, DEVICE
+    )
+    plan = plan_of(case.sequences)
+    assert plan is not None
+    tokens = sum(n for n, _ in case.sequences)
+    x, y = inputs(tokens, case.k, site.out_features, torch.float32)
+    targets = triton_lora.target_tensor(site.targets, DEVICE)
+    device_plan = DevicePlan.from_plan(covering(plan, tokens), table.max_rank, DEVICE, case.block_m, covers=True)
+    bucket = device_plan.bucket
+    shrink = ShrinkConfig(min(bucket, 64), 64, 2, 4, 1, 4, rows=rows)
+    expand = ExpandConfig(min(bucket, 32), 64, 128, 4, 1, 4, rows=rows)
+    partials = triton_lora.shrink(x, targets, site.out_features, device_plan, table, shrink)
+    delta = torch.empty_like(y)
+    triton_lora.expand(
+        delta, partials, targets, site.offsets, site.widths, case.k, device_plan, table, expand, add=False
+    )
+    wanted = expected(torch.zeros_like(y), x, site, plan, table)
+    assert error(delta, wanted) < LIMIT[torch.float32]
+    bare = torch.ones(tokens, dtype=torch.bool)
+    bare[plan.tokens] = False
+    assert (delta[bare] == 0).all()
 
 
 def test_columns_of_a_target_that_an_adapter_leaves_out_stay_bit_for_bit() -> None:
