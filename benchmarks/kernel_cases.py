@@ -114,17 +114,15 @@ class LoraSetup:
         self, kernel: str, shrink: ShrinkConfig | None = None, expand: ExpandConfig | None = None, repeats: int = 11
     ) -> float:
         """us of "shrink", "expand" or "both" for one site of one layer."""
-        partials = triton_lora.shrink(self.x, self.targets[0], self.d, self.plan, self, shrink)
+        partials = triton_lora.shrink(self.x, self.targets[0], self.plan, self, shrink)
 
         def launch() -> None:
             part = partials
             for targets in self.targets:
                 if kernel != "expand":
-                    part = triton_lora.shrink(self.x, targets, self.d, self.plan, self, shrink)
+                    part = triton_lora.shrink(self.x, targets, self.plan, self, shrink)
                 if kernel != "shrink":
-                    triton_lora.expand(
-                        self.y, part, targets, self.columns, self.widths, self.k, self.plan, self, expand
-                    )
+                    triton_lora.expand(self.y, part, targets, self.columns, self.widths, self.plan, self, expand)
 
         # y grows with every expand; it must stay a number.
         self.y.normal_()

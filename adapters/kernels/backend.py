@@ -24,6 +24,8 @@ class TritonKernels:
     def __init__(self, arena: Arena, *, overlap: bool = True) -> None:
         """overlap: LoRA runs on a side stream beside the base product."""
         self.arena = arena
+        self.sites: list[Site] = []
+        """Of the model, for `warm_up`."""
         STEP.tables, STEP.plan = arena, None
         STEP.side = torch.cuda.Stream(arena.data.device) if overlap and arena.data.is_cuda else None
 
@@ -41,6 +43,15 @@ class TritonKernels:
     def use(self, plan: DevicePlan | None) -> None:
         """A plan that lies on the device already (a CUDA graph's own)."""
         STEP.tables, STEP.plan = self.arena, plan
+
+    def warm_up(self, plan: DevicePlan, tokens: int) -> None:
+        """Launches the kernels of every kind of site once, so that they are compiled and loaded."""
+        kinds = {(site.in_features, site.widths): site for site in self.sites}
+        for site in kinds.values():
+            x, y = (self.arena.data.new_zeros(tokens, size) for size in (site.in_features, site.out_features))
+            targets = triton_lora.target_tensor(site.targets, x.device)
+            partials = triton_lora.shrink(x, targets, plan, self.arena)
+            triton_lora.expand(y, partials, targets, site.offsets, site.widths, plan, self.arena, add=not plan.covers)
 
     def max_rank(self, plan: LoraPlan) -> int:
         """The largest rank that any target of the plan's rows has; at least 1."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from adapters.plan import LoraPlan
 
-RANK_BUCKETS = (16, 32, 64, 128, 256, 512)
+RANK_BUCKETS = (16, 64, 512)
 _ALIGN = 16
 """Arrays begin at multiples of 64 bytes."""
 

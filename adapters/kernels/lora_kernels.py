@@ -1,8 +1,7 @@
 """The Triton kernels of the LoRA products; triton_lora.py says what they compute, and launches them.
 
-Both walk a list of items with a fixed number of programs. `cell` is a (row, target) of the arena's table; tiles of row -1
-hold tokens without an adapter. Where expand does not ADD, it writes every column of every token of its wave. ROWS: tiles of one entry
-are computed without tensor cores, which need no shared memory and so fit beside other kernels.
+Both walk a list of items with a fixed number of programs. `cell` is a (row, target) of the arena's table; tiles of
+row -1 hold tokens without an adapter. Where expand does not ADD, it writes every column of every token of its wave.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -11,20 +10,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-
-@triton.jit
-def _shrink_row(x_row, a, r, used, k_begin, k_end, K: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr):
-    total = tl.zeros([BR], tl.float32)
-    for k0 in range(k_begin, k_end, BK):
-        kk = k0 + tl.arange(0, BK)
-        mask = used[:, None]
-        if K % BK != 0:
-            mask = mask & (kk < K)[None, :]
-        xv = tl.load(x_row + kk, mask=kk < K, other=0.0).to(tl.float32)
-        av = tl.load(a + (r * K)[:, None] + kk[None, :], mask=mask, other=0.0).to(tl.float32)
-        total += tl.sum(av * xv[None, :], 1)
-    return total
 
 
 @triton.jit(do_not_specialize=["stride_split"], do_not_specialize_on_alignment=["num_tiles", "targets"])
@@ -51,7 +36,6 @@ def shrink_kernel(
     BK: tl.constexpr,
     SPLITS: tl.constexpr,
     VEC: tl.constexpr,
-    ROWS: tl.constexpr,
 ):
     R_BLOCKS: tl.constexpr = (BUCKET + BR - 1) // BR
     K_SPLIT: tl.constexpr = ((K + BK - 1) // BK + SPLITS - 1) // SPLITS * BK
@@ -74,27 +58,22 @@ def shrink_kernel(
             k_end = tl.minimum(k_begin + K_SPLIT, K)
             length = tl.load(tile_len + tile)
             out = partials + split.to(tl.int64) * stride_split + j * BUCKET
-            if ROWS and length == 1:
-                x_row = x + tl.load(tokens + start).to(tl.int64) * stride_x
-                product = _shrink_row(x_row, a, r, used, k_begin, k_end, K, BR, BK)
-                tl.store(out + start * (NT * BUCKET) + r, product, mask=used)
-            else:
-                rows = tl.arange(0, BM)
-                live = rows < length
-                token = tl.load(tokens + start + rows, mask=live, other=0).to(tl.int64)
-                acc = tl.zeros([BM, BR], tl.float32)
-                for k0 in range(k_begin, k_end, BK):
-                    kk = k0 + tl.arange(0, BK)
-                    x_mask = live[:, None]
-                    a_mask = used[:, None]
-                    if K % BK != 0:
-                        x_mask = x_mask & (kk < K)[None, :]
-                        a_mask = a_mask & (kk < K)[None, :]
-                    xv = tl.load(x + (token * stride_x)[:, None] + kk[None, :], mask=x_mask, other=0.0)
-                    av = tl.load(a + (r * K)[:, None] + kk[None, :], mask=a_mask, other=0.0)
-                    acc = tl.dot(xv, tl.trans(av), acc, input_precision="ieee")
-                at = (start + rows) * (NT * BUCKET)
-                tl.store(out + at[:, None] + r[None, :], acc, mask=live[:, None] & used[None, :])
+            rows = tl.arange(0, BM)
+            live = rows < length
+            token = tl.load(tokens + start + rows, mask=live, other=0).to(tl.int64)
+            acc = tl.zeros([BM, BR], tl.float32)
+            for k0 in range(k_begin, k_end, BK):
+                kk = k0 + tl.arange(0, BK)
+                x_mask = live[:, None]
+                a_mask = used[:, None]
+                if K % BK != 0:
+                    x_mask = x_mask & (kk < K)[None, :]
+                    a_mask = a_mask & (kk < K)[None, :]
+                xv = tl.load(x + (token * stride_x)[:, None] + kk[None, :], mask=x_mask, other=0.0)
+                av = tl.load(a + (r * K)[:, None] + kk[None, :], mask=a_mask, other=0.0)
+                acc = tl.dot(xv, tl.trans(av), acc, input_precision="ieee")
+            at = (start + rows) * (NT * BUCKET)
+            tl.store(out + at[:, None] + r[None, :], acc, mask=live[:, None] & used[None, :])
 
 
 @triton.jit
@@ -103,38 +82,6 @@ def _sum_splits(partials, at, mask, stride_split, SPLITS: tl.constexpr):
     for split in tl.static_range(1, SPLITS):
         total += tl.load(partials + split * stride_split + at, mask=mask, other=0.0)
     return total
-
-
-@triton.jit
-def _expand_row(
-    y_row,
-    b,
-    partials,
-    factor,
-    rank,
-    begin,
-    end,
-    width,
-    splits_apart,
-    BR: tl.constexpr,
-    BN: tl.constexpr,
-    SPLITS: tl.constexpr,
-    ADD: tl.constexpr,
-):
-    for n0 in range(begin, end, BN):
-        n = n0 + tl.arange(0, BN)
-        inside = n < width
-        delta = tl.zeros([BN], tl.float32)
-        for r0 in range(0, rank, BR):
-            r = r0 + tl.arange(0, BR)
-            s = _sum_splits(partials, r, r < rank, splits_apart, SPLITS)
-            at = (r * width)[:, None] + n[None, :]
-            bv = tl.load(b + at, mask=(r < rank)[:, None] & inside[None, :], other=0.0).to(tl.float32)
-            delta += tl.sum(s[:, None] * bv, 0)
-        delta *= factor
-        if ADD:
-            delta += tl.load(y_row + n, mask=inside, other=0.0)
-        tl.store(y_row + n, delta.to(y_row.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["stride_split", "wave"], do_not_specialize_on_alignment=["targets"])
@@ -169,7 +116,6 @@ def expand_kernel(
     VEC: tl.constexpr,
     ALIGNED: tl.constexpr,
     ADD: tl.constexpr,
-    ROWS: tl.constexpr,
 ):
     splits_apart = tl.cast(stride_split, tl.int64)
     first = tl.load(wave_tiles + wave)
@@ -200,24 +146,7 @@ def expand_kernel(
         live = rows < length
         token = tl.load(tokens + start + rows, mask=live, other=0).to(tl.int64)
         y_at = y + (token * stride_y)[:, None] + offset
-        if ROWS and length == 1 and rank > 0:
-            y_row = y + tl.load(tokens + start).to(tl.int64) * stride_y + offset
-            _expand_row(
-                y_row,
-                data + tl.load(offsets + 2 * cell + 1) // VEC * VEC,
-                partials + start * (NT * BUCKET) + j * BUCKET,
-                tl.load(weights + start) * tl.load(scales + cell),
-                rank,
-                column,
-                tl.minimum(column + CHUNK, width),
-                width,
-                splits_apart,
-                BR,
-                BN,
-                SPLITS,
-                ADD,
-            )
-        elif rank > 0:
+        if rank > 0:
             factor = tl.load(weights + start + rows, mask=live, other=0.0) * tl.load(scales + cell)
             b = data + tl.load(offsets + 2 * cell + 1) // VEC * VEC
             r = tl.arange(0, BR)

@@ -52,8 +52,8 @@ def lora_add(y: Tensor, x: Tensor, targets: Tensor, offsets: Sequence[int], widt
     """y [T, d] += the step's deltas of x [T, k], in place; targets int32 [n], and the columns of each in y."""
     if STEP.plan is None or STEP.tables is None:
         return
-    partials = triton_lora.shrink(x, targets, y.shape[1], STEP.plan, STEP.tables)
-    triton_lora.expand(y, partials, targets, tuple(offsets), tuple(widths), x.shape[1], STEP.plan, STEP.tables)
+    partials = triton_lora.shrink(x, targets, STEP.plan, STEP.tables)
+    triton_lora.expand(y, partials, targets, tuple(offsets), tuple(widths), STEP.plan, STEP.tables)
 
 
 @lora_add.register_fake
@@ -70,10 +70,10 @@ def lora_linear(
     if plan is None or tables is None:
         return functional.linear(x, weight, bias)
     main, side = _fork(x.device)
-    partials = triton_lora.shrink(x, targets, weight.shape[0], plan, tables, side=side)
+    partials = triton_lora.shrink(x, targets, plan, tables, side=side)
     y = functional.linear(x, weight, bias)
     _join(main, side)
-    triton_lora.expand(y, partials, targets, tuple(offsets), tuple(widths), x.shape[1], plan, tables)
+    triton_lora.expand(y, partials, targets, tuple(offsets), tuple(widths), plan, tables)
     return y
 
 
@@ -99,10 +99,8 @@ def lora_linear_delta(
     with torch.cuda.stream(side):
         if not plan.covers:
             delta.zero_()
-        partials = triton_lora.shrink(x, targets, weight.shape[0], plan, tables)
-        triton_lora.expand(
-            delta, partials, targets, tuple(offsets), tuple(widths), x.shape[1], plan, tables, add=not plan.covers
-        )
+        partials = triton_lora.shrink(x, targets, plan, tables)
+        triton_lora.expand(delta, partials, targets, tuple(offsets), tuple(widths), plan, tables, add=not plan.covers)
     y = functional.linear(x, weight, bias)
     _join(main, side)
     return y, delta

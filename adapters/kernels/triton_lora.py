@@ -46,21 +46,20 @@ def allocate_partials(plan: DevicePlan, targets: int, splits: int) -> Tensor:
 def shrink(
     x: Tensor,
     targets: Tensor,
-    d: int,
     plan: DevicePlan,
     tables: Tables,
     config: ShrinkConfig | None = None,
     side: torch.cuda.Stream | None = None,
 ) -> Tensor:
-    """x [T, k] -> partials for `expand`. targets: int32 [n], target indices on the device; d: out_features of the site
-    (chooses the configuration only). side: runs there, with memory of the current stream: that one must wait for
-    `side` before it uses or frees them."""
+    """x [T, k] -> partials for `expand`. targets: int32 [n], target indices on the device. side: runs there, with memory
+    of the current stream: that one must wait for `side` before it uses or frees them."""
     _check(x, tables)
     count, k = targets.numel(), x.shape[1]
     shape = plan.shape
-    config = config or shrink_config(k, d, shape.entries, plan.bucket, shape.block_m, x.element_size())
-    partials = allocate_partials(plan, count, config.splits)
-    items = shape.tiles * count * -(-plan.bucket // config.block_r) * config.splits
+    config = config or shrink_config(shape.entries, plan.bucket, shape.block_m, x.element_size())
+    splits = config.splits(k)
+    partials = allocate_partials(plan, count, splits)
+    items = shape.tiles * count * -(-plan.bucket // config.block_r) * splits
     grid = (min(items, config.programs * _multiprocessors(x.device)),)
     with torch.cuda.stream(side):
         shrink_kernel[grid](
@@ -84,9 +83,8 @@ def shrink(
             BM=shape.block_m,
             BR=config.block_r,
             BK=config.block_k,
-            SPLITS=config.splits,
+            SPLITS=splits,
             VEC=16 // x.element_size(),
-            ROWS=config.rows,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
@@ -99,20 +97,19 @@ def expand(
     targets: Tensor,
     offsets: tuple[int, ...],
     widths: tuple[int, ...],
-    k: int,
     plan: DevicePlan,
     tables: Tables,
     config: ExpandConfig | None = None,
     *,
     add: bool = True,
 ) -> None:
-    """Adds to y [T, d] in place, wave after wave. offsets, widths: columns of each target; k: in_features of the site
-    (chooses the configuration only). add False: y may hold anything and is written, of a plan that covers its tokens."""
+    """Adds to y [T, d] in place, wave after wave. offsets, widths: columns of each target. add False: y may
+    hold anything and is written, by a plan that covers its tokens."""
     if not (add or plan.covers):
         raise ValueError("add: only a plan that covers its tokens writes all of y")
     _check(y, tables)
     shape, vector = plan.shape, 16 // y.element_size()
-    config = config or expand_config(k, y.shape[1], shape.entries, plan.bucket, shape.block_m, y.element_size())
+    config = config or expand_config(shape.entries, plan.bucket, shape.block_m, y.element_size())
     chunks = sum(-(-width // config.chunk) for width in widths)
     grid = (min(shape.tiles * chunks, config.programs * _multiprocessors(y.device)),)
     for wave in range(shape.waves):
@@ -147,7 +144,6 @@ def expand(
             VEC=vector,
             ALIGNED=all(n % vector == 0 for n in (*offsets, *widths)),
             ADD=add or wave > 0,
-            ROWS=config.rows,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
@@ -157,8 +153,8 @@ def apply(y: Tensor, x: Tensor, site: Site, plan: DevicePlan, tables: Tables) ->
     """Adds every entry's delta to y [T, out_features] in place; x [T, in_features], in the arena's dtype; rows of
     either may be apart, elements of a row may not."""
     targets = target_tensor(site.targets, y.device)
-    partials = shrink(x, targets, site.out_features, plan, tables)
-    expand(y, partials, targets, site.offsets, site.widths, site.in_features, plan, tables)
+    partials = shrink(x, targets, plan, tables)
+    expand(y, partials, targets, site.offsets, site.widths, plan, tables)
 
 
 @lru_cache(maxsize=65536)

@@ -31,7 +31,7 @@ CPU_PREFILL = 128
 
 
 def tokens_per_step(device: str) -> int:
-    return 512 if device == "cpu" else 8192
+    return 512 if device == "cpu" else 2048
 
 
 def prefill_tokens_per_step(device: str, manifest: Manifest, multiprocessors: int = MULTIPROCESSORS) -> int:

@@ -56,6 +56,8 @@ def build_engine(
     transformers.utils.logging.disable_progress_bar()
     cuda = config.device == "cuda"
     if cuda:
+        # Otherwise what steps of many sizes leave behind cannot be put together again.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         compiled.use_cache_folder(Path(config.cache_dir) / "compiled")
     check_machine(config)
     try:
@@ -223,6 +225,7 @@ def _prepare(
         dtype=loaded.dtype,
         device=loaded.device,
     )
+    kernels.sites = runner.sites  # type: ignore[attr-defined]
     with torch.inference_mode():
         compiled.compile_layers(loaded.model)
         try:
@@ -231,6 +234,9 @@ def _prepare(
             log.warning("this model's layers do not compile; they run uncompiled", exc_info=True)
             compiled.undo(loaded.model)
             warm_up(runner, arena, loaded.manifest, graphs, budget)
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    log.info("%.1f of %.1f GiB of the device are left for the steps that have no graph", free / 2**30, total / 2**30)
     runner.graphs = graphs
 
 

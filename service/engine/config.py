@@ -36,7 +36,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Longest sequence; 0: the model's own limit."""
     max_sequences: int = 256
     max_tokens_per_step: int = 0
-    """Token budget of a step (chunked prefill); 0: 8192 on CUDA, 512 on CPU."""
+    """Token budget of a step (chunked prefill); 0: 2048 on CUDA, 512 on CPU."""
     max_prefill_tokens_per_step: int = 0
     """Of those, tokens of prompts while other sequences decode; 0: chosen by model and device (build.py)."""
     max_queue: int = 1024

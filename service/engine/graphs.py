@@ -29,16 +29,13 @@ from service.engine.transfer import fill_pending
 
 log = logging.getLogger(__name__)
 
-VARIANTS = ((16, 1), (64, 1), (512, 4))
-"""(largest rank, waves) of the LoRA variants that are captured, beside the one without LoRA; a batch takes the first
-that fits. The last is for everything else: what it launches for nothing costs about 0.5 ms in 32 layers."""
-MIXED_TOKENS = (64, 128, 192, 256, 320, 384, 448, 512, 576, 640, 704, 768, 896, 1024, 1280, 1536, 2048)
+MIXED_TOKENS = (64, 128, 192, 256, 320, 384, 448, 512, 576, 640, 768, 1024, 1536, 2048)
 """Token counts of the shapes for steps with prompts. Larger steps keep the device busy for longer than their launches
 take the host."""
 MIXED_SEQUENCES = 256
 """Most sequences of such a step."""
-SMALL_TILES = 256
-"""Shapes of at most so many tokens use LoRA tiles of 16 entries, as most have one row anyway; larger ones of 64."""
+LARGE_SEGMENTS = 48
+"""From so many tokens an adapter on, a step with prompts uses large LoRA tiles."""
 _ALIGN = 16
 
 
@@ -70,24 +67,43 @@ def shapes(max_sequences: int, max_tokens: int) -> list[Shape]:
     return decode + mixed
 
 
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A LoRA plan that a graph can serve: a batch takes the first that fits."""
+
+    rank: int
+    """Largest."""
+    waves: int
+    block_m: int
+    """Entries of a tile."""
+
+
+VARIANTS = (Variant(16, 1, 16), Variant(64, 1, 16), Variant(512, 4, 16))
+"""The last is for everything else: what it launches for nothing costs about 0.5 ms in 32 layers."""
+LARGE_VARIANTS = (Variant(16, 1, 64), Variant(64, 1, 64), Variant(512, 4, 64))
+
+
 class _Places:
     """Where the inputs of one shape lie in the buffer."""
 
-    def __init__(self, shape: Shape, pages: int, small: bool) -> None:
+    def __init__(self, shape: Shape, pages: int, large: bool) -> None:
+        """large: large tiles are worth something (they need tensor cores)."""
         self.shape = shape
-        block_m = 16 if small or shape.tokens <= SMALL_TILES or not shape.tiles else 64
-        self.plans = [
-            PlanShape.bounded(shape.tokens * waves, shape.sequences * waves + 1, waves, block_m)
-            for _, waves in VARIANTS
-        ]
-        """One for each variant, all at the same place."""
+        self.variants = VARIANTS + (LARGE_VARIANTS if large and shape.tiles else ())
+        self.plans = {
+            variant: PlanShape.bounded(
+                shape.tokens * variant.waves, shape.sequences * variant.waves + 1, variant.waves, variant.block_m
+            )
+            for variant in self.variants
+        }
+        """All at the same place."""
         lengths = {
             **dict.fromkeys(("ids", "positions", "slots"), shape.tokens),
             **dict.fromkeys(("contexts", "wanted"), shape.sequences),
             "starts": shape.sequences + 1,
             **dict.fromkeys(("tile_seq", "tile_row"), shape.tiles),
             "count": 1,
-            "plan": max(plan.size for plan in self.plans),
+            "plan": max(plan.size for plan in self.plans.values()),
             "table": shape.sequences * pages,  # last, and sent as far as it is used
         }
         self.of: dict[str, slice] = {}
@@ -148,11 +164,11 @@ class StepGraphs:
         self._max_positions = max_positions
         self._pages = -(-max_positions // page_size)
         self._device = device
-        small = attention.block_m is not None  # float32: without tensor cores larger tiles spill
-        self._places = [_Places(shape, self._pages, small) for shape in shapes(max_sequences, max_tokens)]
+        large = attention.block_m is None  # not in float32
+        self._places = [_Places(shape, self._pages, large) for shape in shapes(max_sequences, max_tokens)]
         self._tile = attention.block_m or TILE
         self._inputs = _Inputs(max(places.size for places in self._places), device)
-        self._graphs: dict[tuple[Shape, int | None], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[Shape, Variant | None], torch.cuda.CUDAGraph] = {}
         # One place for what all of them give: a tensor of its own for each would take gigabytes.
         rows = max(places.shape.sequences for places in self._places)
         self._logits = torch.empty(rows, vocabulary, dtype=dtype, device=device)
@@ -163,7 +179,7 @@ class StepGraphs:
         begin = time.perf_counter()
         pool = torch.cuda.graph_pool_handle()
         for places in sorted(self._places, key=lambda places: -places.shape.tokens):
-            for variant in (None, *range(len(VARIANTS))):
+            for variant in (None, *places.variants):
                 self._graphs[places.shape, variant] = self._capture(places, variant, pool)
         torch.cuda.synchronize()
         log.info("%d CUDA graphs captured in %.1f s", len(self._graphs), time.perf_counter() - begin)
@@ -224,13 +240,14 @@ class StepGraphs:
                 return places, seqs, rows
         return None
 
-    def _write_plan(self, plan: LoraPlan, places: _Places, tokens: int) -> int | None:
+    def _write_plan(self, plan: LoraPlan, places: _Places, tokens: int) -> Variant | None:
         """The variant that it fits, after it has been written."""
         rank = self._kernels.max_rank(plan)
+        block_m = 64 if len(plan.tokens) >= LARGE_SEGMENTS * len(plan.seg_row) else 16
         plan = covering(plan, tokens)
-        for variant, ((bound, waves), shape) in enumerate(zip(VARIANTS, places.plans, strict=True)):
-            if rank > bound or len(plan.waves) > waves:
-                continue
+        fitting = [v for v in places.variants if rank <= v.rank and len(plan.waves) <= v.waves]
+        for variant in sorted(fitting, key=lambda v: v.block_m != block_m):
+            shape = places.plans[variant]
             try:
                 pack(plan, shape, self._inputs.host[places.of["plan"]][: shape.size])
             except PlanSizeError:
@@ -238,7 +255,7 @@ class StepGraphs:
             return variant
         return None
 
-    def _capture(self, places: _Places, variant: int | None, pool: Any) -> torch.cuda.CUDAGraph:
+    def _capture(self, places: _Places, variant: Variant | None, pool: Any) -> torch.cuda.CUDAGraph:
         shape = places.shape
         self._blank(places)
 
@@ -259,9 +276,8 @@ class StepGraphs:
         )
         plan = None
         if variant is not None:
-            bound, _ = VARIANTS[variant]
             size = places.plans[variant]
-            plan = DevicePlan(size, part("plan")[: size.size], bound, covers=True)
+            plan = DevicePlan(size, part("plan")[: size.size], variant.rank, covers=True)
         self._kernels.use(plan)
         self._set_active(plan is not None)
         wanted = part("wanted") if shape.tiles else None
@@ -273,8 +289,11 @@ class StepGraphs:
 
         stream = torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):  # compiles, and lets libraries allocate outside the capture
-            step()
+        with torch.cuda.stream(stream):  # compiles and loads what it needs outside the capture
+            if plan is None:
+                step()
+            else:
+                self._kernels.warm_up(plan, shape.tokens)
         torch.cuda.current_stream(self._device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):

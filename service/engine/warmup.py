@@ -26,19 +26,22 @@ from service.engine.runner import Runner
 log = logging.getLogger(__name__)
 
 
+TOKENS = (600, 1, 9)
+"""Of the dummy steps. One token, and more, are different code to the compiler; the first step with more decides for
+which size it lays out its loops, so it is no small one. Attention has tiles of its own for up to 16 queries."""
+
+
 def warm_up(runner: Runner, arena: Arena, manifest: Manifest, graphs: StepGraphs | None, budget: int) -> None:
-    """Runs dummy steps of up to `budget` tokens, then captures the graphs."""
+    """Runs dummy steps of up to `budget` tokens, then captures the graphs, which compiles LoRA's kernels for all ranks."""
     begin = time.perf_counter()
-    sizes = sorted({size for size in (1, 2, 9, 65, 600, 5000, budget) if size <= budget})
-    for tokens in sizes:
-        _step(runner, tokens, None)
-    for rank in RANK_BUCKETS:
-        with dummy_adapter(arena, manifest, rank) as row:
-            if row is None:
-                log.warning("the arena is too small for adapters of rank %d: their kernels are not warmed up", rank)
-                continue
-            for tokens in sizes:
-                _step(runner, tokens, ((row, 1.0),))
+    for tokens in TOKENS:
+        _step(runner, min(tokens, budget), None)
+    with dummy_adapter(arena, manifest, RANK_BUCKETS[0]) as row:
+        if row is None:
+            log.warning("the arena is too small for an adapter of rank %d: LoRA is not warmed up", RANK_BUCKETS[0])
+        else:
+            for tokens in TOKENS:
+                _step(runner, min(tokens, budget), ((row, 1.0),))
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     log.info("warmed up in %.1f s", time.perf_counter() - begin)

@@ -20,38 +20,50 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     tuning.forget()
 
 
-def test_a_measured_case_is_used_also_for_the_nearest_sizes(table: Path) -> None:
-    config = ShrinkConfig(16, 256, 2, 8, 5, 3)
-    tuning.save({tuning.key("shrink", 4096, 6144, 64, 16): config}, {"device": "test"})
-    assert tuning.shrink_config(4096, 6144, 64, 16, 16, 2) == config
-    assert tuning.shrink_config(4096, 6144, 100, 16, 16, 2) == config
-    # Another rank bucket, large tiles and float32 are other cases.
-    assert tuning.shrink_config(4096, 6144, 64, 32, 16, 2) != config
-    assert tuning.shrink_config(4096, 6144, 2048, 16, 64, 2) != config
-    assert tuning.shrink_config(4096, 6144, 64, 16, 16, 4) != config
+def test_a_measured_case_is_used_whatever_the_model_s_shapes(table: Path) -> None:
+    config = ShrinkConfig(16, 256, 1024, 8, 5, 3)
+    tuning.save({tuning.key("shrink", 64, 16, 16): config}, {"device": "test"})
+    assert tuning.shrink_config(64, 16, 16, 2) == config
+    assert tuning.shrink_config(100, 16, 16, 2) == config
+    # Few entries, another rank bucket, large tiles and float32 are other cases.
+    assert tuning.shrink_config(4, 16, 16, 2) != config
+    assert tuning.shrink_config(64, 32, 16, 2) != config
+    assert tuning.shrink_config(2048, 16, 64, 2) != config
+    assert tuning.shrink_config(64, 16, 16, 4) != config
 
 
 def test_saving_keeps_what_was_known(table: Path) -> None:
     first, second = ExpandConfig(16, 128, 256, 4, 3, 4), ExpandConfig(16, 256, 256, 4, 3, 4)
-    tuning.save({tuning.key("expand", 64, 64, 1, 16): first}, {})
-    tuning.save({tuning.key("expand", 64, 64, 64, 16): second}, {})
-    assert tuning.expand_config(64, 64, 1, 16, 16, 2) == first
-    assert tuning.expand_config(64, 64, 64, 16, 16, 2) == second
+    tuning.save({tuning.key("expand", 1, 16, 16): first}, {})
+    tuning.save({tuning.key("expand", 64, 16, 16): second}, {})
+    assert tuning.expand_config(1, 16, 16, 2) == first
+    assert tuning.expand_config(64, 16, 16, 2) == second
+
+
+def check(shrink: ShrinkConfig, expand: ExpandConfig, block_m: int, element_size: int) -> None:
+    """Triton wants powers of two, of at least 16 in products; a multiprocessor of Hopper has 227 KiB to share out."""
+    for size in (shrink.block_r, shrink.block_k, expand.block_r, expand.block_n):
+        assert size >= 16
+        assert size & (size - 1) == 0
+    assert expand.chunk % expand.block_n == 0
+    assert all(1 <= shrink.splits(k) <= max(1, k // shrink.block_k) for k in (64, 576, 14336))
+    tiles = (block_m + shrink.block_r) * shrink.block_k * shrink.num_stages
+    assert tiles * element_size <= 227 << 10
+    assert expand.block_r * expand.block_n * expand.num_stages * element_size <= 227 << 10
 
 
 @pytest.mark.parametrize("element_size", [2, 4])
 @pytest.mark.parametrize(("entries", "block_m"), [(1, 16), (8, 16), (64, 16), (512, 16), (513, 64), (8192, 64)])
 @pytest.mark.parametrize("bucket", RANK_BUCKETS)
 def test_defaults_are_valid(table: Path, bucket: int, entries: int, block_m: int, element_size: int) -> None:
-    """Triton wants powers of two, of at least 16 in products; a multiprocessor of Hopper has 227 KiB to share out."""
-    for k in (64, 576, 14336):
-        shrink = tuning.shrink_config(k, 4096, entries, bucket, block_m, element_size)
-        expand = tuning.expand_config(k, 4096, entries, bucket, block_m, element_size)
-        for size in (shrink.block_r, shrink.block_k, expand.block_r, expand.block_n):
-            assert size >= 16
-            assert size & (size - 1) == 0
-        assert expand.chunk % expand.block_n == 0
-        assert shrink.splits == 1 or shrink.splits <= k // 128
-        tiles = (block_m + shrink.block_r) * shrink.block_k * shrink.num_stages
-        assert tiles * element_size <= 227 << 10
-        assert expand.block_r * expand.block_n * expand.num_stages * element_size <= 227 << 10
+    shrink = tuning.shrink_config(entries, bucket, block_m, element_size)
+    expand = tuning.expand_config(entries, bucket, block_m, element_size)
+    check(shrink, expand, block_m, element_size)
+
+
+@pytest.mark.parametrize(("entries", "block_m"), [(1, 16), (64, 16), (513, 64)])
+@pytest.mark.parametrize("bucket", RANK_BUCKETS)
+def test_what_was_measured_is_valid(bucket: int, entries: int, block_m: int) -> None:
+    shrink = tuning.shrink_config(entries, bucket, block_m, 2)
+    expand = tuning.expand_config(entries, bucket, block_m, 2)
+    check(shrink, expand, block_m, 2)
