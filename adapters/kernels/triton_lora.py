@@ -51,8 +51,8 @@ def shrink(
     config: ShrinkConfig | None = None,
     side: torch.cuda.Stream | None = None,
 ) -> Tensor:
-    """x [T, k] -> partials for `expand`. targets: int32 [n], target indices on the device. side: runs there, with memory
-    of the current stream: that one must wait for `side` before it uses or frees them."""
+    """x [T, k] -> partials for `expand`. targets: int32 [n], target indices on the device. side: runs there, with
+    memory of the current stream: that one must wait for `side` before it uses or frees them."""
     _check(x, tables)
     count, k = targets.numel(), x.shape[1]
     shape = plan.shape

@@ -32,7 +32,7 @@ which size it lays out its loops, so it is no small one. Attention has tiles of 
 
 
 def warm_up(runner: Runner, arena: Arena, manifest: Manifest, graphs: StepGraphs | None, budget: int) -> None:
-    """Runs dummy steps of up to `budget` tokens, then captures the graphs, which compiles LoRA's kernels for all ranks."""
+    """Runs dummy steps of up to `budget` tokens, then captures the graphs, which compiles the kernels for all ranks."""
     begin = time.perf_counter()
     for tokens in TOKENS:
         _step(runner, min(tokens, budget), None)
