@@ -185,6 +185,8 @@ def tune(case: Case, name: str, block_m: int, factor: float) -> dict[str, Shrink
     defaults = triton_lora.shrink_config, triton_lora.expand_config
     base = case.time("none", block_m)
     kinds = ("one", "distinct") if case.places.shape.sequences > 1 else ("one",)
+    if case.places.shape.tiles:  # which tiles are used is decided by the batch
+        kinds = ("distinct",) if block_m == 16 else ("one",)
     print(f"{name}: without LoRA {base:.3f} ms; added for {factor:g} times as many layers, by {kinds}:", flush=True)
 
     def measured(what: object) -> float:

@@ -27,7 +27,8 @@ class TritonKernels:
         self.sites: list[Site] = []
         """Of the model, for `warm_up`."""
         STEP.tables, STEP.plan = arena, None
-        STEP.side = torch.cuda.Stream(arena.data.device) if overlap and arena.data.is_cuda else None
+        # Of high priority: its kernels are short, and what follows waits for them; the base product takes what is left.
+        STEP.side = torch.cuda.Stream(arena.data.device, priority=-1) if overlap and arena.data.is_cuda else None
 
     def begin_step(self, plan: LoraPlan | None, tokens: int) -> None:
         STEP.tables = self.arena

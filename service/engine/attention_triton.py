@@ -117,6 +117,7 @@ class TritonPagedAttention:
         self.block_m = 16 if dtype.itemsize > 2 else None
         """Queries of a tile, where the step has no say in it: without tensor cores (float32) larger ones spill."""
         self.tensors = allocate_cache(shapes, pages, page_size, dtype, device)
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def begin_step(self, layout: StepLayout) -> None:
         self.step = StepArrays.from_layout(layout, self.device, self.block_m)
@@ -127,7 +128,7 @@ class TritonPagedAttention:
         """q [T, query_heads, head_dim], k and v [T, kv_heads, head_dim] -> [T, query_heads, head_dim]; k and v are
         written to their slots first."""
         kv_write(k, v, k_cache, v_cache, self.step.slots)
-        return paged_attention(q, k_cache, v_cache, self.step, scale=scaling, window=window)
+        return paged_attention(q, k_cache, v_cache, self.step, scale=scaling, window=window, side=self._side)
 
 
 def kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
@@ -168,12 +169,20 @@ def paged_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    side: torch.cuda.Stream | None = None,
 ) -> Tensor:
     """A mixed batch: q [T, query_heads, head_dim] -> the same shape, contiguous. Query i of n of a sequence with c keys
     stands at position c - n + i and sees keys 0 .. position, with `window` only those > position - window; `softcap`
-    replaces scores by softcap · tanh(score / softcap)."""
+    replaces scores by softcap · tanh(score / softcap). side: prompts are computed there, beside decoding sequences."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     n = step.num_decode
+    main = None
+    if step.tile_seq.numel():
+        if n and side is not None:
+            main = torch.cuda.current_stream(q.device)
+            side.wait_stream(main)
+        with torch.cuda.stream(side if main is not None else None):
+            prefill(q, k_cache, v_cache, step, out, scale=scale, window=window, softcap=softcap)
     if n:
         decode(
             q[:n],
@@ -188,8 +197,8 @@ def paged_attention(
             softcap=softcap,
             count=step.count,
         )
-    if step.tile_seq.numel():
-        prefill(q, k_cache, v_cache, step, out, scale=scale, window=window, softcap=softcap)
+    if main is not None and side is not None:
+        main.wait_stream(side)
     return out
 
 
