@@ -30,8 +30,8 @@ def main() -> None:
     url = f"http://127.0.0.1:{args.port}"
     rates: dict[str, list[float]] = {}
 
-    def turn(name: str, distribution: str, adapters: int) -> None:
-        found = measure(url, f"{distribution}:{args.concurrency}", adapters, args)
+    def turn(name: str, distribution: str) -> None:
+        found = measure(url, f"{distribution}:{args.concurrency}", args)
         if found["errors"]:
             raise RuntimeError(f"{name}: {found['errors']} requests failed")
         rates.setdefault(name, []).append(found["output_tok_s"])
@@ -40,11 +40,11 @@ def main() -> None:
         server, _ = start(args.model, args.port, args.data or Path(temporary) / "data", args.serve.split())
         try:
             for _ in range(args.turns):
-                turn("base, no adapter there", "none", 1)
+                turn("base, no adapter there", "none")
             upload(url, folders)
             for _ in range(args.turns):
                 for name, distribution in ROWS.items():
-                    turn(name, distribution, len(folders))
+                    turn(name, distribution)
         finally:
             server.send_signal(signal.SIGTERM)
             server.wait(60)

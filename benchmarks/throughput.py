@@ -4,8 +4,9 @@
 
 MODEL and DIR as benchmarks/random_base.py makes them. PATH is a closed-loop load generator that speaks the OpenAI API
 (options --base-url --base-model --adapters --adapter-prefix --dist --concurrency --warmup --input-len --output-len
---vocab-low --vocab-high --json); it is no part of this project, so that the same one can be run against other servers.
-A row is `distribution:concurrency`. Results go to RESULTS.md beside this file.
+--vocab-low --vocab-high --seed --json); it is no part of this project, so that the same one can be run against other servers.
+A row is `distribution:concurrency`, or `prefix/distribution:concurrency` for other adapters than those of --prefix. No two
+rows have the same prompts, so that none finds another's in the prefix cache. Results go to RESULTS.md beside this file.
 """
 
 from __future__ import annotations
@@ -57,16 +58,20 @@ def upload(url: str, folders: list[Path]) -> list[float]:
     return seconds
 
 
-def measure(url: str, row: str, adapters: int, args: argparse.Namespace) -> dict:
-    """What the load generator says of one row, `distribution:concurrency`."""
+def measure(url: str, row: str, args: argparse.Namespace) -> dict:
+    """What the load generator says of one row."""
     distribution, concurrency = row.split(":")
+    prefix, _, distribution = distribution.rpartition("/")
+    prefix = prefix or args.prefix
+    adapters = max(1, len(adapters_of(args, prefix)))
+    args.seed += 1
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(temporary) / "row.json"
         command = [sys.executable, str(args.loadgen), "--base-url", url, "--base-model", "base"]
-        command += ["--adapters", str(adapters), "--adapter-prefix", args.prefix, "--dist", distribution]
+        command += ["--adapters", str(adapters), "--adapter-prefix", prefix, "--dist", distribution]
         command += ["--concurrency", concurrency, "--warmup", concurrency, "--json", str(out)]
         command += ["--input-len", str(args.input_len), "--output-len", str(args.output_len)]
-        command += ["--vocab-low", "3", "--vocab-high", str(args.vocabulary)]
+        command += ["--vocab-low", "3", "--vocab-high", str(args.vocabulary), "--seed", str(args.seed)]
         subprocess.run(command, check=False)  # 1: some requests failed, which the row says
         return json.loads(out.read_text())
 
@@ -81,6 +86,7 @@ def options(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--input-len", type=int, default=512)
     parser.add_argument("--output-len", type=int, default=128)
     parser.add_argument("--vocabulary", type=int, default=100000, help="prompts are of token ids below this")
+    parser.add_argument("--seed", type=int, default=0, help="of the first row's prompts")
     parser.add_argument("--port", type=int, default=8300)
     parser.add_argument("--data", type=Path, help="data folder to keep (compile caches); default: a temporary one")
     parser.add_argument("--serve", default="--device cuda", help="further options of the server")
@@ -88,17 +94,18 @@ def options(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def adapters_of(args: argparse.Namespace) -> list[Path]:
+def adapters_of(args: argparse.Namespace, prefix: str = "") -> list[Path]:
     """The folders PREFIX0, PREFIX1, ..., by number."""
-    folders = args.adapters.glob(f"{args.prefix}*")
-    return sorted(folders, key=lambda path: int(path.name.removeprefix(args.prefix)))
+    prefix = prefix or args.prefix
+    return sorted(args.adapters.glob(f"{prefix}*"), key=lambda path: int(path.name.removeprefix(prefix)))
 
 
 def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--rows", default="none:1,none:64,identical:64,distinct:64")
     args = parser.parse_args()
-    folders = adapters_of(args)
+    prefixes = {row.partition("/")[0] if "/" in row else args.prefix for row in args.rows.split(",")}
+    folders = [folder for prefix in sorted(prefixes) for folder in adapters_of(args, prefix)]
     url = f"http://127.0.0.1:{args.port}"
     with tempfile.TemporaryDirectory() as temporary:
         server, ready = start(args.model, args.port, args.data or Path(temporary) / "data", args.serve.split())
@@ -108,7 +115,7 @@ def main() -> None:
             seconds = upload(url, folders)
             print(f"{len(folders)} adapters uploaded, {sum(seconds) / max(1, len(seconds)):.2f} s each", flush=True)
             for row in args.rows.split(","):
-                rows.append((row, measure(url, row, len(folders), args)))
+                rows.append((row, measure(url, row, args)))
         finally:
             server.send_signal(signal.SIGTERM)
             server.wait(60)

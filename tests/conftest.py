@@ -31,6 +31,28 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+UNTRACED = (
+    "tests/crash/",
+    "tests/docs/",
+    "tests/adapters/test_fuzz.py",
+    "tests/adapters/test_residency_random.py",
+    "tests/engine/test_fairness.py::test_a_flood_",
+    "tests/engine/test_fairness.py::test_whatever_happens_",
+    "tests/engine/test_core.py::test_whatever_happens_",
+    "tests/engine/test_parity.py::test_with_only_20_pages",
+    "tests/engine/test_parity.py::test_with_prefix_cache_hits_",
+    "tests/engine/test_parity_smollm2.py",
+    "tests/service/test_openapi_fuzz.py",
+)
+"""Tests whose code coverage is not traced: long plays of what other tests go through as well, and those that drive
+other processes. Tracing makes the former three times slower."""
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if item.nodeid.startswith(UNTRACED):
+        item.add_marker(pytest.mark.no_cover)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked gpu run only where there is a CUDA device; torch is imported only if such a test was collected."""
     marked = [item for item in items if item.get_closest_marker("gpu")]

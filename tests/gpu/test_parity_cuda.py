@@ -41,7 +41,7 @@ WAYS = {
     "alone": {},
     "mixed": {"max_tokens_per_step": 96},
     "20-pages": {"kv_pages": 20, "max_tokens_per_step": 64},
-    "evicted": {"arena_bytes": 400 << 10},
+    "evicted": {"arena_bytes": 300 << 10},
     "warm": {},
 }
 """How the requests meet: engine options; "warm" asks everything twice, so that prompts come from the prefix cache."""
