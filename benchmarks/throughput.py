@@ -4,9 +4,10 @@
 
 MODEL and DIR as benchmarks/random_base.py makes them. PATH is a closed-loop load generator that speaks the OpenAI API
 (options --base-url --base-model --adapters --adapter-prefix --dist --concurrency --warmup --input-len --output-len
---vocab-low --vocab-high --seed --json); it is no part of this project, so that the same one can be run against other servers.
-A row is `distribution:concurrency`, or `prefix/distribution:concurrency` for other adapters than those of --prefix. No two
-rows have the same prompts, so that none finds another's in the prefix cache. Results go to RESULTS.md beside this file.
+--vocab-low --vocab-high --seed --json); it is no part of this project, so that the same one can be run against other
+servers. A row is `distribution:concurrency`, or `prefix/distribution:concurrency` for other adapters than those of
+--prefix. No two rows have the same prompts, so that none finds another's in the prefix cache. Results go to RESULTS.md
+beside this file.
 """
 
 from __future__ import annotations

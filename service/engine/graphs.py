@@ -42,7 +42,7 @@ _ALIGN = 16
 def decode_sizes(max_sequences: int) -> list[int]:
     """Numbers of decoding sequences that graphs are captured for, ascending: every batch pads by less than a quarter
     or 16."""
-    wanted = [1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 128, 160, 192, 224, *range(256, max_sequences + 1, 64)]
+    wanted = [1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 128, 160, 192, 224, *range(256, max_sequences, 64), max_sequences]
     return sorted({min(size, max_sequences) for size in wanted})
 
 

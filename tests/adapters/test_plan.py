@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapters.plan import build_plan, order_by_adapter
+from adapters.plan import build_plan, covering, order_by_adapter
 
 rows_of_a_sequence = st.dictionaries(st.integers(0, 6), st.sampled_from([-1.0, 0.25, 1.0]), max_size=4).map(
     lambda mix: tuple(mix.items())
@@ -72,3 +72,29 @@ def test_a_weight_of_zero_costs_nothing_and_a_row_named_twice_is_an_error():
     assert build_plan([(0, 4, ((2, 0.0),))]) is None
     with pytest.raises(ValueError, match="names a row twice"):
         build_plan([(0, 1, ((2, 1.0), (2, 0.5)))])
+
+
+@given(batches, st.integers(0, 3))
+def test_a_covering_plan_is_the_same_with_the_other_tokens_in_its_first_wave(batch, more):
+    plan = build_plan(spans_of(batch))
+    if plan is None:
+        return
+    tokens = sum(count for count, _ in batch) + more
+    whole = covering(plan, tokens)
+    first, last = whole.waves[0]
+    wave = whole.tokens[whole.seg_start[first] : whole.seg_start[last]]
+    assert sorted(wave.tolist()) == list(range(tokens))
+
+    def held(of):
+        entries = Counter()
+        for number, (begin, end) in enumerate(of.waves):
+            for segment in range(begin, end):
+                for p in range(of.seg_start[segment], of.seg_start[segment + 1]):
+                    if of.seg_row[segment] >= 0:
+                        entries[number, of.seg_row[segment], of.tokens[p], of.weights[p]] += 1
+        return entries
+
+    assert held(whole) == held(plan)
+    assert (whole.seg_row == -1).sum() <= 1
+    assert whole.seg_start[-1] == len(whole.tokens) == len(whole.weights)
+    assert whole.waves[-1][1] == len(whole.seg_row) == len(whole.seg_start) - 1

@@ -16,6 +16,7 @@ from service.engine.attention_triton import (
     decode_splits,
     kv_write,
     paged_attention,
+    tiles,
 )
 from tests.kernels.attention_cases import CASES, Case, attend, make_batch
 from tests.kernels.lora_cases import error
@@ -81,6 +82,45 @@ def test_a_padding_row_without_context_gives_zeros(splits: int) -> None:
     lens = torch.zeros(2, dtype=torch.int32, device=DEVICE)
     decode(q, cache, cache, table, lens, out, scale=1.0, max_context=64, splits=splits)
     assert (out == 0).all()
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+def test_rows_beyond_the_count_are_left_alone(splits: int) -> None:
+    """A CUDA graph has room for more sequences than decode; the rows behind belong to prompts."""
+    case = Case("", [(1, n) for n in (70, 9, 33)])
+    batch = make_batch(case, torch.float32, DEVICE)
+    step = StepArrays.from_layout(batch.layout, DEVICE)
+    kv_write(batch.k, batch.v, batch.k_cache, batch.v_cache, step.slots)
+    out = torch.full(batch.q.shape, 7.0, device=DEVICE)
+    count = torch.tensor([2], dtype=torch.int32, device=DEVICE)
+    decode(
+        batch.q,
+        batch.k_cache,
+        batch.v_cache,
+        step.page_table,
+        step.context_lens,
+        out,
+        scale=batch.scale,
+        max_context=70,
+        splits=splits,
+        count=count,
+    )
+    assert error(out[:2], batch.wanted[:2]) < 1e-6
+    assert (out[2] == 7.0).all()
+
+
+def test_tiles_hold_every_query_of_prompts_once_and_those_that_see_most_first() -> None:
+    case = Case("", [(1, 90), (40, 65), (2, 130), (129, 129)])
+    layout = make_batch(case, torch.float32, DEVICE).layout
+    seqs, rows = tiles(layout, 16)
+    covered = [
+        (int(s), int(query))
+        for s, row in zip(seqs, rows, strict=True)
+        for query in range(row, min(row + 16, layout.query_lens[s]))
+    ]
+    assert sorted(covered) == [(s, query) for s in (1, 2, 3) for query in range(layout.query_lens[s])]
+    sees = [int(layout.context_lens[s] - layout.query_lens[s] + row) for s, row in zip(seqs, rows, strict=True)]
+    assert sees == sorted(sees, reverse=True)
 
 
 @pytest.mark.parametrize(("heads", "head_dim"), [(1, 16), (3, 80), (8, 128)])
