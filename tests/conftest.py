@@ -24,7 +24,7 @@ from tests.real_parts import S3, Postgres
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Before torch is imported: two pytest workers and the engines that they start share the machine's cores.
+# Before torch is imported: the pytest workers and the engines that they start share the machine's cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Nothing in the suite may depend on a hub that answers.
