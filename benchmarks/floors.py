@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--bandwidth", type=float, required=True, help="TB/s of a device copy, read plus written")
     parser.add_argument("--tflops", type=float, default=790, help="of a large product in bfloat16")
     args = parser.parse_args()
-    flops = args.tflops * 1e12
+    rates = {"bandwidth": args.bandwidth * 1e12, "flops": args.tflops * 1e12}
     for distribution, adapters, each in (
         ("none", 0, 0.0),
         ("identical", 1, ALL_BYTES),
@@ -66,12 +66,7 @@ def main() -> None:
         ("uniform", 1000, ATTENTION_BYTES),
         ("zipf", 1000, ATTENTION_BYTES),
     ):
-        found = [
-            floor(
-                c, distinct(distribution, adapters, c) * each, bandwidth=args.bandwidth * 1e12, flops=args.tflops * 1e12
-            )
-            for c in (1, 32, 64, 256)
-        ]
+        found = [floor(c, distinct(distribution, adapters, c) * each, **rates) for c in (1, 32, 64, 256)]
         print(f"{distribution:<10} {adapters:>5} adapters  at 1, 32, 64, 256: " + "  ".join(f"{f:7.0f}" for f in found))
 
 
