@@ -34,7 +34,7 @@ from tests.service.launch import wait_for
 BACK_S = 30.0
 """What the service may take to serve again after a kill. What a test machine adds is not taken off."""
 CONTENTS = 12
-ROUNDS = {"service": 36, "partial": 58, "stop": 4, "hang": 2}
+ROUNDS = {"service": 26, "partial": 68, "stop": 4, "hang": 2}
 PARTS = {"engine": 4, "api": 3, "worker": 3}
 OPERATIONS = {"put": 40, "post": 8, "patch": 10, "alias": 8, "unalias": 6, "version": 18, "delete": 10}
 MODULE = {"engine": ENGINE, "hang": ENGINE, "api": API}
