@@ -8,9 +8,9 @@ PYTHON ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
-# Tests wait for processes about a third of their time, so two cores serve three workers. Every worker may load the model;
-# the engine's own threads are held down to match.
-WORKERS ?= 3
+# One worker per core up to two: every worker may load the model, and the services that it starts load theirs. Three took
+# 23 GB. The engine's own threads are held down to match.
+WORKERS ?= 2
 
 .PHONY: serve test lint format docs lock audit bench fuzz fuzz-million soak soak-streams adapters help
 help:
