@@ -20,7 +20,7 @@ ADDRESS = "127.0.0.1:8000"
 STRICT = 'set -euo pipefail\ncurl() { command curl --fail-with-body --max-time 240 "$@"; }\n'
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def service(tmp_path_factory: pytest.TempPathFactory, base_model_dir: Path) -> Iterator[Launched]:
     """`make serve`, but for the port, the data folder and the number of threads."""
     data_dir = tmp_path_factory.mktemp("data")
@@ -30,7 +30,7 @@ def service(tmp_path_factory: pytest.TempPathFactory, base_model_dir: Path) -> I
         yield launched
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def service_with_tenants(tmp_path_factory: pytest.TempPathFactory, base_model_dir: Path) -> Iterator[Launched]:
     """The same with an admin key, and without the examples."""
     data_dir = tmp_path_factory.mktemp("data")
@@ -43,13 +43,13 @@ def service_with_tenants(tmp_path_factory: pytest.TempPathFactory, base_model_di
 Execute = Callable[[str, str], str]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def execute(service: Launched, tmp_path_factory: pytest.TempPathFactory) -> Execute:
     """Runs a block of a language (bash, python) as a reader in a clone would; its output. Fails if the block does."""
     return _executor(service, tmp_path_factory.mktemp("clone"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def execute_with_tenants(service_with_tenants: Launched, tmp_path_factory: pytest.TempPathFactory) -> Execute:
     """The same where the server has tenants."""
     return _executor(service_with_tenants, tmp_path_factory.mktemp("clone"), LORAPLEX_ADMIN_KEY=ADMIN_KEY)
