@@ -44,6 +44,16 @@ class LoraPlan:
         return set(self.seg_row.tolist())
 
 
+NOTHING = LoraPlan(
+    tokens=np.empty(0, np.int32),
+    weights=np.empty(0, np.float32),
+    seg_row=np.empty(0, np.int32),
+    seg_start=np.zeros(1, np.int32),
+    waves=((0, 0),),
+)
+"""Of a step without adapters, for `covering`."""
+
+
 def order_by_adapter(rows: Sequence[Rows]) -> list[int]:
     """An order of sequences in which those with the same adapters are neighbours (base-only ones last).
 

@@ -180,6 +180,8 @@ def _from_refusal(exc: EngineRefused) -> ApiError:
             return ApiError(429, exc.message, code=exc.code, retry_after_s=wait)
         case "too_large":
             return ApiError(400, exc.message, code=exc.code)
+        case "not_finite":
+            return ApiError(422, exc.message, code=exc.code)
         case "resident_limit":
             return _resident_limit(exc.message)
         case "adapter_failed" | "shutting_down" | "out_of_memory" | "engine_unavailable":

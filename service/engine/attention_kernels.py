@@ -264,6 +264,7 @@ def prefill_kernel(
     BD: tl.constexpr,
     WINDOW: tl.constexpr,
     CAPPED: tl.constexpr,
+    UNIFORM: tl.constexpr,
 ):
     s = tl.load(tile_seq + tl.program_id(0)).to(tl.int64)
     if s < 0:
@@ -293,6 +294,8 @@ def prefill_kernel(
     whole = (before + m0) // BN * BN
     if WINDOW > 0:
         begin = tl.maximum(before + m0 - WINDOW + 1, 0) // BN * BN
+        whole = begin
+    if UNIFORM:  # the same code for every block, whatever the row's place in its tile
         whole = begin
     for n0 in range(begin, whole, BN):
         peak, total, acc = _attend_block(

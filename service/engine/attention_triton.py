@@ -7,7 +7,7 @@ pages.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -105,8 +105,17 @@ class TritonPagedAttention:
     """The Triton backend. `tensors` holds (k, v) by layer, each [pages, page_size, kv_heads, head_dim]."""
 
     def __init__(
-        self, shapes: list[LayerShape], pages: int, page_size: int, dtype: torch.dtype, device: torch.device
+        self,
+        shapes: list[LayerShape],
+        pages: int,
+        page_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        uniform: bool = False,
     ) -> None:
+        """uniform: what a token attends to gives the same bits whatever the step: alone or with others, in a prompt's
+        chunk of any size or decoding. All sequences then go the way of prompts."""
         if page_size < MIN_PAGE_SIZE or page_size & (page_size - 1):
             raise ValueError(f"page_size: {page_size} is not a power of two of at least {MIN_PAGE_SIZE}")
         if pages * page_size > 2**31 - 1:
@@ -114,12 +123,15 @@ class TritonPagedAttention:
         for shape in shapes:
             _check_heads(shape.query_heads, shape.kv_heads, shape.head_dim)
         self.device = device
-        self.block_m = 16 if dtype.itemsize > 2 else None
+        self.uniform = uniform
+        self.block_m = 16 if uniform or dtype.itemsize > 2 else None
         """Queries of a tile, where the step has no say in it: without tensor cores (float32) larger ones spill."""
         self.tensors = allocate_cache(shapes, pages, page_size, dtype, device)
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def begin_step(self, layout: StepLayout) -> None:
+        if self.uniform:
+            layout = replace(layout, num_decode=0)
         self.step = StepArrays.from_layout(layout, self.device, self.block_m)
 
     def attend(
@@ -128,7 +140,9 @@ class TritonPagedAttention:
         """q [T, query_heads, head_dim], k and v [T, kv_heads, head_dim] -> [T, query_heads, head_dim]; k and v are
         written to their slots first."""
         kv_write(k, v, k_cache, v_cache, self.step.slots)
-        return paged_attention(q, k_cache, v_cache, self.step, scale=scaling, window=window, side=self._side)
+        return paged_attention(
+            q, k_cache, v_cache, self.step, scale=scaling, window=window, side=self._side, uniform=self.uniform
+        )
 
 
 def kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
@@ -170,10 +184,12 @@ def paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     side: torch.cuda.Stream | None = None,
+    uniform: bool = False,
 ) -> Tensor:
     """A mixed batch: q [T, query_heads, head_dim] -> the same shape, contiguous. Query i of n of a sequence with c keys
     stands at position c - n + i and sees keys 0 .. position, with `window` only those > position - window; `softcap`
-    replaces scores by softcap · tanh(score / softcap). side: prompts are computed there, beside decoding sequences."""
+    replaces scores by softcap · tanh(score / softcap). side: prompts are computed there, beside decoding sequences.
+    uniform: see `prefill`."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     n = step.num_decode
     main = None
@@ -182,7 +198,7 @@ def paged_attention(
             main = torch.cuda.current_stream(q.device)
             side.wait_stream(main)
         with torch.cuda.stream(side if main is not None else None):
-            prefill(q, k_cache, v_cache, step, out, scale=scale, window=window, softcap=softcap)
+            prefill(q, k_cache, v_cache, step, out, scale=scale, window=window, softcap=softcap, uniform=uniform)
     if n:
         decode(
             q[:n],
@@ -292,10 +308,11 @@ def prefill(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    uniform: bool = False,
 ) -> None:
     """Chunks of prompts, by the step's tiles: tokens query_starts[s] : query_starts[s + 1] of q and out [T,
     query_heads, head_dim] are the last of sequence s, whose context_lens[s] keys (its own included) lie in its
-    pages."""
+    pages. uniform: a query's result does not depend on its place in a tile, bit for bit."""
     _, query_heads, head_dim = q.shape
     group = _check_heads(query_heads, k_cache.shape[2], head_dim)
     padded = max(16, triton.next_power_of_2(head_dim))
@@ -328,6 +345,7 @@ def prefill(
         BD=padded,
         WINDOW=window or 0,
         CAPPED=softcap is not None,
+        UNIFORM=uniform,
         num_warps=4,
         num_stages=3,
     )

@@ -30,8 +30,15 @@ CPU_PREFILL = 128
 """A quarter of the budget. There a step of a small model takes 50 ms and a prompt token several."""
 
 
-def tokens_per_step(device: str) -> int:
-    return 512 if device == "cpu" else 2048
+DETERMINISTIC = 256
+"""Tokens of every step of the deterministic engine on CUDA, few or many: about where a product begins to be bound by
+arithmetic instead of by reading the weights, so that what is padded costs least."""
+
+
+def tokens_per_step(device: str, *, deterministic: bool = False) -> int:
+    if device == "cpu":
+        return 512
+    return DETERMINISTIC if deterministic else 2048
 
 
 def prefill_tokens_per_step(device: str, manifest: Manifest, multiprocessors: int = MULTIPROCESSORS) -> int:

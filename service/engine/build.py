@@ -15,12 +15,14 @@ from adapters.arena import Arena
 from adapters.blobs import open_blobs
 from adapters.loader import BlockLoader
 from adapters.residency import Residency
-from service.engine import attention, compiled
+from service.engine import attention, compiled, draw
 from service.engine.attention import Attention, LayerShape, PagedAttention
 from service.engine.budgets import prefill_tokens_per_step, tokens_per_step
 from service.engine.config import EngineConfig
 from service.engine.core import Engine
+from service.engine.draw import Draw
 from service.engine.errors import CannotStart
+from service.engine.invariance import check_products
 from service.engine.kv_cache import PagePool
 from service.engine.messages import FromEngine, Limits
 from service.engine.model import LoadedModel, load_model
@@ -64,7 +66,7 @@ def build_engine(
         loaded = load_model(config)
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise _no_memory(config) from error
-    budget = config.max_tokens_per_step or tokens_per_step(config.device)
+    budget = config.max_tokens_per_step or tokens_per_step(config.device, deterministic=config.deterministic)
     pages, arena_bytes = share_memory(config, loaded, budget)
     manifest = loaded.manifest
 
@@ -82,7 +84,7 @@ def build_engine(
         host_bytes=_host_bytes(config),
         notify=wake,
     )
-    backend, kernels = _kernels(config, loaded, pages, arena)
+    backend, kernels, drawing = _kernels(config, loaded, pages, arena)
     limits = Limits(
         max_positions=min(manifest.max_positions, pages * config.page_size),
         max_sequences=config.max_sequences,
@@ -93,7 +95,7 @@ def build_engine(
         max_rank=MAX_RANK,
         arena_bytes=arena.capacity,
     )
-    runner = Runner(loaded, backend, kernels, config.page_size, ahead=config.ahead)
+    runner = Runner(loaded, backend, kernels, config.page_size, draw=drawing, ahead=config.ahead)
     if cuda and not config.eager:
         _prepare(config, loaded, runner, backend, kernels, arena, budget, limits.max_positions)
     multiprocessors = torch.cuda.get_device_properties(loaded.device).multi_processor_count if cuda else 0
@@ -127,10 +129,11 @@ def build_engine(
 def check_machine(config: EngineConfig) -> None:
     """What would otherwise end in a stack trace minutes later. Raises CannotStart."""
     if config.device == "cuda":
-        if config.deterministic:
+        if config.deterministic and config.eager:
             raise CannotStart(
-                "LORAPLEX_DETERMINISTIC=true: kernels that do not depend on the batch exist on CPU only so far",
-                "leave it out, or choose --device cpu, where float32 is deterministic",
+                "LORAPLEX_DETERMINISTIC=true and LORAPLEX_EAGER=true: on CUDA steps give the same bits in any batch "
+                "only as CUDA graphs of one shape",
+                "leave one of them out",
             )
         if torch.version.cuda is None:
             raise CannotStart(
@@ -178,18 +181,23 @@ def _no_memory(config: EngineConfig, available: int | None = None) -> CannotStar
     )
 
 
-def _kernels(config: EngineConfig, loaded: LoadedModel, pages: int, arena: Arena) -> tuple[Attention, LoraKernels]:
+def _kernels(
+    config: EngineConfig, loaded: LoadedModel, pages: int, arena: Arena
+) -> tuple[Attention, LoraKernels, Draw]:
     """Triton on CUDA; plain torch on CPU."""
     size = (loaded.shapes, pages, config.page_size, loaded.dtype, loaded.device)
     if config.device == "cuda":
         from adapters.kernels.backend import TritonKernels  # Triton comes with torch for CUDA only
+        from service.engine import draw_triton
         from service.engine.attention_triton import TritonPagedAttention
 
-        return TritonPagedAttention(*size), TritonKernels(arena)
+        attention = TritonPagedAttention(*size, uniform=config.deterministic)
+        return attention, TritonKernels(arena), draw_triton.draw
     linears = loaded.manifest.linears
-    return PagedAttention(*size), ReferenceKernels(
+    kernels = ReferenceKernels(
         arena, [module.in_features for module in linears], [module.out_features for module in linears]
     )
+    return PagedAttention(*size), kernels, draw.draw
 
 
 def _prepare(
@@ -224,6 +232,7 @@ def _prepare(
         vocabulary=loaded.manifest.vocab_size,
         dtype=loaded.dtype,
         device=loaded.device,
+        deterministic=config.deterministic,
     )
     kernels.sites = runner.sites  # type: ignore[attr-defined]
     with torch.inference_mode():
@@ -234,6 +243,8 @@ def _prepare(
             log.warning("this model's layers do not compile; they run uncompiled", exc_info=True)
             compiled.undo(loaded.model)
             warm_up(runner, arena, loaded.manifest, graphs, budget)
+    if config.deterministic:
+        check_products(loaded.model, budget)
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
     log.info("%.1f of %.1f GiB of the device are left for the steps that have no graph", free / 2**30, total / 2**30)

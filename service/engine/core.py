@@ -46,6 +46,9 @@ log = logging.getLogger(__name__)
 
 MAX_FAILED_STEPS = 3
 """After so many failed steps in a row the device, or the code, is beyond repair."""
+NOT_FINITE = (
+    "the logits of this request are not finite numbers: an adapter, or its weight, is too large for the model's dtype"
+)
 _SEED_MASK = 2**63 - 1
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 """What torch's plain RuntimeErrors say of it."""
@@ -255,6 +258,9 @@ class Engine:
         tokens = seq.tokens
         if tokens[-1] == PENDING:
             tokens.pop()
+        if result.token_id < 0:
+            self._refuse((seq.client, seq.request_id), "not_finite", NOT_FINITE)
+            return
         delta = Delta(seq.request_id, seq.index, [])
         if len(tokens) == seq.num_prompt:
             delta.cached_tokens = seq.cached_tokens

@@ -1,10 +1,14 @@
 """CUDA graphs of steps: one launch instead of a thousand.
 
 A graph is captured for a shape and a LoRA variant. In the shapes called decode every sequence has one token; in the
-others, up to so many tokens of prompts and decoding sequences come together, in any division. Inputs lie at fixed
+others, up to so many tokens of prompts and decoding sequences come together, in any division. It ends with the draw of
+each sequence's next token. Inputs lie at fixed
 places in one int32 buffer per shape, so a step is one copy from pinned memory and one replay. What a smaller batch
 leaves empty is told on the device: tokens with slot -1 (no KV entry is written), sequences beyond the count of those
 that decode, tiles of sequence -1, and the LoRA plan's own lengths. Batches that fit no graph run without one.
+
+The deterministic engine has one shape for all steps, and LoRA in all of them: every product has the same size in every
+step, so the library computes it by the same kernel, and each row of it in the same order.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,9 +26,11 @@ from torch import Tensor
 
 from adapters.kernels.backend import TritonKernels
 from adapters.kernels.device_plan import DevicePlan, PlanShape, PlanSizeError, pack
-from adapters.plan import LoraPlan, covering
+from adapters.plan import NOTHING, LoraPlan, covering
 from service.engine.attention import StepLayout
 from service.engine.attention_triton import TILE, StepArrays, TritonPagedAttention, tiles
+from service.engine.draw import WIDTH
+from service.engine.draw_triton import draw_into
 from service.engine.transfer import fill_pending
 
 log = logging.getLogger(__name__)
@@ -36,6 +42,10 @@ MIXED_SEQUENCES = 256
 """Most sequences of such a step."""
 LARGE_SEGMENTS = 48
 """From so many tokens an adapter on, a step with prompts uses large LoRA tiles."""
+SMALL_TILE = 16
+"""Queries of a tile of attention in the deterministic engine."""
+MAX_MIX = 8
+"""Adapters of a request at most (build.MAX_ADAPTERS_PER_REQUEST)."""
 _ALIGN = 16
 
 
@@ -53,7 +63,9 @@ class Shape:
     tokens: int
     sequences: int
     tiles: int = 0
-    """Of prompts; 0: every sequence decodes, and every token's logits are computed."""
+    """Of prompts; 0: every sequence decodes."""
+    wanted: int = 0
+    """Tokens whose logits are computed; 0: all."""
 
     def fits(self, tokens: int, layout: StepLayout) -> bool:
         return tokens <= self.tokens and len(layout.context_lens) <= self.sequences
@@ -63,8 +75,14 @@ def shapes(max_sequences: int, max_tokens: int) -> list[Shape]:
     """All, in the order in which a batch looks for one that fits."""
     decode = [Shape(size, size) for size in decode_sizes(max_sequences)]
     sequences = min(max_sequences, MIXED_SEQUENCES)
-    mixed = [Shape(size, sequences, max(16, size // 16)) for size in MIXED_TOKENS if size <= max_tokens]
+    mixed = [Shape(size, sequences, max(16, size // 16), sequences) for size in MIXED_TOKENS if size <= max_tokens]
     return decode + mixed
+
+
+def one_shape(max_sequences: int, max_tokens: int) -> Shape:
+    """The deterministic engine's: no step is too large for it."""
+    sequences = min(max_sequences, max_tokens)
+    return Shape(max_tokens, sequences, sequences + max_tokens // SMALL_TILE, max_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,25 +99,30 @@ class Variant:
 VARIANTS = (Variant(16, 1, 16), Variant(64, 1, 16), Variant(512, 4, 16))
 """The last is for everything else: what it launches for nothing costs about 0.5 ms in 32 layers."""
 LARGE_VARIANTS = (Variant(16, 1, 64), Variant(64, 1, 64), Variant(512, 4, 64))
+SAME_VARIANTS = (Variant(512, 1, 16), Variant(512, MAX_MIX, 16))
+"""The deterministic engine's: they differ in launches that find nothing to do, and give every token the same bits."""
 
 
 class _Places:
     """Where the inputs of one shape lie in the buffer."""
 
-    def __init__(self, shape: Shape, pages: int, large: bool) -> None:
-        """large: large tiles are worth something (they need tensor cores)."""
+    def __init__(self, shape: Shape, pages: int, variants: tuple[Variant | None, ...]) -> None:
+        """variants: None is a step without LoRA."""
         self.shape = shape
-        self.variants = VARIANTS + (LARGE_VARIANTS if large and shape.tiles else ())
+        self.variants = variants
         self.plans = {
             variant: PlanShape.bounded(
                 shape.tokens * variant.waves, shape.sequences * variant.waves + 1, variant.waves, variant.block_m
             )
-            for variant in self.variants
+            for variant in variants
+            if variant is not None
         }
         """All at the same place."""
         lengths = {
             **dict.fromkeys(("ids", "positions", "slots"), shape.tokens),
-            **dict.fromkeys(("contexts", "wanted"), shape.sequences),
+            "contexts": shape.sequences,
+            "wanted": shape.wanted,
+            "rules": (shape.wanted or shape.tokens) * WIDTH,
             "starts": shape.sequences + 1,
             **dict.fromkeys(("tile_seq", "tile_row"), shape.tiles),
             "count": 1,
@@ -156,6 +179,7 @@ class StepGraphs:
         vocabulary: int,
         dtype: torch.dtype,
         device: torch.device,
+        deterministic: bool = False,
     ) -> None:
         self._forward = forward
         self._attention = attention
@@ -164,22 +188,30 @@ class StepGraphs:
         self._max_positions = max_positions
         self._pages = -(-max_positions // page_size)
         self._device = device
-        large = attention.block_m is None  # not in float32
-        self._places = [_Places(shape, self._pages, large) for shape in shapes(max_sequences, max_tokens)]
+        self.deterministic = deterministic
+        if deterministic:
+            self._places = [_Places(one_shape(max_sequences, max_tokens), self._pages, SAME_VARIANTS)]
+        else:
+            large = attention.block_m is None  # without tensor cores (float32) large tiles are worth nothing
+            decode, mixed = (None, *VARIANTS), (None, *VARIANTS, *(LARGE_VARIANTS if large else ()))
+            self._places = [
+                _Places(shape, self._pages, mixed if shape.tiles else decode)
+                for shape in shapes(max_sequences, max_tokens)
+            ]
         self._tile = attention.block_m or TILE
         self._inputs = _Inputs(max(places.size for places in self._places), device)
         self._graphs: dict[tuple[Shape, Variant | None], torch.cuda.CUDAGraph] = {}
         # One place for what all of them give: a tensor of its own for each would take gigabytes.
-        rows = max(places.shape.sequences for places in self._places)
+        rows = max(places.shape.wanted or places.shape.tokens for places in self._places)
         self._logits = torch.empty(rows, vocabulary, dtype=dtype, device=device)
-        self._greedy = torch.empty(rows, dtype=torch.int64, device=device)
+        self._tokens = torch.empty(rows, dtype=torch.int64, device=device)
 
     def capture(self) -> None:
         """Captures every graph, largest first so that the smaller ones share its memory."""
         begin = time.perf_counter()
         pool = torch.cuda.graph_pool_handle()
         for places in sorted(self._places, key=lambda places: -places.shape.tokens):
-            for variant in (None, *places.variants):
+            for variant in places.variants:
                 self._graphs[places.shape, variant] = self._capture(places, variant, pool)
         torch.cuda.synchronize()
         log.info("%d CUDA graphs captured in %.1f s", len(self._graphs), time.perf_counter() - begin)
@@ -191,11 +223,16 @@ class StepGraphs:
         layout: StepLayout,
         plan: LoraPlan | None,
         wanted: NDArray[np.int64],
+        rules: NDArray[np.int32],
         drawn: Tensor,
     ) -> tuple[Tensor, Tensor] | None:
-        """(logits [wanted, vocabulary], most probable tokens [wanted]) of the step's tokens `wanted`; None when no
-        graph fits it. An id of -1 - i stands for drawn[i]. The tensors are overwritten by the next replay, which is
-        queued behind whatever was queued to read them."""
+        """(logits [wanted, vocabulary], tokens [wanted] drawn from them by `rules`, see draw.py) of the step's tokens
+        `wanted`; None when no graph fits it. An id of -1 - i stands for drawn[i]. The tensors are overwritten by the
+        next replay, which is queued behind whatever was queued to read them."""(logits [wanted, vocabulary], tokens [wanted] drawn from them by `rules`, see draw.py) of the step's tokens
+        `wanted`; None when no graph fits it, which the deterministic engine has no answer for. An id of -1 - i stands for drawn[i]. The tensors are overwritten by the
+        next replay, which is queued behind whatever was queued to read them."""
+        if self.deterministic:
+            layout, plan = replace(layout, num_decode=0), plan or NOTHING
         found = self._fitting(len(ids), layout, wanted)
         if found is None:
             return None
@@ -214,6 +251,7 @@ class StepGraphs:
         inputs.fill(of["slots"], layout.slots, -1)
         inputs.fill(of["contexts"], layout.context_lens, 0)
         inputs.fill(of["wanted"], wanted, 0)
+        inputs.fill(of["rules"], rules.reshape(-1), 0)
         inputs.fill(of["tile_seq"], seqs, -1)
         inputs.host[of["tile_row"]][: len(rows)] = rows
         starts = inputs.host[of["starts"]]
@@ -226,7 +264,7 @@ class StepGraphs:
         if ids.min() < 0:
             fill_pending(inputs.device[of["ids"]][: len(ids)], drawn)
         graph.replay()
-        return self._logits[: len(wanted)], self._greedy[: len(wanted)]
+        return self._logits[: len(wanted)], self._tokens[: len(wanted)]
 
     def _fitting(
         self, tokens: int, layout: StepLayout, wanted: NDArray[np.int64]
@@ -236,7 +274,8 @@ class StepGraphs:
         seqs, rows = tiles(layout, self._tile)
         for places in self._places:
             shape = places.shape
-            if shape.fits(tokens, layout) and (decoding or len(seqs) <= shape.tiles > 0):
+            mixed = len(seqs) <= shape.tiles and len(wanted) <= shape.wanted
+            if shape.fits(tokens, layout) and (decoding or mixed):
                 return places, seqs, rows
         return None
 
@@ -245,7 +284,7 @@ class StepGraphs:
         rank = self._kernels.max_rank(plan)
         block_m = 64 if len(plan.tokens) >= LARGE_SEGMENTS * len(plan.seg_row) else 16
         plan = covering(plan, tokens)
-        fitting = [v for v in places.variants if rank <= v.rank and len(plan.waves) <= v.waves]
+        fitting = [v for v in places.plans if rank <= v.rank and len(plan.waves) <= v.waves]
         for variant in sorted(fitting, key=lambda v: v.block_m != block_m):
             shape = places.plans[variant]
             try:
@@ -270,7 +309,7 @@ class StepGraphs:
             tile_seq=part("tile_seq"),
             tile_row=part("tile_row"),
             block_m=self._tile,
-            num_decode=shape.sequences,
+            num_decode=0 if self.deterministic else shape.sequences,
             max_context=self._max_positions,
             count=part("count") if shape.tiles else None,
         )
@@ -280,17 +319,17 @@ class StepGraphs:
             plan = DevicePlan(size, part("plan")[: size.size], variant.rank, covers=True)
         self._kernels.use(plan)
         self._set_active(plan is not None)
-        wanted = part("wanted") if shape.tiles else None
+        wanted = part("wanted") if shape.wanted else None
 
         def step() -> None:
             logits = self._forward(part("ids"), part("positions"), wanted)
-            torch.argmax(logits, -1, out=self._greedy[: len(logits)])
+            draw_into(self._tokens[: len(logits)], logits, part("rules").view(-1, WIDTH))
             self._logits[: len(logits)].copy_(logits)
 
         stream = torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):  # compiles and loads what it needs outside the capture
-            if plan is None:
+            if plan is None or self.deterministic:
                 step()
             else:
                 self._kernels.warm_up(plan, shape.tokens)

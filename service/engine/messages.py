@@ -197,9 +197,9 @@ class Refused(msgspec.Struct, tag="refused"):
     """The request was not, or is no longer, served. Nothing of it is held any more.
 
     code: queue_full (HTTP 429) | too_large (400: can never fit) | resident_limit (413: its adapters' owner may not have
-    so much on the device) | adapter_failed (503: could not be loaded) |
-    out_of_memory (503: in the step that computed it) | engine_error (500) | engine_unavailable (503: the engine is
-    being replaced) | shutting_down (503).
+    so much on the device) | adapter_failed (503: could not be loaded) | not_finite (422: its logits are no numbers, as
+    when an adapter overflows) | out_of_memory (503: in the step that computed it) | engine_error (500) |
+    engine_unavailable (503: the engine is being replaced) | shutting_down (503).
     """
 
     request_id: str

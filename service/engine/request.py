@@ -105,4 +105,5 @@ class Sampled:
     """What the runner gives back for an item that samples."""
 
     token_id: int
+    """Negative: its logits are not finite, there is nothing to draw from."""
     logprob: TokenLogprob | None = None

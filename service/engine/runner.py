@@ -16,16 +16,19 @@ from adapters.arena import Arena
 from adapters.kernels import reference
 from adapters.plan import LoraPlan, build_plan, order_by_adapter, ranges
 from adapters.site import Site
-from service.engine import sampler
+from service.engine import draw, sampler
 from service.engine.attention import Attention, Current, StepLayout, attach
 from service.engine.core import Collect
+from service.engine.errors import EngineError
 from service.engine.model import LoadedModel
 from service.engine.request import PENDING, Batch, Sampled, Scheduled, Sequence
-from service.engine.sampler import Drawn
 from service.engine.transfer import column, fill_pending, to_device
 
 if TYPE_CHECKING:  # it imports Triton, which torch for CPU does not bring
     from service.engine.graphs import StepGraphs
+
+
+_NO_RULES = np.empty((0, draw.WIDTH), dtype=np.int32)
 
 
 class LoraKernels(Protocol):
@@ -88,11 +91,13 @@ class Runner:
         kernels: LoraKernels,
         page_size: int,
         *,
+        draw: draw.Draw = draw.draw,
         fuse: bool = True,
         ahead: bool | None = None,
     ) -> None:
         """ahead: launch steps before those before them are collected; by default where the device works beside the
         host."""
+        self._draw = draw
         self.ahead = loaded.device.type == "cuda" if ahead is None else ahead
         self._model = loaded.model
         self._device = loaded.device
@@ -122,18 +127,20 @@ class Runner:
         ids, positions = self._tokens(items)
         wanted = _wanted_rows(items)
         tokens = np.asarray(wanted.tokens, dtype=np.int64)
-        done = None
-        if self.graphs is not None and not wanted.prompts:
-            done = self.graphs.run(ids, positions, layout, plan, tokens, self._drawn)
-        logits, greedy = done or (self.forward(ids, positions, layout, plan, tokens), None)
+        seqs = [items[i].seq for i in wanted.samples]
+        rules = draw.rules(seqs)
+        logits, known = self._compute(ids, positions, layout, plan, tokens, None if wanted.prompts else rules)
         told = [
             (items[i].seq, sampler.prompt_logprobs(logits[row : row + len(following)], following, alternatives))
             for i, row, following, alternatives in wanted.prompts
         ]
         if told:
             logits = logits[column(wanted.rows, torch.int64, self._device)]
-        seqs = [items[i].seq for i in wanted.samples]
-        drawn = self._draw(logits, seqs, greedy)
+        before, row_of = self._drawn, self._row_of
+        drawn = sampler.sample(
+            logits, seqs, rules, self._draw, known, lambda i: before[row_of[seqs[i]] : row_of[seqs[i]] + 1]
+        )
+        self._drawn, self._row_of = drawn.tokens, {seq: row for row, seq in enumerate(seqs)}
         places = [order[i] for i in wanted.samples]
 
         def collect() -> list[Sampled | None]:
@@ -147,11 +154,24 @@ class Runner:
 
         return collect
 
-    def _draw(self, logits: Tensor, seqs: list[Sequence], greedy: Tensor | None) -> Drawn:
-        before, rows = self._drawn, self._row_of
-        drawn = sampler.sample(logits, seqs, greedy, lambda i: before[rows[seqs[i]] : rows[seqs[i]] + 1])
-        self._drawn, self._row_of = drawn.tokens, {seq: row for row, seq in enumerate(seqs)}
-        return drawn
+    def _compute(
+        self,
+        ids: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        layout: StepLayout,
+        plan: LoraPlan | None,
+        wanted: NDArray[np.int64],
+        rules: NDArray[np.int32] | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(logits, and the tokens drawn from them where a graph did that). rules: of all tokens wanted, or None."""
+        graphs = self.graphs
+        if graphs is not None and (rules is not None or graphs.deterministic):
+            found = graphs.run(ids, positions, layout, plan, wanted, _NO_RULES if rules is None else rules, self._drawn)
+            if found is not None:
+                return found[0], None if rules is None else found[1]
+            if graphs.deterministic:
+                raise EngineError(f"no graph for {len(ids)} tokens of {len(layout.context_lens)} sequences")
+        return self.forward(ids, positions, layout, plan, wanted), None
 
     @torch.inference_mode()
     def forward(

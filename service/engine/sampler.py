@@ -1,9 +1,9 @@
 """From logits to tokens. Everything a request may ask of sampling is applied here, row by row independent of the batch.
 
 Order (as vLLM's, so that the same parameters mean the same): banned ids and logit_bias, penalties, temperature,
-min_p, top_k and top_p, then one draw. Log-probabilities are of the raw logits. A draw uses one uniform number made of
-(seed, position) alone, turned into a token by the inverse of the cumulative distribution: the same request gives
-the same tokens alone, in a batch, after a preemption, and on another device up to rounding.
+min_p, top_k and top_p, then one draw (draw.py). Log-probabilities are of the raw logits. A draw uses one uniform number
+made of (seed, position) alone: the same request gives the same tokens alone, in a batch, after a preemption, and on
+another device up to rounding.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from service.engine.draw import Draw
 from service.engine.messages import SamplingParams, TokenLogprob
 from service.engine.request import Sampled, Sequence
 from service.engine.transfer import Readback, column, to_device
 
-GREEDY_BELOW = 1e-5
-"""Temperatures below this are taken for 0 (as vLLM takes them): logits divided by less overflow."""
 LOGPROB_ROWS = 256
 """Rows of a prompt whose log-probabilities are computed at once; bounds the float32 copy of the logits."""
 
@@ -50,19 +50,26 @@ class Drawn:
         return results
 
 
-def sample(logits: Tensor, seqs: Seq[Sequence], greedy: Tensor | None = None, pending: Pending | None = None) -> Drawn:
-    """Draws one token per row of `logits` [n, vocabulary] (any float dtype); `seqs[i]` is the sequence of row i.
-    `greedy`: the most probable token of each row, where it is known already. Queues work, and waits for none."""
-    if all(_is_plain(seq.sampling) for seq in seqs):
-        chosen = logits.argmax(-1) if greedy is None else greedy
-    else:
-        chosen = _choose(logits.float(), seqs, pending)
+def sample(
+    logits: Tensor,
+    seqs: Seq[Sequence],
+    rules: NDArray[np.int32],
+    draw: Draw,
+    drawn: Tensor | None = None,
+    pending: Pending | None = None,
+) -> Drawn:
+    """Draws one token per row of `logits` [n, vocabulary] (any float dtype); `seqs[i]` is the sequence of row i and
+    rules[i] what draw.rules says of it. `drawn`: what `draw` gives for these logits as they are, where it is known
+    already. Queues work, and waits for none."""
+    moved = [i for i, seq in enumerate(seqs) if moves_logits(seq.sampling)]
+    if moved or drawn is None:
+        drawn = draw(_moved(logits, seqs, moved, pending) if moved else logits, rules)
     asked = {i: seq.sampling.logprobs for i, seq in enumerate(seqs) if seq.sampling.logprobs is not None}
     logprobs = None
     if asked:
         rows = column(list(asked), torch.int64, logits.device)
-        logprobs = Logprobs(logits[rows], chosen[rows], max(asked.values()))
-    return Drawn(chosen, Readback(chosen), logprobs, asked)
+        logprobs = Logprobs(logits[rows], drawn[rows].clamp(min=0), max(asked.values()))
+    return Drawn(drawn, Readback(drawn), logprobs, asked)
 
 
 class Logprobs:
@@ -93,118 +100,79 @@ def prompt_logprobs(logits: Tensor, next_tokens: Seq[int], alternatives: int) ->
     ]
 
 
-def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) that depends on (seed, position) alone: two rounds of SplitMix64 (Steele et al. 2014)."""
-    mask = (1 << 64) - 1
-    state = (seed * 0x9E3779B97F4A7C15 + position * 0xD1B54A32D192ED03 + 0x632BE59BD9B4E019) & mask
-    for _ in range(2):
-        state = (state + 0x9E3779B97F4A7C15) & mask
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
-        state ^= state >> 31
-    return (state >> 11) * 2.0**-53
-
-
-def _is_greedy(p: SamplingParams) -> bool:
-    return p.temperature < GREEDY_BELOW
-
-
-def _is_plain(p: SamplingParams) -> bool:
-    """Greedy with nothing that moves the logits."""
-    return _is_greedy(p) and not _moves_logits(p)
-
-
-def _moves_logits(p: SamplingParams) -> bool:
+def moves_logits(p: SamplingParams) -> bool:
+    """Whether it asks for more than a draw from the logits as they are."""
     return bool(
         p.logit_bias or p.min_tokens or p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1.0
     )
 
 
-def _choose(logits: Tensor, seqs: Seq[Sequence], pending: Pending | None) -> Tensor:
-    logits = logits.clone()
-    for row, seq in enumerate(seqs):
-        if _moves_logits(seq.sampling):
-            _move(logits[row], seq, pending(row) if pending is not None and seq.pending else None)
-    chosen = logits.argmax(-1)
-    drawn = [i for i, seq in enumerate(seqs) if not _is_greedy(seq.sampling)]
-    if drawn:
-        index = column(drawn, torch.int64, logits.device)
-        chosen[index] = _draw(logits[index], [seqs[i] for i in drawn])
-    return chosen
+class _Edits:
+    """Changes to entries of logits, of all rows together: what a launch costs is paid once for a batch."""
+
+    def __init__(self) -> None:
+        self.rows: list[NDArray[np.int64]] = []
+        self.ids: list[NDArray[np.int64]] = []
+        self.values: list[NDArray[np.float32]] = []
+        self.last: list[Tensor] = []
+        self.last_of: list[tuple[int, float]] = []
+
+    def add(self, row: int, ids: Seq[int] | NDArray[np.int64], values: float | Seq[float] | NDArray) -> None:
+        found = np.asarray(ids, dtype=np.int64)
+        self.rows.append(np.full(len(found), row, dtype=np.int64))
+        self.ids.append(found)
+        self.values.append(np.broadcast_to(np.asarray(values, dtype=np.float32), len(found)))
+
+    def add_last(self, row: int, token: Tensor, value: float) -> None:
+        """token: [1] on the device."""
+        self.last.append(token)
+        self.last_of.append((row, value))
+
+    def on(self, device: torch.device) -> tuple[tuple[Tensor, Tensor], Tensor] | None:
+        """((rows, ids), values), None if there are none."""
+        if not self.rows and not self.last:
+            return None
+        rows, ids, values = (np.concatenate(parts or [[]]) for parts in (self.rows, self.ids, self.values))
+        rows = np.concatenate((rows, [row for row, _ in self.last_of])).astype(np.int64)
+        values = np.concatenate((values, [value for _, value in self.last_of])).astype(np.float32)
+        ids_ = torch.cat((to_device(ids.astype(np.int64), device), *self.last))
+        return (to_device(rows, device), ids_), to_device(values, device)
 
 
-def _move(row: Tensor, seq: Sequence, last: Tensor | None) -> None:
-    """Applies bans, biases and penalties to the logits [vocabulary] of one sequence, in place. `last`: its last token,
-    if that is not known here."""
-    p = seq.sampling
-    device = row.device
-    if seq.num_generated < p.min_tokens and p.stop_token_ids:
-        row[column(p.stop_token_ids, torch.int64, device)] = float("-inf")
-    if p.logit_bias:
-        row[column(list(p.logit_bias), torch.int64, device)] += column(list(p.logit_bias.values()), row.dtype, device)
-    known = seq.tokens if last is None else seq.tokens[:-1]
-    if p.repetition_penalty != 1.0:
-        seen = column(sorted(set(known)), torch.int64, device)
-        if last is not None:
-            seen = torch.cat((seen, last))  # perhaps twice: both write the same
-        values = row[seen]
-        row[seen] = torch.where(values > 0, values / p.repetition_penalty, values * p.repetition_penalty)
-    if p.presence_penalty or p.frequency_penalty:
+def _moved(logits: Tensor, seqs: Seq[Sequence], moved: list[int], pending: Pending | None) -> Tensor:
+    """float32 copy of the logits with bans, biases and penalties of the rows `moved`."""
+    biases, repetition, presence, frequency = (_Edits() for _ in range(4))
+    for row in moved:
+        seq = seqs[row]
+        p = seq.sampling
+        if seq.num_generated < p.min_tokens and p.stop_token_ids:
+            biases.add(row, p.stop_token_ids, float("-inf"))
+        if p.logit_bias:
+            biases.add(row, list(p.logit_bias), list(p.logit_bias.values()))
+        last = pending(row) if pending is not None and seq.pending else None
+        known = seq.tokens if last is None else seq.tokens[:-1]
+        if p.repetition_penalty != 1.0:
+            repetition.add(row, known, p.repetition_penalty)
+            if last is not None:
+                repetition.add_last(row, last, p.repetition_penalty)
         ids, counts = np.unique(np.asarray(known[seq.num_prompt :], dtype=np.int64), return_counts=True)
-        tokens, times = to_device(ids, device), to_device(counts.astype(np.float32), device)
-        present = torch.ones_like(times)
-        if last is not None:
-            same = tokens == last
-            fresh = ~same.any(dim=0, keepdim=True)
-            tokens = torch.cat((tokens, last))
-            times = torch.cat((times + same, fresh.to(times.dtype)))
-            present = torch.cat((present, fresh.to(times.dtype)))
-        row.index_add_(0, tokens, -(p.presence_penalty * present + p.frequency_penalty * times))
-
-
-def _draw(logits: Tensor, seqs: Seq[Sequence]) -> Tensor:
-    """Draws one token per row of `logits` [n, vocabulary] float32."""
-    vocabulary = logits.shape[1]
-    params = [seq.sampling for seq in seqs]
-    probs = torch.softmax(logits / _column([p.temperature for p in params], logits), dim=-1)
-    if any(p.min_p > 0.0 for p in params):
-        probs = probs.where(probs >= _column([p.min_p for p in params], logits) * probs.amax(-1, keepdim=True), 0.0)
-    numbers = _column([uniform(seq.seed, len(seq.tokens)) for seq in seqs], logits, torch.float64)
-    # Rows that cut by rank are drawn from in sorted order, the others in vocabulary order: which of the two must
-    # not depend on who else is in the batch.
-    chosen = torch.empty(len(seqs), dtype=torch.int64, device=logits.device)
-    cut = [p.top_p < 1.0 or 0 < p.top_k < vocabulary for p in params]
-    for wanted in (False, True):
-        rows = [i for i, is_cut in enumerate(cut) if is_cut is wanted]
-        if not rows:
-            continue
-        index = column(rows, torch.int64, logits.device)
-        if wanted:
-            kept, order = _cut_by_rank(probs[index], [params[i] for i in rows])
-            chosen[index] = order.gather(1, _inverse(kept, numbers[index]))[:, 0]
-        else:
-            chosen[index] = _inverse(probs[index], numbers[index])[:, 0]
-    return chosen
-
-
-def _cut_by_rank(probs: Tensor, params: Seq[SamplingParams]) -> tuple[Tensor, Tensor]:
-    """Applies top_k, then top_p to what is left: (probabilities by descending rank, their token ids)."""
-    # A stable sort: ties are kept in vocabulary order on every device and in every batch.
-    probs, order = probs.sort(dim=-1, descending=True, stable=True)
-    rank = torch.arange(probs.shape[1], device=probs.device)[None]
-    probs = probs.where(rank < _column([float(p.top_k or probs.shape[1]) for p in params], probs), 0.0)
-    # The smallest set of the most probable tokens whose mass reaches top_p; never empty.
-    top_p = _column([p.top_p for p in params], probs)
-    before = probs.cumsum(-1) - probs
-    probs = probs.where((before < top_p * probs.sum(-1, keepdim=True)) | (rank == 0) | (top_p >= 1.0), 0.0)
-    return probs, order
-
-
-def _inverse(probs: Tensor, numbers: Tensor) -> Tensor:
-    """[n, 1] the first column whose cumulative mass exceeds numbers [n, 1] in [0, 1): never one of mass zero."""
-    cumulative = probs.double().cumsum(-1)
-    return torch.searchsorted(cumulative, numbers * cumulative[:, -1:], right=True).clamp_(max=probs.shape[1] - 1)
-
-
-def _column(values: list[float], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    return column(values, dtype, like.device)[:, None]
+        for edits, penalty, times in ((presence, p.presence_penalty, 1.0), (frequency, p.frequency_penalty, counts)):
+            if penalty:
+                edits.add(row, ids, penalty * times)
+                if last is not None:
+                    edits.add_last(row, last, penalty)
+    out = logits.float().clone()
+    if (edit := biases.on(out.device)) is not None:
+        out.index_put_(*edit, accumulate=True)
+    # A token may be named twice here: both times the same is written.
+    if (edit := repetition.on(out.device)) is not None:
+        at, penalties = edit
+        values = out[at]
+        out.index_put_(at, torch.where(values > 0, values / penalties, values * penalties))
+    if (edit := presence.on(out.device)) is not None:
+        at, penalties = edit
+        out.index_put_(at, out[at] - penalties)
+    if (edit := frequency.on(out.device)) is not None:
+        at, penalties = edit
+        out.index_put_(at, -penalties, accumulate=True)
+    return out

@@ -27,8 +27,9 @@ def column(values: Sequence[float] | Sequence[int], dtype: torch.dtype, device: 
 
 
 def fill_pending(ids: Tensor, drawn: Tensor) -> None:
-    """Replaces every id of -1 - i by drawn[i], in place; both are [n] on the device."""
-    ids.copy_(torch.where(ids < 0, drawn[(-1 - ids).clamp_(min=0).long()], ids))
+    """Replaces every id of -1 - i by drawn[i], in place; both are [n] on the device. Where nothing could be drawn
+    (draw.NOT_FINITE) it is 0: that sequence ends when the host comes to know of it."""
+    ids.copy_(torch.where(ids < 0, drawn[(-1 - ids).clamp_(min=0).long()].clamp_(min=0), ids))
 
 
 class Readback:

@@ -34,13 +34,15 @@ which size it lays out its loops, so it is no small one. Attention has tiles of 
 def warm_up(runner: Runner, arena: Arena, manifest: Manifest, graphs: StepGraphs | None, budget: int) -> None:
     """Runs dummy steps of up to `budget` tokens, then captures the graphs, which compiles the kernels for all ranks."""
     begin = time.perf_counter()
-    for tokens in TOKENS:
+    deterministic = graphs is not None and graphs.deterministic
+    sizes = (budget,) if deterministic else TOKENS
+    for tokens in () if deterministic else sizes:
         _step(runner, min(tokens, budget), None)
     with dummy_adapter(arena, manifest, RANK_BUCKETS[0]) as row:
         if row is None:
             log.warning("the arena is too small for an adapter of rank %d: LoRA is not warmed up", RANK_BUCKETS[0])
         else:
-            for tokens in TOKENS:
+            for tokens in sizes:
                 _step(runner, min(tokens, budget), ((row, 1.0),))
     if torch.cuda.is_available():
         torch.cuda.synchronize()

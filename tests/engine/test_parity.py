@@ -204,6 +204,25 @@ def test_sampling_and_stops_are_the_same_whether_steps_are_prepared_ahead(world,
 
 
 @pytest.mark.parametrize("ahead", [False, True])
+def test_a_request_whose_logits_are_no_numbers_is_told_so_and_harms_nobody(world, tmp_path, ahead):
+    engine = world.engine(tmp_path, ahead=ahead)
+    name = next(iter(world.adapters))
+    for _ in range(2):  # pages that it has left are read under a mask
+        for i, sampling in enumerate(({}, {"temperature": 1.0, "top_p": 0.5}, {"prompt_logprobs": 1})):
+            engine.ask(f"mad{i}", prompt(60, 30), ((name, 3e38),), **sampling)
+        ask_all(engine, world)
+        engine.run()
+        assert {key: refused.code for key, refused in engine.refused.items()} == {
+            f"mad{i}": "not_finite" for i in range(3)
+        }
+        engine.refused.clear()
+        check_all(engine, world)
+        for key in world.requests:
+            engine.streams.pop((key, 0))
+    engine.close()
+
+
+@pytest.mark.parametrize("ahead", [False, True])
 def test_with_only_20_pages(world, tmp_path, ahead):
     """Sequences of up to 11 pages in a cache of 20: they are preempted and recomputed, and nothing is lost."""
     engine = world.engine(tmp_path, kv_pages=20, max_tokens_per_step=64, ahead=ahead)

@@ -14,7 +14,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from service.engine import sampler
+from service.engine import draw, sampler
 from service.engine.messages import SamplingParams
 from service.engine.request import PENDING, Sampled, Sequence
 
@@ -31,7 +31,7 @@ def logits(rows: int = 1, seed: int = 0) -> torch.Tensor:
 
 
 def drawn(rows: torch.Tensor, seqs: list[Sequence], **options) -> list[Sampled]:
-    return sampler.sample(rows, seqs, **options).read()
+    return sampler.sample(rows, seqs, draw.rules(seqs), draw.draw, **options).read()
 
 
 def draws(row: torch.Tensor, count: int, **params) -> np.ndarray:
@@ -95,7 +95,10 @@ def test_a_draw_depends_on_seed_and_position_alone():
 
 
 def test_uniform_numbers_are_uniform_and_uncorrelated_over_positions_and_seeds():
-    grid = np.array([[sampler.uniform(seed, position) for position in range(200)] for seed in range(50)])
+    seeds, positions = np.meshgrid(np.arange(50), np.arange(200), indexing="ij")
+    grid = draw.uniform_bits(seeds.ravel(), positions.ravel()).reshape(50, 200) * 2.0**-53
+    assert grid.min() >= 0.0
+    assert grid.max() < 1.0
     assert stats.kstest(grid.ravel(), "uniform").pvalue > 1e-3
     assert abs(np.corrcoef(grid[:-1].ravel(), grid[1:].ravel())[0, 1]) < 0.05
     assert abs(np.corrcoef(grid[:, :-1].ravel(), grid[:, 1:].ravel())[0, 1]) < 0.05
@@ -186,3 +189,25 @@ def test_a_token_that_is_still_on_the_device_counts_like_a_known_one(generated, 
         rows = row.expand(40, -1)
         found = drawn(rows, waiting, pending=lambda _: torch.tensor([generated[-1]]))
         assert found == drawn(rows, known)
+
+
+def test_a_known_number_of_splitmix64():
+    """Two rounds of it, computed with Python's integers."""
+    mask = (1 << 64) - 1
+    for seed, position in ((0, 0), (2**63 - 1, 131071), (12345, 678)):
+        state = (seed * 0x9E3779B97F4A7C15 + position * 0xD1B54A32D192ED03 + 0x632BE59BD9B4E019) & mask
+        for _ in range(2):
+            state = (state + 0x9E3779B97F4A7C15) & mask
+            state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
+            state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
+            state ^= state >> 31
+        assert draw.uniform_bits([seed], [position]).tolist() == [state >> 11]
+
+
+@pytest.mark.parametrize("params", [{"temperature": 0.0}, {"temperature": 1.0, "top_p": 0.9}, {"logprobs": 2}])
+def test_logits_that_are_no_numbers_give_no_token(params):
+    rows = logits(3, seed=31)
+    rows[1, 40] = torch.nan
+    found = [s.token_id for s in drawn(rows, [sequence(seed=i, **params) for i in range(3)])]
+    assert found[1] == draw.NOT_FINITE
+    assert min(found[0], found[2]) >= 0

@@ -162,6 +162,45 @@ def test_the_backend_over_two_steps() -> None:
         assert error(out, wanted[begin:end]) < 1e-6
 
 
+@pytest.mark.parametrize("window", [None, 40])
+def test_a_uniform_backend_gives_every_token_the_same_bits_in_any_step(window: int | None) -> None:
+    """A sequence of 150 tokens whole, in chunks with a stranger beside it, and token by token at its end."""
+    shape = LayerShape(0, 4, 2, 32, 0.2, window)
+    backend = TritonPagedAttention([shape], 32, 16, torch.float16, DEVICE, uniform=True)
+    length = 150
+    generator = torch.Generator().manual_seed(3)
+    heads = [torch.randn(length, n, 32, generator=generator).to(DEVICE, torch.float16) for n in (4, 2, 2)]
+
+    def attended(*parts: tuple[int, int, int]) -> torch.Tensor:
+        """parts: (first token, last token + 1, tokens of the stranger) of each step."""
+        backend.tensors[0][0].fill_(torch.nan)
+        backend.tensors[0][1].fill_(torch.nan)
+        outs = []
+        for begin, end, strange in parts:
+            own = np.arange(begin, end)
+            other = np.arange(strange)
+            counts = np.array([strange, end - begin] if strange else [end - begin], dtype=np.int32)
+            pages = np.arange(10, dtype=np.int32)
+            layout = StepLayout(
+                slots=np.concatenate((16 * 20 + other, own)),
+                query_lens=counts,
+                context_lens=np.array([strange, end] if strange else [end], dtype=np.int32),
+                page_table=np.stack((pages + 20, pages)) if strange else pages[None],
+                num_decode=int((counts == 1).sum()) if counts[0] == 1 else 0,
+            )
+            backend.begin_step(layout)
+            more = [torch.randn(strange, *t.shape[1:], device=DEVICE).to(t.dtype) for t in heads]
+            q, k, v = (torch.cat((m, t[begin:end])) for m, t in zip(more, heads, strict=True))
+            outs.append(backend.attend(q, k, v, *backend.tensors[0], 0.2, window)[strange:])
+        return torch.cat(outs)
+
+    whole = attended((0, length, 0))
+    assert not whole.isnan().any()
+    chunks = attended((0, 37, 20), (37, 38, 1), (38, 101, 0), (101, 140, 90), *((i, i + 1, 1) for i in range(140, 150)))
+    # The interpreter's products are numpy's, whose rows do depend on their place.
+    assert torch.equal(whole, chunks) if DEVICE.type == "cuda" else error(chunks, whole) < 1e-3
+
+
 def test_what_the_kernels_do_not_serve_is_refused() -> None:
     def make(page_size: int = 16, heads: int = 4, head_dim: int = 64) -> TritonPagedAttention:
         shape = LayerShape(layer=0, query_heads=heads, kv_heads=2, head_dim=head_dim, scaling=1.0, window=None)

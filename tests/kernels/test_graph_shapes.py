@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -9,7 +10,19 @@ import pytest
 
 from service.engine.attention import StepLayout
 from service.engine.attention_triton import TILE, tiles
-from service.engine.graphs import LARGE_VARIANTS, MIXED_TOKENS, VARIANTS, Shape, _Places, decode_sizes, shapes
+from service.engine.build import MAX_ADAPTERS_PER_REQUEST, MAX_RANK
+from service.engine.graphs import (
+    LARGE_VARIANTS,
+    MIXED_TOKENS,
+    SAME_VARIANTS,
+    SMALL_TILE,
+    VARIANTS,
+    Shape,
+    _Places,
+    decode_sizes,
+    one_shape,
+    shapes,
+)
 
 
 def layout(*counts: int) -> StepLayout:
@@ -48,9 +61,10 @@ def test_usual_steps_fit_with_their_tiles(counts: tuple[int, ...]) -> None:
     assert found.tokens - tokens < max(64, tokens / 2)
 
 
-@pytest.mark.parametrize("shape", [Shape(1, 1), Shape(48, 48), Shape(576, 256, 36)])
+@pytest.mark.parametrize("shape", [Shape(1, 1), Shape(48, 48), Shape(576, 256, 36, 256), one_shape(64, 256)])
 def test_inputs_do_not_overlap_and_the_page_table_is_last(shape: Shape) -> None:
-    places = _Places(shape, 17, large=True)
+    variants = {None, *VARIANTS, *LARGE_VARIANTS, *SAME_VARIANTS}
+    places = _Places(shape, 17, tuple(variants))
     parts = sorted(places.of.items(), key=lambda item: item[1].start)
     assert parts[-1][0] == "table"
     for (_, one), (_, other) in pairwise(parts):
@@ -59,5 +73,20 @@ def test_inputs_do_not_overlap_and_the_page_table_is_last(shape: Shape) -> None:
     assert places.of["table"].stop <= places.size
     room = places.of["plan"].stop - places.of["plan"].start
     assert all(plan.size <= room for plan in places.plans.values())
-    assert set(places.variants) == set(VARIANTS) | (set(LARGE_VARIANTS) if shape.tiles else set())
+    assert set(places.plans) == variants - {None}
     assert all(plan.entries >= shape.tokens for plan in places.plans.values())
+
+
+@pytest.mark.parametrize("counts", [(1,), (1,) * 256, (256,), (17,) * 15, (1,) * 200 + (56,), (2,) * 128, (129, 127)])
+def test_every_step_fits_the_one_shape_of_the_deterministic_engine(counts: tuple[int, ...]) -> None:
+    shape = one_shape(256, 256)
+    step = replace(layout(*counts), num_decode=0)
+    assert shape.fits(sum(counts), step)
+    assert len(tiles(step, SMALL_TILE)[0]) <= shape.tiles
+    assert shape.wanted == shape.tokens
+
+
+def test_its_variants_hold_whatever_a_request_may_name() -> None:
+    assert max(variant.waves for variant in SAME_VARIANTS) == MAX_ADAPTERS_PER_REQUEST
+    assert {variant.rank for variant in SAME_VARIANTS} == {MAX_RANK}
+    assert len({variant.block_m for variant in SAME_VARIANTS}) == 1

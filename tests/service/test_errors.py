@@ -357,7 +357,12 @@ def test_details_of_some() -> None:
     assert refused.body()["error"]["reasons"] == ["rank 9999", "bad shape"]
     assert "rank 9999; bad shape" in refused.message
     unavailable = ("adapter_failed", "shutting_down", "out_of_memory", "engine_unavailable")
-    for code, status in (("too_large", 400), ("engine_error", 500), *((code, 503) for code in unavailable)):
+    for code, status in (
+        ("too_large", 400),
+        ("not_finite", 422),
+        ("engine_error", 500),
+        *((code, 503) for code in unavailable),
+    ):
         assert as_api_error(engine_errors.EngineRefused(code, "x")).status == status
     hidden = as_api_error(RuntimeError("password=1234"))
     assert (hidden.status, "1234" in hidden.message) == (500, False)

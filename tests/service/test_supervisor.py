@@ -205,7 +205,7 @@ def test_every_setting_but_secrets_is_a_flag() -> None:
     ("flags", "says"),
     [
         (("--device", "cuda"), ("LORAPLEX_DEVICE=cuda", "--device cpu")),
-        (("--device", "cuda", "--deterministic"), ("LORAPLEX_DETERMINISTIC=true", "--device cpu")),
+        (("--device", "cuda", "--deterministic", "--eager"), ("LORAPLEX_DETERMINISTIC=true", "LORAPLEX_EAGER=true")),
         (("--device", "cpu", "--max-positions", "100000"), ("max_positions: 100000", "")),
     ],
 )
