@@ -228,8 +228,6 @@ class StepGraphs:
     ) -> tuple[Tensor, Tensor] | None:
         """(logits [wanted, vocabulary], tokens [wanted] drawn from them by `rules`, see draw.py) of the step's tokens
         `wanted`; None when no graph fits it. An id of -1 - i stands for drawn[i]. The tensors are overwritten by the
-        next replay, which is queued behind whatever was queued to read them."""(logits [wanted, vocabulary], tokens [wanted] drawn from them by `rules`, see draw.py) of the step's tokens
-        `wanted`; None when no graph fits it, which the deterministic engine has no answer for. An id of -1 - i stands for drawn[i]. The tensors are overwritten by the
         next replay, which is queued behind whatever was queued to read them."""
         if self.deterministic:
             layout, plan = replace(layout, num_decode=0), plan or NOTHING
