@@ -69,7 +69,11 @@ class Attention(Protocol):
 
 
 class PagedAttention:
-    """The torch backend. `tensors` holds (k, v) by layer, each [pages, page_size, kv_heads, head_dim]."""
+    """The torch backend. `tensors` holds (k, v) by layer, each [pages, page_size, kv_heads, head_dim].
+
+    Decoding sequences are read padded, under a mask, which is no wall: 0 * NaN is NaN, and the score of a huge key
+    overflows before it is masked. So a sequence reads its own pages alone, and a page is cleared for its next owner: an
+    adapter that overflows does not reach its neighbours."""
 
     def __init__(
         self, shapes: list[LayerShape], pages: int, page_size: int, dtype: torch.dtype, device: torch.device
@@ -81,7 +85,12 @@ class PagedAttention:
     def begin_step(self, layout: StepLayout) -> None:
         self.layout = layout
         self._slots = torch.from_numpy(layout.slots).to(self.device)
-        self._tables = torch.from_numpy(layout.page_table.astype(np.int64)).to(self.device)
+        begun = layout.slots[layout.slots % self.page_size == 0] // self.page_size
+        self._begun = torch.from_numpy(begun).to(self.device) if len(begun) else None
+        used = -(-layout.context_lens // self.page_size)
+        padding = np.arange(layout.page_table.shape[1]) >= used[:, None]
+        tables = np.where(padding, layout.page_table[:, :1], layout.page_table).astype(np.int64)
+        self._tables = torch.from_numpy(tables).to(self.device)
         self._decode_masks: dict[int | None, Tensor] = {}
         self._chunk_masks: dict[tuple[int, int | None], Tensor | None] = {}
         n = layout.num_decode
@@ -91,9 +100,9 @@ class PagedAttention:
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, scaling: float, window: int | None
     ) -> Tensor:
-        # A page's next owner reads what is left in it under a mask, and 0 * NaN is NaN: an adapter that overflows
-        # must not reach its neighbours through the cache.
-        k, v = (torch.nan_to_num(t, nan=0.0, posinf=0.0, neginf=0.0) for t in (k, v))
+        if self._begun is not None:
+            for cache in (k_cache, v_cache):
+                cache.index_fill_(0, self._begun, 0.0)
         k_cache.view(-1, *k.shape[1:]).index_copy_(0, self._slots, k)
         v_cache.view(-1, *v.shape[1:]).index_copy_(0, self._slots, v)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)

@@ -79,7 +79,7 @@ def test_a_plain_causal_mask_is_left_to_the_kernel():
 
 def test_a_sequence_that_overflows_harms_neither_its_neighbour_nor_the_next_owner_of_its_pages():
     shape = LayerShape(0, 2, 1, 8, 0.3, None)
-    backend = PagedAttention([shape], 2, PAGE, torch.float32, torch.device("cpu"))
+    backend = PagedAttention([shape], 3, PAGE, torch.float32, torch.device("cpu"))
 
     def step(pages, values):
         backend.begin_step(
@@ -95,7 +95,7 @@ def test_a_sequence_that_overflows_harms_neither_its_neighbour_nor_the_next_owne
         return backend.attend(torch.ones(len(pages), 2, 8), v, v, *backend.tensors[0], 0.3, None)
 
     assert step([0, 1], [float("nan"), 3.0])[1].unique().tolist() == [3.0]
-    for bad in (float("inf"), float("-inf"), float("nan")):
+    for bad in (float("inf"), float("-inf"), float("nan"), 3e38, -3e38):
         backend.begin_step(
             StepLayout(
                 slots=np.arange(PAGE),
@@ -107,3 +107,24 @@ def test_a_sequence_that_overflows_harms_neither_its_neighbour_nor_the_next_owne
         )
         backend.attend(*(torch.full((PAGE, h, 8), bad) for h in (2, 1, 1)), *backend.tensors[0], 0.3, None)
         assert step([0], [5.0]).unique().tolist() == [5.0]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), 3e38])
+def test_page_0_pads_nobody_s_table(bad):
+    """The shorter of two decoding sequences is padded to the longer one, while page 0 belongs to one that overflows."""
+    backend = PagedAttention([LayerShape(0, 2, 1, 8, 0.3, None)], 4, PAGE, torch.float32, torch.device("cpu"))
+    for k_or_v in backend.tensors[0]:
+        k_or_v[0] = bad
+        k_or_v[1:] = 1.0
+    backend.begin_step(
+        StepLayout(
+            slots=np.array([2 * PAGE + 1, 3 * PAGE + 1]),
+            query_lens=np.ones(2, dtype=np.int32),
+            context_lens=np.array([PAGE + 2, 2], dtype=np.int32),
+            page_table=np.array([[1, 2], [3, 0]], dtype=np.int32),
+            num_decode=2,
+        )
+    )
+    ones = torch.ones(2, 1, 8)
+    out = backend.attend(ones.expand(2, 2, 8), ones, ones, *backend.tensors[0], 0.3, None)
+    torch.testing.assert_close(out, torch.ones_like(out))
