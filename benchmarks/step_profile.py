@@ -2,7 +2,7 @@
 
     python -m benchmarks.step_profile MODEL --adapters DIR --cases base:1,one:1,base:64,one:64,distinct:64
 
-A case is `kind:concurrency` as in benchmarks/engine.py. Of each: steps in which all sequences decode, and steps in
+A case is `kind:concurrency` as in benchmarks/engine.py, or `kind:concurrency:sampled`, which draws by --sampling. Of each: steps in which all sequences decode, and steps in
 which one prompt of --prompt tokens rides with the others. Wall time is that from step to step while nothing else is
 measured; host time is that of a step without its wait for the device; busy time is the sum of the kernels' times.
 """
@@ -19,6 +19,8 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
+
 from adapters.blobs import BlobStore
 from benchmarks.engine import Driver, store_adapters
 from service.engine.config import EngineConfig
@@ -29,10 +31,12 @@ from service.engine.request import Batch
 class Profiler:
     """Drives an engine, and notes what each step was and how long its parts took."""
 
-    def __init__(self, driver: Driver, digests: list[str], prompt: int) -> None:
+    def __init__(self, driver: Driver, digests: list[str], prompt: int, sampled: SamplingParams) -> None:
         self.driver, self.engine = driver, driver.engine
         self.digests, self.prompt = digests, prompt
         self.number = 0
+        self.sampling = self.greedy = SamplingParams(temperature=0.0)
+        self.sampled = sampled
         self.steps: list[tuple[int, int, float, float]] = []
         """(prompt tokens, decoding sequences, seconds, of them waiting) of each step."""
         self._kind = (0, 0)
@@ -66,7 +70,7 @@ class Profiler:
                 request_id=name,
                 prompts=[[(self.number * 7919 + i * 104729) % vocabulary for i in range(self.prompt)]],
                 adapters=(AdapterRef(chosen[0]),) if chosen else (),
-                sampling=SamplingParams(temperature=0.0, max_tokens=tokens),
+                sampling=msgspec.structs.replace(self.sampling, max_tokens=tokens),
             ),
         )
 
@@ -78,20 +82,22 @@ class Profiler:
             return
         self.steps.append((*self._kind, time.perf_counter() - begin, self._waited))
 
-    def case(self, kind: str, streams: int, steps: int, top: int) -> None:
+    def case(self, kind: str, streams: int, steps: int, top: int, *, sampled: bool) -> None:
+        self.sampling = self.sampled if sampled else self.greedy
+        kind_name = f"{kind}:{streams}{' sampled' if sampled else ''}"
         rides = max(3, steps // 4)
         for slot in range(streams):
             self.submit(kind, slot, 4096)
         while any(not times for times in self.driver.times.values()):
             self.step()
-        self.timed(f"{kind}:{streams} decode", steps, 0, top, lambda: None)
+        self.timed(f"{kind_name} decode", steps, 0, top, lambda: None)
         if streams > 1:
 
             def ride() -> None:
                 if not self.engine.scheduler.num_waiting:
                     self.submit(kind, streams, 1)
 
-            self.timed(f"{kind}:{streams} with a prompt of {self.prompt}", rides, self.prompt, top, ride)
+            self.timed(f"{kind_name} with a prompt of {self.prompt}", rides, self.prompt, top, ride)
         self.engine.drop_client(b"bench")
         self.driver.times.clear()
         for _ in range(3):
@@ -148,6 +154,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512, help="tokens of each prompt")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--top", type=int, default=14, help="kernels named")
+    parser.add_argument("--sampling", default='{"temperature": 0.8, "top_p": 0.9}', help="of sampled cases, JSON")
     parser.add_argument("--config", default="{}", help="EngineConfig fields as JSON")
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -163,10 +170,11 @@ def main() -> None:
             folders = sorted(args.adapters.iterdir())[: args.count]
             digests = store_adapters(BlobStore(Path(config.blobs_dir)), folders, driver.engine.manifest)
             driver.load(digests)
-        profiler = Profiler(driver, digests, args.prompt)
+        sampled = msgspec.json.decode(args.sampling, type=SamplingParams)
+        profiler = Profiler(driver, digests, args.prompt, sampled)
         for case in args.cases.split(","):
-            kind, streams = case.split(":")
-            profiler.case(kind, int(streams), args.steps, args.top)
+            kind, streams, *drawn = case.split(":")
+            profiler.case(kind, int(streams), args.steps, args.top, sampled=drawn == ["sampled"])
         driver.engine.close()
 
 
