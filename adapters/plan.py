@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 Integer = TypeVar("Integer", bound=np.integer)
 Rows = tuple[tuple[int, float], ...]
-"""(arena row, weight) of each adapter of a sequence; at most one entry per row."""
+"""(arena row, weight) of each adapter of a sequence, in the order in which their deltas are added; at most one entry
+per row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +56,14 @@ def order_by_adapter(rows: Sequence[Rows]) -> list[int]:
 def build_plan(spans: Iterable[tuple[int, int, Rows]]) -> LoraPlan | None:
     """Plan for `spans` of (first token, number of tokens, rows). None when no token has an adapter.
 
-    A weight of 0.0 contributes nothing and is left out."""
+    A weight of 0.0 contributes nothing and is left out. The n-th adapter of a mix stands in the n-th wave: which rows
+    of the arena its adapters have depends on what was loaded before, and its rounding must not."""
     waves: list[dict[int, list[tuple[int, int, float]]]] = []
     for first, count, rows in spans:
         live = [(row, weight) for row, weight in rows if weight != 0.0]
         if len(live) > 1 and len({row for row, _ in live}) != len(live):
             raise ValueError(f"rows: {rows!r} names a row twice; weights of one adapter must be added up first")
-        # Sorted, so that the same adapter tends to fall in the same wave for different mixes.
-        for depth, (row, weight) in enumerate(sorted(live)):
+        for depth, (row, weight) in enumerate(live):
             if depth == len(waves):
                 waves.append({})
             waves[depth].setdefault(row, []).append((first, count, weight))

@@ -84,11 +84,12 @@ class Flight:
 
 
 def merged(adapters: Adapters) -> Adapters:
-    """An adapter named twice counts once, with the sum of its weights; one whose weight is 0 not at all."""
+    """An adapter named twice counts once, with the sum of its weights; one whose weight is 0 not at all. By digest: a
+    mix is summed up in this order, so that it is rounded alike however it was written, as the prefix cache assumes."""
     weights: dict[str, float] = {}
     for each in adapters:
         weights[each.digest] = weights.get(each.digest, 0.0) + each.weight
-    return tuple(AdapterRef(digest, weight) for digest, weight in weights.items() if weight != 0.0)
+    return tuple(AdapterRef(digest, weight) for digest, weight in sorted(weights.items()) if weight != 0.0)
 
 
 def finish_reason(seq: Sequence, max_positions: int) -> str | None:
