@@ -33,6 +33,7 @@ from service.engine.messages import AdapterRef, FromEngine, Outputs, SamplingPar
 from service.engine.request import Batch
 from service.engine.runner import Runner
 from service.engine.simulated import Options, build_engine
+from service.engine.step_inputs import StepInputs
 
 VOCABULARY = 1000
 PAGE = 16
@@ -67,7 +68,7 @@ class HostRunner(Runner):
         self._device = torch.device("cpu")
         self._drawn = torch.empty(0, dtype=torch.int64)
         self._row_of = {}
-        self._pages_of = {}
+        self._inputs = StepInputs(page_size)
         self.collect: Callable[[Collect], Any] = lambda collect: collect()
 
     def launch(self, batch: Batch) -> Collect:

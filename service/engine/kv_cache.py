@@ -144,7 +144,7 @@ class PagePool:
             else:
                 self._hold(known)
                 self._release(page)
-                seq.pages[i] = known
+                seq.pages = [*seq.pages[:i], known, *seq.pages[i + 1 :]]
             chain.committed = i + 1
 
     def free(self, seq: Sequence) -> None:

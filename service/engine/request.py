@@ -43,6 +43,8 @@ class Sequence:
     state: State = State.WAITING
     num_computed: int = 0
     pages: list[int] = field(default_factory=list)
+    """A list that only grows. Where a page is exchanged there is a new list, so that who has seen one (step_inputs.py)
+    knows its beginning."""
     rows: tuple[tuple[int, float], ...] = ()
     """(arena row, weight) of its leased adapters while RUNNING."""
     cached_tokens: int = 0
