@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TypeVar
 
 import numpy as np
@@ -15,7 +16,8 @@ from numpy.typing import NDArray
 
 Integer = TypeVar("Integer", bound=np.integer)
 Rows = tuple[tuple[int, float], ...]
-"""(arena row, weight) of each adapter of a sequence; at most one entry per row."""
+"""(arena row, weight) of each adapter of a sequence, in the order in which their deltas are added; at most one entry
+per row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,51 +61,61 @@ def order_by_adapter(rows: Sequence[Rows]) -> list[int]:
 
     The order of tokens in a packed batch is free; with this one a segment is one contiguous slice, which lets
     kernels use views instead of gathers."""
-    return sorted(range(len(rows)), key=lambda i: (not rows[i], rows[i]))
+    groups: dict[Rows, list[int]] = {}
+    for i, mix in enumerate(rows):
+        groups.setdefault(mix, []).append(i)
+    bare = groups.pop((), [])
+    return [i for mix in sorted(groups) for i in groups[mix]] + bare
 
 
 def build_plan(spans: Iterable[tuple[int, int, Rows]]) -> LoraPlan | None:
     """Plan for `spans` of (first token, number of tokens, rows). None when no token has an adapter.
 
-    A weight of 0.0 contributes nothing and is left out."""
-    waves: list[dict[int, list[tuple[int, int, float]]]] = []
-    for first, count, rows in spans:
-        live = [(row, weight) for row, weight in rows if weight != 0.0]
-        if len(live) > 1 and len({row for row, _ in live}) != len(live):
+    A weight of 0.0 contributes nothing and is left out. The n-th adapter of a mix stands in the n-th wave: which rows
+    of the arena its adapters have depends on what was loaded before, and its rounding must not."""
+    entries: list[int] = []
+    """Wave, row, first token and number of tokens, of one after the other."""
+    factors: list[float] = []
+    for rows, first, count in _joined(spans):
+        wave = 0
+        for row, weight in rows:
+            if weight != 0.0:
+                entries += (wave, row, first, count)
+                factors.append(weight)
+                wave += 1
+        if wave > 1 and len({row for row, weight in rows if weight != 0.0}) != wave:
             raise ValueError(f"rows: {rows!r} names a row twice; weights of one adapter must be added up first")
-        # Sorted, so that the same adapter tends to fall in the same wave for different mixes.
-        for depth, (row, weight) in enumerate(sorted(live)):
-            if depth == len(waves):
-                waves.append({})
-            waves[depth].setdefault(row, []).append((first, count, weight))
-    if not waves:
+    if not entries:
         return None
 
-    firsts: list[int] = []
-    counts: list[int] = []
-    weights: list[float] = []
-    seg_row: list[int] = []
-    seg_start = [0]
-    bounds: list[tuple[int, int]] = []
-    for wave in waves:
-        begin = len(seg_row)
-        for row in sorted(wave):
-            total = 0
-            for first, count, weight in wave[row]:
-                firsts.append(first)
-                counts.append(count)
-                weights.append(weight)
-                total += count
-            seg_row.append(row)
-            seg_start.append(seg_start[-1] + total)
-        bounds.append((begin, len(seg_row)))
+    table = np.array(entries, dtype=np.int32).reshape(-1, 4)
+    order = np.lexsort((table[:, 1], table[:, 0]))
+    waves, rows_, firsts, counts = table[order].T
+    ends = np.cumsum(counts)
+    # A segment ends where the wave or the row does.
+    last = np.flatnonzero(np.append((np.diff(waves) != 0) | (np.diff(rows_) != 0), True))
+    bounds = np.searchsorted(waves[last], np.arange(waves[-1] + 2)).tolist()
     return LoraPlan(
-        tokens=ranges(np.array(firsts, dtype=np.int32), counts),
-        weights=np.repeat(np.array(weights, dtype=np.float32), counts),
-        seg_row=np.asarray(seg_row, dtype=np.int32),
-        seg_start=np.asarray(seg_start, dtype=np.int32),
-        waves=tuple(bounds),
+        tokens=ranges(firsts, counts),
+        weights=np.repeat(np.array(factors, dtype=np.float32)[order], counts),
+        seg_row=rows_[last],
+        seg_start=np.concatenate(([0], ends[last])).astype(np.int32),
+        waves=tuple(pairwise(bounds)),
     )
+
+
+def _joined(spans: Iterable[tuple[int, int, Rows]]) -> list[tuple[Rows, int, int]]:
+    """(rows, first token, number of tokens); neighbours with the same rows are one."""
+    joined: list[tuple[Rows, int, int]] = []
+    mix: Rows = ()
+    begin = end = 0
+    for first, count, rows in spans:
+        if first != end or rows != mix:
+            joined.append((mix, begin, end - begin))
+            mix, begin = rows, first
+        end = first + count
+    joined.append((mix, begin, end - begin))
+    return joined
 
 
 def covering(plan: LoraPlan, tokens: int) -> LoraPlan:

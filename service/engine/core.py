@@ -49,6 +49,7 @@ MAX_FAILED_STEPS = 3
 NOT_FINITE = (
     "the logits of this request are not finite numbers: an adapter, or its weight, is too large for the model's dtype"
 )
+_RUNNING, _FINISHED = State.RUNNING, State.FINISHED  # faster than by the enumeration, once for each sequence and step
 _SEED_MASK = 2**63 - 1
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 """What torch's plain RuntimeErrors say of it."""
@@ -87,23 +88,12 @@ class Flight:
 
 
 def merged(adapters: Adapters) -> Adapters:
-    """An adapter named twice counts once, with the sum of its weights; one whose weight is 0 not at all."""
+    """An adapter named twice counts once, with the sum of its weights; one whose weight is 0 not at all. By digest: a
+    mix is summed up in this order, so that it is rounded alike however it was written, as the prefix cache assumes."""
     weights: dict[str, float] = {}
     for each in adapters:
         weights[each.digest] = weights.get(each.digest, 0.0) + each.weight
-    return tuple(AdapterRef(digest, weight) for digest, weight in weights.items() if weight != 0.0)
-
-
-def finish_reason(seq: Sequence, max_positions: int) -> str | None:
-    """Whether the token just appended to `seq` is its last: "stop", "length" or None. min_tokens needs no care here:
-    before it, the sampler draws no stop token."""
-    known = len(seq.tokens)
-    generated = known - seq.num_prompt
-    if generated and seq.tokens[-1] in seq.sampling.stop_token_ids:
-        return "stop"
-    if generated >= seq.sampling.max_tokens or known >= max_positions:
-        return "length"
-    return None
+    return tuple(AdapterRef(digest, weight) for digest, weight in sorted(weights.items()) if weight != 0.0)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -212,7 +202,7 @@ class Engine:
         """The books as if the step had been collected already, but for the tokens that it draws."""
         for item in flight.batch.items:
             seq = item.seq
-            if seq.state is not State.RUNNING:
+            if seq.state is not _RUNNING:
                 continue  # the step before was its last
             if item.count > 1 or seq.num_computed < seq.num_prompt:
                 self._prefilled += item.count
@@ -220,8 +210,7 @@ class Engine:
                     seq.timeline.begun(flight.started)
             seq.num_computed += item.count
             # If the next token ends it whatever it is, no step need be prepared for the one after.
-            known = len(seq.tokens) + 1
-            if item.samples and known - seq.num_prompt < seq.sampling.max_tokens and known < self.limits.max_positions:
+            if item.samples and len(seq.tokens) + 1 < seq.end:
                 seq.tokens.append(PENDING)
 
     def _land(self, flight: Flight, after: Flight | None = None) -> None:
@@ -244,38 +233,47 @@ class Engine:
             after.started, after.began = now, self._clock()
 
     def _advance(self, batch: Batch, sampled: list[Sampled | None]) -> None:
+        size = self.pool.page_size
         for item, result in zip(batch.items, sampled, strict=True):
             seq = item.seq
-            if seq.state is State.FINISHED:
+            state = seq.state
+            if state is _FINISHED:
                 continue
             # If a page has become full. One that was preempted meanwhile has no pages.
-            if seq.num_computed % self.pool.page_size < item.count and seq.state is State.RUNNING:
+            if seq.num_computed % size < item.count and state is _RUNNING:
                 self.pool.commit(seq)
             if result is not None:
                 self._append(seq, result)
 
     def _append(self, seq: Sequence, result: Sampled) -> None:
-        tokens = seq.tokens
+        """Its next token, for which it may have a PENDING one, and what its client hears of it."""
+        tokens, reason = seq.tokens, None
+        # Else only the prompt's log-probabilities are wanted.
+        new = [result.token_id] if seq.end > seq.num_prompt else []
         if tokens[-1] == PENDING:
             tokens.pop()
         if result.token_id < 0:
             self._refuse((seq.client, seq.request_id), "not_finite", NOT_FINITE)
             return
-        delta = Delta(seq.request_id, seq.index, [])
-        if len(tokens) == seq.num_prompt:
+        first = len(tokens) == seq.num_prompt
+        tokens += new
+        # min_tokens needs no care here: before it, the sampler draws no stop token.
+        if new and result.token_id in seq.sampling.stop_token_ids:
+            reason = "stop"
+        elif len(tokens) >= seq.end:
+            reason = "length"
+        delta = Delta(seq.request_id, seq.index, new, reason)
+        if new and result.logprob is not None:
+            delta.logprobs = [result.logprob]
+        if first:
             delta.cached_tokens = seq.cached_tokens
             delta.prompt_logprobs, seq.prompt_logprobs = seq.prompt_logprobs, None
             if seq.timeline is not None:
                 seq.timeline.token()
-        if seq.sampling.max_tokens > 0:  # 0: only the prompt's log-probabilities are wanted
-            tokens.append(result.token_id)
-            delta.token_ids.append(result.token_id)
-            if result.logprob is not None:
-                delta.logprobs = [result.logprob]
-            self._generated += 1
-        delta.finish_reason = seq.finish_reason = finish_reason(seq, self.limits.max_positions)
+        self._generated += len(new)
         self._outbox[seq.client].append(delta)
-        if seq.finish_reason is not None:
+        if reason is not None:
+            seq.finish_reason = reason
             self._finished += 1
             self._remove(seq)
 

@@ -24,7 +24,7 @@ GREEDY_BELOW = 1e-5
 NOT_FINITE = -2
 """Drawn from a row whose largest logit is no finite number: there is nothing to draw from."""
 WIDTH = 8
-"""int32 elements of a row of rules, see `rules`."""
+"""int32 elements of a row of rules, see `Rules`."""
 TEMPERATURE, MIN_P, TOP_P, TOP_K, NUMBER = 0, 1, 2, 3, 4
 """Where they lie: float32, float32, float32, int32, and the number in [0, 1), the upper 26 and the lower 27 of its 53
 bits."""
@@ -34,28 +34,35 @@ Draw = Callable[[Tensor, NDArray[np.int32]], Tensor]
 """(logits [n, vocabulary] of any float dtype, rules) -> tokens, int64 [n]"""
 
 
-def rules(seqs: Seq[Sequence]) -> NDArray[np.int32]:
-    """int32 [n, WIDTH]: how each sequence's next token is drawn. Zeros: the most probable token."""
-    out = np.zeros((len(seqs), WIDTH), dtype=np.int32)
-    rows = [i for i, seq in enumerate(seqs) if seq.sampling.temperature >= GREEDY_BELOW]
-    if not rows:
+class Rules:
+    """How the next tokens of some sequences are drawn, made once for all their steps."""
+
+    def __init__(self, seqs: Seq[Sequence]) -> None:
+        self._rows = [i for i, seq in enumerate(seqs) if seq.sampling.temperature >= GREEDY_BELOW]
+        self._seqs = [seqs[i] for i in self._rows]
+        self._seeds = np.array([seq.seed for seq in self._seqs], dtype=np.uint64)
+        self._fixed = np.zeros((len(seqs), WIDTH), dtype=np.int32)
+        for row, seq in zip(self._rows, self._seqs, strict=True):
+            p = seq.sampling
+            self._fixed.view(np.float32)[row, :TOP_K] = p.temperature, p.min_p, p.top_p
+            self._fixed[row, TOP_K] = p.top_k
+
+    def now(self) -> NDArray[np.int32]:
+        """int32 [n, WIDTH], with the numbers of the tokens to come. Zeros: the most probable token."""
+        if not self._rows:
+            return self._fixed
+        out = self._fixed.copy()
+        bits = uniform_bits(self._seeds, np.array([len(seq.tokens) for seq in self._seqs], dtype=np.uint64))
+        out[self._rows, NUMBER] = bits >> _LOW_BITS
+        out[self._rows, NUMBER + 1] = bits & ((1 << _LOW_BITS) - 1)
         return out
-    floats = out.view(np.float32)
-    drawn = [seqs[i] for i in rows]
-    floats[rows, :3] = [(s.sampling.temperature, s.sampling.min_p, s.sampling.top_p) for s in drawn]
-    out[rows, TOP_K] = [s.sampling.top_k for s in drawn]
-    bits = uniform_bits([s.seed for s in drawn], [len(s.tokens) for s in drawn])
-    out[rows, NUMBER] = bits >> _LOW_BITS
-    out[rows, NUMBER + 1] = bits & ((1 << _LOW_BITS) - 1)
-    return out
 
 
-def uniform_bits(seeds: Seq[int], positions: Seq[int]) -> NDArray[np.int64]:
-    """53 bits that depend on (seed, position) alone, of numbers uniform in [0, 1): two rounds of SplitMix64 (Steele et
-    al. 2014)."""
+def uniform_bits(seeds: NDArray[np.uint64], positions: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """[n] of 53 bits that depend on (seed, position) alone, of numbers uniform in [0, 1): two rounds of SplitMix64
+    (Steele et al. 2014)."""
     wrap = np.uint64
-    state = np.array(seeds, dtype=wrap) * wrap(0x9E3779B97F4A7C15)
-    state += np.array(positions, dtype=wrap) * wrap(0xD1B54A32D192ED03) + wrap(0x632BE59BD9B4E019)
+    state = seeds * wrap(0x9E3779B97F4A7C15) + positions * wrap(0xD1B54A32D192ED03) + wrap(0x632BE59BD9B4E019)
     for _ in range(2):
         state += wrap(0x9E3779B97F4A7C15)
         state = (state ^ (state >> wrap(30))) * wrap(0xBF58476D1CE4E5B9)

@@ -23,8 +23,8 @@ from service.engine.transfer import to_device
 BLOCK = 4096
 PIVOTS = 4
 WARPS = 32
-"""The best of eight such triples on an H100, 64 rows of 128,256 in bfloat16: most probable 23 us, temperature alone 127,
-with top_p 449; torch's argmax 44, draw.py's torch operations 88, 976 and 2,065."""
+"""The best of eight such triples on an H100, 64 rows of 128,256 in bfloat16: most probable 23 us, temperature alone
+127, with top_p 449; torch's argmax 44, draw.py's torch operations 88, 976 and 2,065."""
 LOW_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
 """Bits of a value of this dtype that are zero once it is a float32."""
 _LOG2E = tl.constexpr(1.4426950408889634)

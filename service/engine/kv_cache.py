@@ -140,11 +140,11 @@ class PagePool:
             if known is None:
                 self._page_of[key] = page
                 self._hash_of[page] = key
-                self._parent_of[page] = self._hash(seq, i - 1) if i else None
+                self._parent_of[page] = chain.hashes[i - 1] if i else None
             else:
                 self._hold(known)
                 self._release(page)
-                seq.pages[i] = known
+                seq.pages = [*seq.pages[:i], known, *seq.pages[i + 1 :]]
             chain.committed = i + 1
 
     def free(self, seq: Sequence) -> None:

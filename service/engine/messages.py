@@ -164,7 +164,7 @@ class Heartbeat(msgspec.Struct, tag="heartbeat"):
     """Gauges and counters by metric name, see service/metrics.py."""
 
 
-class TokenLogprob(msgspec.Struct, array_like=True):
+class TokenLogprob(msgspec.Struct, array_like=True, gc=False):
     """Log-probability (natural, float) of one token and its alternatives, most probable first.
 
     Computed from the raw logits (before temperature, penalties and filters), as vLLM does."""
@@ -174,7 +174,7 @@ class TokenLogprob(msgspec.Struct, array_like=True):
     top: list[tuple[int, float]]
 
 
-class Delta(msgspec.Struct, array_like=True):
+class Delta(msgspec.Struct, array_like=True, gc=False):
     """New tokens of one sequence. The last one of a sequence has a finish_reason: stop | length | error."""
 
     request_id: str

@@ -1,9 +1,14 @@
-"""A request and its sequences, as the scheduler sees them. No torch here."""
+"""A request and its sequences, as the scheduler sees them. No torch here.
+
+What is made anew for each sequence and step is a msgspec.Struct without garbage collection: it is made in a third of
+the time of a dataclass, and is in no cycle of references."""
 
 from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+
+import msgspec
 
 from service.engine.messages import AdapterRef, SamplingParams, TokenLogprob
 from service.engine.tracing import Timeline
@@ -43,6 +48,8 @@ class Sequence:
     state: State = State.WAITING
     num_computed: int = 0
     pages: list[int] = field(default_factory=list)
+    """A list that only grows. Where a page is exchanged there is a new list, so that who has seen one (step_inputs.py)
+    knows its beginning."""
     rows: tuple[tuple[int, float], ...] = ()
     """(arena row, weight) of its leased adapters while RUNNING."""
     cached_tokens: int = 0
@@ -51,6 +58,8 @@ class Sequence:
     priority: int = 0
     adapter_bytes: int = 0
     """Of its leased adapters together, on the device; known once it has had a lease."""
+    decode_cost: float = 0.0
+    """Virtual tokens that its tenant is charged for each token that it generates; known once it has run."""
     paid: int = 0
     """Tokens that its tenant has been charged for: what a preemption makes us compute again is paid for once."""
     passed: int = 0
@@ -59,6 +68,11 @@ class Sequence:
     """Of a traced sequence alone."""
     finish_reason: str | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
+    end: int = field(init=False)
+    """With so many tokens it ends, whatever they are."""
+
+    def __post_init__(self) -> None:
+        self.end = self.num_prompt + self.sampling.max_tokens
 
     @property
     def num_generated(self) -> int:
@@ -75,8 +89,7 @@ class Sequence:
         return len(self.tokens) - self.num_computed
 
 
-@dataclass(slots=True)
-class Scheduled:
+class Scheduled(msgspec.Struct, gc=False):
     """`count` tokens of `seq` from num_computed on go through the model in this step.
 
     `samples`: the last of them is the sequence's last token, so its logits give the next one."""
@@ -97,11 +110,10 @@ class Batch:
 
     @property
     def num_tokens(self) -> int:
-        return sum(item.count for item in self.items)
+        return sum([item.count for item in self.items])
 
 
-@dataclass(slots=True)
-class Sampled:
+class Sampled(msgspec.Struct, gc=False):
     """What the runner gives back for an item that samples."""
 
     token_id: int

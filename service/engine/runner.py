@@ -1,8 +1,7 @@
-"""Executes one scheduled batch on the device: arrays, forward pass, sampling. Knows nothing of queues."""
+"""Executes one scheduled batch on the device: forward pass, sampling. Knows nothing of queues."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -14,14 +13,16 @@ from torch.nn import functional
 from adapters import layers
 from adapters.arena import Arena
 from adapters.kernels import reference
-from adapters.plan import LoraPlan, build_plan, order_by_adapter, ranges
+from adapters.plan import LoraPlan
 from adapters.site import Site
 from service.engine import draw, sampler
 from service.engine.attention import Attention, Current, StepLayout, attach
 from service.engine.core import Collect
 from service.engine.errors import EngineError
 from service.engine.model import LoadedModel
-from service.engine.request import PENDING, Batch, Sampled, Scheduled, Sequence
+from service.engine.request import Batch, Sampled, Sequence
+from service.engine.sampler import Sampling
+from service.engine.step_inputs import Lineup, StepInputs
 from service.engine.transfer import column, fill_pending, to_device
 
 if TYPE_CHECKING:  # it imports Triton, which torch for CPU does not bring
@@ -112,43 +113,43 @@ class Runner:
         """The tokens of the last launch."""
         self._row_of: dict[Sequence, int] = {}
         """Where in them a sequence's lies."""
-        self._pages_of: dict[Sequence, tuple[list[int], NDArray[np.int32]]] = {}
-        """Of the sequences of the last step, as an array: pages change once in page_size tokens."""
+        self._inputs = StepInputs(page_size)
+        self._lineup: Lineup | None = None
+        """Of the last step."""
+        self._sampling = Sampling([])
+        """Its."""
         attach(loaded.attention_modules, loaded.shapes, attention)
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> Collect:
         """Queues the batch on the device. What is returned waits for it: one result per item, None for one that does
         not sample. Tokens that the launch before has drawn need not be known here: they are taken where they lie."""
-        order = self._order(batch.items)
-        items = [batch.items[i] for i in order]
-        plan = build_plan(_spans(items))
-        layout = self._layout(items)
-        ids, positions = self._tokens(items)
-        wanted = _wanted_rows(items)
-        tokens = np.asarray(wanted.tokens, dtype=np.int64)
-        seqs = [items[i].seq for i in wanted.samples]
-        rules = draw.rules(seqs)
-        logits, known = self._compute(ids, positions, layout, plan, tokens, None if wanted.prompts else rules)
+        lineup, ids, positions, layout = self._inputs.build(batch.items, self._row_of)
+        if lineup is not self._lineup:
+            self._lineup, self._sampling = lineup, Sampling(lineup.drawing)
+        wanted, sampling = lineup.wanted, self._sampling
+        rules = sampling.rules()
+        logits, known = self._compute(
+            ids, positions, layout, lineup.plan, wanted.tokens, None if wanted.prompts else rules
+        )
         told = [
-            (items[i].seq, sampler.prompt_logprobs(logits[row : row + len(following)], following, alternatives))
-            for i, row, following, alternatives in wanted.prompts
+            (seq, sampler.prompt_logprobs(logits[row : row + len(following)], following, alternatives))
+            for seq, row, following, alternatives in wanted.prompts
         ]
         if told:
             logits = logits[column(wanted.rows, torch.int64, self._device)]
-        before, row_of = self._drawn, self._row_of
+        before, row_of, seqs = self._drawn, self._row_of, lineup.drawing
         drawn = sampler.sample(
-            logits, seqs, rules, self._draw, known, lambda i: before[row_of[seqs[i]] : row_of[seqs[i]] + 1]
+            logits, sampling, rules, self._draw, known, lambda i: before[row_of[seqs[i]] : row_of[seqs[i]] + 1]
         )
-        self._drawn, self._row_of = drawn.tokens, {seq: row for row, seq in enumerate(seqs)}
-        places = [order[i] for i in wanted.samples]
+        self._drawn, self._row_of = drawn.tokens, lineup.row_of
 
         def collect() -> list[Sampled | None]:
             for seq, parts in told:
                 if seq.prompt_logprobs is not None:
                     seq.prompt_logprobs += [entry for part in parts for entry in part.read()]
-            results: list[Sampled | None] = [None] * len(items)
-            for place, result in zip(places, drawn.read(), strict=True):
+            results: list[Sampled | None] = [None] * len(lineup.seqs)
+            for place, result in zip(lineup.places, drawn.read(), strict=True):
                 results[place] = result
             return results
 
@@ -201,86 +202,3 @@ class Runner:
             use_cache=False,
             logits_to_keep=0 if wanted is None else wanted,
         ).logits[0]
-
-    def _order(self, items: list[Scheduled]) -> list[int]:
-        """Decoding sequences first (attention treats them together), and neighbours share adapters."""
-        by_adapter = order_by_adapter([item.seq.rows for item in items])
-        return sorted(by_adapter, key=lambda i: items[i].count > 1)
-
-    def _tokens(self, items: list[Scheduled]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(ids, positions) of the step's tokens. A token that is pending has an id that says where it lies."""
-        ids: list[int] = []
-        for item in items:
-            seq, begin, end = item.seq, item.seq.num_computed, item.seq.num_computed + item.count
-            ids += seq.tokens[begin:end]
-            if ids[-1] == PENDING:
-                ids[-1] = -1 - self._row_of[seq]
-        begins = np.array([item.seq.num_computed for item in items], dtype=np.int64)
-        return np.array(ids, dtype=np.int64), ranges(begins, [item.count for item in items])
-
-    def _layout(self, items: list[Scheduled]) -> StepLayout:
-        size = self.page_size
-        counts = np.array([item.count for item in items], dtype=np.int32)
-        contexts = np.array([item.seq.num_computed for item in items], dtype=np.int32) + counts
-        table = np.zeros((len(items), int(-(-contexts.max() // size))), dtype=np.int32)
-        known, self._pages_of = self._pages_of, {}
-        for s, item in enumerate(items):
-            seq = item.seq
-            pages = known.get(seq)
-            if pages is None or pages[0] != seq.pages:
-                pages = list(seq.pages), np.array(seq.pages, dtype=np.int32)
-            self._pages_of[seq] = pages
-            row = pages[1][: table.shape[1]]
-            table[s, : len(row)] = row
-        positions = ranges((contexts - counts).astype(np.int64), counts)
-        owner = np.repeat(np.arange(len(items)), counts)
-        return StepLayout(
-            slots=table[owner, positions // size].astype(np.int64) * size + positions % size,
-            query_lens=counts,
-            context_lens=contexts,
-            page_table=table,
-            num_decode=int((counts == 1).sum()),
-        )
-
-
-def _spans(items: list[Scheduled]) -> list[tuple[int, int, tuple[tuple[int, float], ...]]]:
-    spans, start = [], 0
-    for item in items:
-        spans.append((start, item.count, item.seq.rows))
-        start += item.count
-    return spans
-
-
-@dataclass(slots=True)
-class _Wanted:
-    """Which tokens of a step need logits: only where a token is drawn or a prompt's log-probabilities are asked."""
-
-    tokens: list[int] = field(default_factory=list)
-    """Index in the step, by row of logits."""
-    samples: list[int] = field(default_factory=list)
-    """Items that draw a token."""
-    rows: list[int] = field(default_factory=list)
-    """Their rows."""
-    prompts: list[tuple[int, int, list[int], int]] = field(default_factory=list)
-    """(item, first row, the tokens that follow those of the rows, alternatives)"""
-
-
-def _wanted_rows(items: list[Scheduled]) -> _Wanted:
-    wanted, start = _Wanted(), 0
-    for i, item in enumerate(items):
-        seq = item.seq
-        if seq.prompt_logprobs is not None:
-            # Row of token t predicts token t + 1. A recomputed sequence has some already; what the step in flight will
-            # bring is all before num_computed.
-            first = max(seq.num_computed, len(seq.prompt_logprobs) - 1)
-            last = min(seq.num_computed + item.count, seq.num_prompt - 1)
-            if first < last:
-                following = seq.tokens[first + 1 : last + 1]
-                wanted.prompts.append((i, len(wanted.tokens), following, seq.sampling.prompt_logprobs or 0))
-                wanted.tokens += range(start + first - seq.num_computed, start + last - seq.num_computed)
-        if item.samples:
-            wanted.samples.append(i)
-            wanted.rows.append(len(wanted.tokens))
-            wanted.tokens.append(start + item.count - 1)
-        start += item.count
-    return wanted

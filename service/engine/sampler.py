@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from service.engine.draw import Draw
+from service.engine.draw import Draw, Rules
 from service.engine.messages import SamplingParams, TokenLogprob
 from service.engine.request import Sampled, Sequence
 from service.engine.transfer import Readback, column, to_device
@@ -50,26 +50,37 @@ class Drawn:
         return results
 
 
+class Sampling:
+    """What some sequences ask of sampling, found out once for all their steps."""
+
+    def __init__(self, seqs: Seq[Sequence]) -> None:
+        self.seqs = seqs
+        self.rules = Rules(seqs).now
+        """To be asked in each step."""
+        self.moved = [i for i, seq in enumerate(seqs) if moves_logits(seq.sampling)]
+        """Rows that ask for more than a draw from the logits as they are."""
+        self.logprobs = {i: seq.sampling.logprobs for i, seq in enumerate(seqs) if seq.sampling.logprobs is not None}
+        """Row -> alternatives."""
+
+
 def sample(
     logits: Tensor,
-    seqs: Seq[Sequence],
+    asked: Sampling,
     rules: NDArray[np.int32],
     draw: Draw,
     drawn: Tensor | None = None,
     pending: Pending | None = None,
 ) -> Drawn:
-    """Draws one token per row of `logits` [n, vocabulary] (any float dtype); `seqs[i]` is the sequence of row i and
-    rules[i] what draw.rules says of it. `drawn`: what `draw` gives for these logits as they are, where it is known
-    already. Queues work, and waits for none."""
-    moved = [i for i, seq in enumerate(seqs) if moves_logits(seq.sampling)]
-    if moved or drawn is None:
-        drawn = draw(_moved(logits, seqs, moved, pending) if moved else logits, rules)
-    asked = {i: seq.sampling.logprobs for i, seq in enumerate(seqs) if seq.sampling.logprobs is not None}
+    """Draws one token per row of `logits` [n, vocabulary] (any float dtype), by `rules`, which are asked.rules() of
+    this step. `drawn`: what `draw` gives for these logits as they are, where it is known already. Queues work, and
+    waits for none."""
+    if asked.moved or drawn is None:
+        drawn = draw(_moved(logits, asked, pending) if asked.moved else logits, rules)
     logprobs = None
-    if asked:
-        rows = column(list(asked), torch.int64, logits.device)
-        logprobs = Logprobs(logits[rows], drawn[rows].clamp(min=0), max(asked.values()))
-    return Drawn(drawn, Readback(drawn), logprobs, asked)
+    if asked.logprobs:
+        rows = column(list(asked.logprobs), torch.int64, logits.device)
+        logprobs = Logprobs(logits[rows], drawn[rows].clamp(min=0), max(asked.logprobs.values()))
+    return Drawn(drawn, Readback(drawn), logprobs, asked.logprobs)
 
 
 class Logprobs:
@@ -101,7 +112,7 @@ def prompt_logprobs(logits: Tensor, next_tokens: Seq[int], alternatives: int) ->
 
 
 def moves_logits(p: SamplingParams) -> bool:
-    """Whether it asks for more than a draw from the logits as they are."""
+    """Whether bans, biases or penalties are asked for."""
     return bool(
         p.logit_bias or p.min_tokens or p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1.0
     )
@@ -139,11 +150,11 @@ class _Edits:
         return (to_device(rows, device), ids_), to_device(values, device)
 
 
-def _moved(logits: Tensor, seqs: Seq[Sequence], moved: list[int], pending: Pending | None) -> Tensor:
-    """float32 copy of the logits with bans, biases and penalties of the rows `moved`."""
+def _moved(logits: Tensor, asked: Sampling, pending: Pending | None) -> Tensor:
+    """float32 copy of the logits with the bans, biases and penalties that are asked."""
     biases, repetition, presence, frequency = (_Edits() for _ in range(4))
-    for row in moved:
-        seq = seqs[row]
+    for row in asked.moved:
+        seq = asked.seqs[row]
         p = seq.sampling
         if seq.num_generated < p.min_tokens and p.stop_token_ids:
             biases.add(row, p.stop_token_ids, float("-inf"))

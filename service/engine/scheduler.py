@@ -37,6 +37,8 @@ from service.engine.guests import Guests
 from service.engine.kv_cache import PagePool
 from service.engine.request import Batch, Scheduled, Sequence, State
 
+_RUNNING = State.RUNNING  # faster than by the enumeration, once for each sequence and step
+
 
 def _arrival(seq: Sequence) -> float:
     return seq.arrival
@@ -134,20 +136,19 @@ class Scheduler:
         tenant. Written for speed: nearly all sequences go through here in every step."""
         begun: dict[str, list[Sequence]] = {}
         owed: dict[str, float] = {}
-        size, step, prices = self.pool.page_size, self._step, self.tenants.prices
+        size, step = self.pool.page_size, self._step
         for seq in list(running):
             known, computed = len(seq.tokens), seq.num_computed
             if known - computed != 1:
                 if known != computed:  # equal: the step in flight draws its last token
                     begun.setdefault(seq.tenant, []).append(seq)
-            elif seq.state is State.RUNNING and (len(seq.pages) * size >= known or self._grow(seq)):
+            elif seq.state is _RUNNING and (len(seq.pages) * size >= known or self._grow(seq)):
                 if seq.paid > computed or computed < seq.num_prompt:
                     self._put(seq, 1)
                     continue
-                cost = prices.step(0, 1, seq.adapter_bytes) if seq.adapter_bytes else prices.decode
-                step[seq] = Scheduled(seq, 1, True, cost, 1)
+                step[seq] = Scheduled(seq, 1, True, seq.decode_cost, 1)
                 seq.paid = known
-                owed[seq.tenant] = owed.get(seq.tenant, 0.0) + cost
+                owed[seq.tenant] = owed.get(seq.tenant, 0.0) + seq.decode_cost
         for name, cost in owed.items():
             self.tenants.charge(self.tenants[name], cost)
         return begun
@@ -207,6 +208,7 @@ class Scheduler:
                 self.tenants.begin(seq)
                 insort(self.running, seq, key=_arrival)
                 seq.state = State.RUNNING
+                seq.decode_cost = self.tenants.prices.step(0, 1, seq.adapter_bytes)
                 yield seq
         for seq in begun[b:]:
             if seq.state is State.RUNNING:

@@ -58,6 +58,19 @@ def test_no_token_stands_twice_in_a_wave_and_no_row_in_two_segments_of_it(batch)
         assert len(set(plan.seg_row[begin:end].tolist())) == end - begin
 
 
+@given(batches)
+def test_the_adapters_of_a_mix_stand_in_waves_in_the_order_given(batch):
+    plan = build_plan(spans_of(batch))
+    found = {}
+    for begin, end in plan.waves if plan is not None else ():
+        for s in range(begin, end):
+            for token in plan.tokens[plan.seg_start[s] : plan.seg_start[s + 1]].tolist():
+                found.setdefault(token, []).append(int(plan.seg_row[s]))
+    for start, count, rows in spans_of(batch):
+        for token in range(start, start + count):
+            assert found.get(token, []) == [row for row, _ in rows]
+
+
 def test_ordered_by_adapter_segments_are_contiguous_slices():
     batch = [((3, 1.0),), (), ((1, 1.0),), ((3, 1.0),), ((1, 1.0),)]
     order = order_by_adapter(batch)

@@ -129,10 +129,13 @@ def test_pages_computed_twice_become_one_when_they_are_full() -> None:
     pool.allocate(first, 9)
     pool.allocate(second, 9)
     assert pool.num_used == 6
+    seen = second.pages
+    was = list(seen)
     for seq in (first, second):
         seq.num_computed = 9
         pool.commit(seq)
     assert first.pages[:2] == second.pages[:2]
+    assert second.pages is not seen == was, "a list of pages only grows"
     assert pool.num_used == 4
     pool.check_integrity([first, second])
     pool.free(first)

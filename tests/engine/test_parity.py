@@ -141,6 +141,21 @@ def test_after_eviction_and_reload(world, tmp_path):
     engine.close()
 
 
+def test_a_mix_is_rounded_alike_whatever_lies_where_and_however_it_is_written(world, tmp_path):
+    mix = [("rank16", 0.7), ("rank8-rs", 0.4)]
+    streams = []
+    for number, loaded in enumerate((["rank16", "rank8-rs"], ["rank8-rs", "rank16"])):
+        engine = world.engine(tmp_path / str(number))
+        for name in loaded:
+            engine.load(name)
+        streams += [
+            engine.answer(f"mix{i}", prompt(50), written, salt=str(i), logprobs=VOCABULARY, max_tokens=4)
+            for i, written in enumerate((mix, mix[::-1]))
+        ]
+        engine.close()
+    assert all(stream == streams[0] for stream in streams)
+
+
 def test_unloaded_and_loaded_again(world, tmp_path):
     engine = world.engine(tmp_path)
     for forget in (False, True):

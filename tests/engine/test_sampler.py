@@ -31,7 +31,8 @@ def logits(rows: int = 1, seed: int = 0) -> torch.Tensor:
 
 
 def drawn(rows: torch.Tensor, seqs: list[Sequence], **options) -> list[Sampled]:
-    return sampler.sample(rows, seqs, draw.rules(seqs), draw.draw, **options).read()
+    asked = sampler.Sampling(seqs)
+    return sampler.sample(rows, asked, asked.rules(), draw.draw, **options).read()
 
 
 def draws(row: torch.Tensor, count: int, **params) -> np.ndarray:
@@ -96,7 +97,10 @@ def test_a_draw_depends_on_seed_and_position_alone():
 
 def test_uniform_numbers_are_uniform_and_uncorrelated_over_positions_and_seeds():
     seeds, positions = np.meshgrid(np.arange(50), np.arange(200), indexing="ij")
-    grid = draw.uniform_bits(seeds.ravel(), positions.ravel()).reshape(50, 200) * 2.0**-53
+    grid = (
+        draw.uniform_bits(seeds.ravel().astype(np.uint64), positions.ravel().astype(np.uint64)).reshape(50, 200)
+        * 2.0**-53
+    )
     assert grid.min() >= 0.0
     assert grid.max() < 1.0
     assert stats.kstest(grid.ravel(), "uniform").pvalue > 1e-3
@@ -201,7 +205,7 @@ def test_a_known_number_of_splitmix64():
             state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
             state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
             state ^= state >> 31
-        assert draw.uniform_bits([seed], [position]).tolist() == [state >> 11]
+        assert draw.uniform_bits(np.array([seed], np.uint64), np.array([position], np.uint64)).tolist() == [state >> 11]
 
 
 @pytest.mark.parametrize("params", [{"temperature": 0.0}, {"temperature": 1.0, "top_p": 0.9}, {"logprobs": 2}])

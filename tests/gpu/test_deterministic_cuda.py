@@ -1,4 +1,4 @@
-"""The deterministic engine on CUDA: a request's tokens and log-probabilities are the same bits whoever else is there."""
+"""The deterministic engine on CUDA: a request's tokens and log-probabilities are the same bits in any company."""
 
 from __future__ import annotations
 

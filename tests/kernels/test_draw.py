@@ -31,7 +31,7 @@ def rows(count: int, vocabulary: int, dtype: torch.dtype, scale: float = 3.0) ->
 
 
 def both(logits: torch.Tensor, seqs: list[Sequence]) -> tuple[list[int], list[int]]:
-    rules = draw.rules(seqs)
+    rules = draw.Rules(seqs).now()
     return draw_triton.draw(logits, rules).tolist(), draw.draw(logits, rules).tolist()
 
 
@@ -90,4 +90,4 @@ def test_banned_tokens_are_never_drawn() -> None:
 
 
 def test_rules_of_greedy_rows_are_zeros() -> None:
-    assert not draw.rules(sequences([{"temperature": 0.0}, {"temperature": 1e-6, "top_p": 0.5}])).any()
+    assert not draw.Rules(sequences([{"temperature": 0.0}, {"temperature": 1e-6, "top_p": 0.5}])).now().any()
