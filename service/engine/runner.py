@@ -125,7 +125,7 @@ class Runner:
             for seq, row, following, alternatives in wanted.prompts
         ]
         if told:
-            logits = logits[column(wanted.rows, torch.int64, self._device)]
+            logits = logits[column(list(wanted.rows), torch.int64, self._device)]
         drawn = self._draw(logits, lineup, greedy)
 
         def collect() -> list[Sampled | None]:

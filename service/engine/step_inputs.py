@@ -7,6 +7,7 @@ order, the LoRA plan, which tokens are sampled from (`Lineup`). So does the page
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from operator import attrgetter
 
@@ -32,8 +33,8 @@ class Wanted:
 
     tokens: NDArray[np.int64]
     """Index in the step, by row of logits."""
-    rows: list[int]
-    """Rows from which a token is drawn, in the order of Lineup.drawing."""
+    rows: Collection[int]
+    """Those from which a token is drawn, in the order of Lineup.drawing."""
     prompts: list[tuple[Sequence, int, list[int], int]]
     """(sequence, first row, the tokens that follow those of the rows, alternatives)"""
 
@@ -66,8 +67,9 @@ class Lineup:
         self.drawing = [seqs[place] for place in self.places]
         """The same as sequences."""
         self.row_of = {seq: row for row, seq in enumerate(self.drawing)}
-        self._asks = any(seq.prompt_logprobs is not None for seq in seqs)
-        self._wanted = self._find_wanted()
+        self._wanted: Wanted | None = None
+        if not [seq for seq in seqs if seq.prompt_logprobs is not None]:
+            self._wanted = Wanted((ends - 1)[self.samples], range(len(self.places)), [])
 
     def is_of(self, items: list[Scheduled]) -> bool:
         """Whether this is the lineup of these items too."""
@@ -75,7 +77,8 @@ class Lineup:
 
     @property
     def wanted(self) -> Wanted:
-        return self._find_wanted() if self._asks else self._wanted
+        """Changes from step to step where prompts' log-probabilities are asked for."""
+        return self._find_wanted() if self._wanted is None else self._wanted
 
     def _find_wanted(self) -> Wanted:
         tokens: list[int] = []
