@@ -18,10 +18,11 @@ from adapters.site import Site
 from service.engine import sampler
 from service.engine.attention import Attention, Current, StepLayout, attach
 from service.engine.core import Collect
+from service.engine.lineup import Lineup
 from service.engine.model import LoadedModel
 from service.engine.request import Batch, Sampled, Sequence
 from service.engine.sampler import Drawn
-from service.engine.step_inputs import Lineup, StepInputs
+from service.engine.step_inputs import StepInputs
 from service.engine.transfer import column, fill_pending, to_device
 
 if TYPE_CHECKING:  # it imports Triton, which torch for CPU does not bring
