@@ -122,11 +122,11 @@ def covering(plan: LoraPlan, tokens: int) -> LoraPlan:
     """The same plan with all of a step's `tokens` in its first wave: a segment of row -1 holds those that have no
     adapter. A kernel that computes this wave may write its output instead of adding to what is there."""
     count = plan.seg_start[plan.waves[0][1]]
+    if count == tokens:  # none stands there twice
+        return plan
     bare = np.ones(tokens, dtype=bool)
     bare[plan.tokens[:count]] = False
     rest = np.flatnonzero(bare).astype(np.int32)
-    if not len(rest):
-        return plan
     segments = plan.waves[0][1]
     starts = plan.seg_start
     return LoraPlan(

@@ -104,13 +104,18 @@ def pack(plan: LoraPlan | None, shape: PlanShape, out: NDArray[np.int32]) -> Non
     if entries > shape.entries or tiles > shape.tiles or len(plan.waves) > shape.waves:
         raise PlanSizeError(f"{entries} entries, {tiles} tiles and {len(plan.waves)} waves do not fit {shape}")
 
-    within = np.arange(tiles, dtype=np.int32) - np.repeat(first_tile[:-1], tiles_of)
-    offset = within * shape.block_m
     part["tokens"][:entries] = plan.tokens
     part["weights"].view(np.float32)[:entries] = plan.weights
-    part["tile_row"][:tiles] = np.repeat(plan.seg_row, tiles_of)
-    part["tile_start"][:tiles] = np.repeat(starts, tiles_of) + offset
-    part["tile_len"][:tiles] = np.minimum(np.repeat(lengths, tiles_of) - offset, shape.block_m)
+    if (tiles_of == 1).all():  # as in most steps in which all decode
+        part["tile_row"][:tiles] = plan.seg_row
+        part["tile_start"][:tiles] = starts
+        part["tile_len"][:tiles] = lengths
+    else:
+        segment = np.repeat(np.arange(len(starts)), tiles_of)
+        offset = (np.arange(tiles, dtype=np.int32) - first_tile[segment]) * shape.block_m
+        part["tile_row"][:tiles] = plan.seg_row[segment]
+        part["tile_start"][:tiles] = starts[segment] + offset
+        part["tile_len"][:tiles] = np.minimum(lengths[segment] - offset, shape.block_m)
     # Waves that this plan does not have begin and end at the last tile, so a graph's spare launches find no work.
     part["wave_tiles"][:] = tiles
     for w, (first_segment, _) in enumerate(plan.waves):

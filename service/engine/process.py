@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import logging
 import os
 import queue
@@ -366,6 +367,9 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_CANNOT_START
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: process.stop(signal.Signals(number).name))
+    # What is there now stays. A full collection would look at all of it: 390,000 objects with torch, 0.2 s of a step.
+    gc.collect()
+    gc.freeze()
     return process.run()
 
 

@@ -19,10 +19,11 @@ from service.engine import draw, sampler
 from service.engine.attention import Attention, Current, StepLayout, attach
 from service.engine.core import Collect
 from service.engine.errors import EngineError
+from service.engine.lineup import Lineup
 from service.engine.model import LoadedModel
 from service.engine.request import Batch, Sampled, Sequence
 from service.engine.sampler import Sampling
-from service.engine.step_inputs import Lineup, StepInputs
+from service.engine.step_inputs import StepInputs
 from service.engine.transfer import column, fill_pending, to_device
 
 if TYPE_CHECKING:  # it imports Triton, which torch for CPU does not bring
@@ -137,7 +138,7 @@ class Runner:
             for seq, row, following, alternatives in wanted.prompts
         ]
         if told:
-            logits = logits[column(wanted.rows, torch.int64, self._device)]
+            logits = logits[column(list(wanted.rows), torch.int64, self._device)]
         before, row_of, seqs = self._drawn, self._row_of, lineup.drawing
         drawn = sampler.sample(
             logits, sampling, rules, self._draw, known, lambda i: before[row_of[seqs[i]] : row_of[seqs[i]] + 1]
