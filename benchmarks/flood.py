@@ -48,15 +48,16 @@ class Load:
     output: int
     rng: random.Random
 
-    async def ask(self, key: str) -> tuple[float, list[float]]:
-        """(seconds to the first token, seconds between two events after it). RuntimeError if it fails."""
+    async def ask(self, key: str, *, stream: bool = True) -> tuple[float, list[float]]:
+        """(seconds to the first token, seconds between two events after it). RuntimeError if it fails. stream False:
+        the answer comes in one piece, which costs this process least."""
         body = {
             "model": "base",
             "prompt": [self.rng.randrange(3, self.vocabulary) for _ in range(self.prompt)],
             "max_tokens": self.output,
             "temperature": 0,
             "ignore_eos": True,
-            "stream": True,
+            "stream": stream,
         }
         begin, times = time.perf_counter(), []
         headers = {"Authorization": f"Bearer {key}"}
@@ -64,18 +65,18 @@ class Load:
             if answer.status_code != 200:
                 raise RuntimeError(f"{answer.status_code}: {(await answer.aread()).decode()}")
             async for line in answer.aiter_lines():
-                if line.startswith("data: {"):
+                if line.startswith("data: {") or not stream:
                     times.append(time.perf_counter())
         return times[0] - begin, [b - a for a, b in itertools.pairwise(times)]
 
-    async def keep(self, key: str, count: int, stop: asyncio.Event, gaps: list[float]) -> int:
+    async def keep(self, key: str, count: int, stop: asyncio.Event, gaps: list[float], *, stream: bool = True) -> int:
         """`count` requests in flight until `stop`; how many ended. Those in flight are then broken off."""
         done = 0
 
         async def one() -> None:
             nonlocal done
             while not stop.is_set():
-                _, between = await self.ask(key)
+                _, between = await self.ask(key, stream=stream)
                 gaps.extend(between)
                 done += 1
 
@@ -113,7 +114,8 @@ async def beside(
 
 
 async def shares(load: Load, keys: dict[str, str], args: argparse.Namespace) -> dict[str, int]:
-    """Tokens, prompts' and generated ones, that each tenant of WEIGHTS got."""
+    """Tokens, prompts' and generated ones, that each tenant of WEIGHTS got. Not streamed: a client that cannot keep
+    up with 600 streams would ask for less than there is, and then nobody has to share."""
 
     async def used() -> dict[str, int]:
         answer = await load.http.get("/v1/usage?group_by=tenant", headers={"Authorization": f"Bearer {ADMIN}"})
@@ -125,7 +127,7 @@ async def shares(load: Load, keys: dict[str, str], args: argparse.Namespace) -> 
         }
 
     stop = asyncio.Event()
-    tasks = [asyncio.create_task(load.keep(keys[name], args.flood, stop, [])) for name in WEIGHTS]
+    tasks = [asyncio.create_task(load.keep(keys[name], args.flood, stop, [], stream=False)) for name in WEIGHTS]
     await asyncio.sleep(args.settle)
     before = await used()
     await asyncio.sleep(args.seconds)

@@ -248,7 +248,8 @@ class StepGraphs:
         inputs.fill(of["positions"], positions, 0)
         inputs.fill(of["slots"], layout.slots, -1)
         inputs.fill(of["contexts"], layout.context_lens, 0)
-        inputs.fill(of["wanted"], wanted, 0)
+        if places.shape.wanted:
+            inputs.fill(of["wanted"], wanted, 0)
         inputs.fill(of["rules"], rules.reshape(-1), 0)
         inputs.fill(of["tile_seq"], seqs, -1)
         inputs.host[of["tile_row"]][: len(rows)] = rows

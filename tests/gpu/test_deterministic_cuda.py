@@ -26,11 +26,11 @@ def sampling(i: int) -> dict:
     return options
 
 
-def ask(engine, world, names) -> None:
+def ask(engine, world, names, **more) -> None:
     for i, name in enumerate(world.requests):
         if name in names:
             tokens, mix = world.requests[name]
-            engine.ask(name, tokens, mix, **sampling(i))
+            engine.ask(name, tokens, mix, **sampling(i) | more)
 
 
 def test_bits_do_not_depend_on_who_else_is_there(world, tmp_path) -> None:
@@ -50,7 +50,8 @@ def test_bits_do_not_depend_on_who_else_is_there(world, tmp_path) -> None:
             engine.unload(name)
         names = sorted(world.requests, reverse=turn == 1)
         for i in range(20 * turn):
-            engine.ask(f"stranger{turn}-{i}", prompt(900 + i, 5 + 11 * i), (), salt=str(turn), max_tokens=3 * i + 1)
+            length = 5 + 11 * (i % 20)
+            engine.ask(f"stranger{turn}-{i}", prompt(900 + i, length), (), salt=str(turn), max_tokens=3 * i + 1)
         for name in names:
             ask(engine, world, [name])
             for _ in range(turn):
@@ -70,12 +71,12 @@ def test_few_pages_and_preemptions_change_no_bit(world, tmp_path) -> None:
     options = {"device": "cuda", "dtype": "bfloat16", "deterministic": True, "max_sequences": 64}
     engine = world.engine(tmp_path, max_tokens_per_step=128, **options)
     names = [name for i, name in enumerate(world.requests) if i % 5]
-    ask(engine, world, names)
+    ask(engine, world, names, max_tokens=40)
     engine.run()
     plenty = {name: engine.streams.pop((name, 0)) for name in names}
     engine.close()
     engine = world.engine(tmp_path, max_tokens_per_step=128, kv_pages=20, **options)
-    ask(engine, world, names)
+    ask(engine, world, names, max_tokens=40)
     engine.run()
     assert engine.stats()["preemptions_total"] > 0
     for name in names:
