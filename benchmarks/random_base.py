@@ -121,42 +121,49 @@ def write_base(folder: Path, shape: str, layers: int, device: str, dtype: torch.
     )
 
 
-def write_adapters(folder: Path, base: Path, count: int, rank: int, targets: str) -> None:
-    """`count` PEFT folders, targets "all" (seven projections) or "attn" (q, k, v, o); bf16, distinct bytes."""
-    config = LlamaConfig.from_pretrained(base)
-    hidden, inner, kv = config.hidden_size, config.intermediate_size, config.num_key_value_heads * config.head_dim
-    shapes = {"q_proj": (hidden, hidden), "k_proj": (hidden, kv), "v_proj": (hidden, kv), "o_proj": (hidden, hidden)}
-    if targets == "all":
-        shapes |= {"gate_proj": (hidden, inner), "up_proj": (hidden, inner), "down_proj": (inner, hidden)}
-    generator = torch.Generator().manual_seed(1)
-    scale = 0.01
-    pool = torch.empty(64 << 20, dtype=torch.bfloat16).normal_(std=scale, generator=generator)
-    peft = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "r": rank,
-        "lora_alpha": 2 * rank,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "target_modules": sorted(shapes),
-        "base_model_name_or_path": str(base.name),
-        "inference_mode": True,
-    }
-    for number in range(count):
-        out = folder / f"{targets}-{number}"
+class AdapterMaker:
+    """PEFT folders for a base: targets "all" (seven projections) or "attn" (q, k, v, o), bf16, distinct bytes."""
+
+    def __init__(self, base: Path, targets: str) -> None:
+        config = LlamaConfig.from_pretrained(base)
+        hidden, inner, kv = config.hidden_size, config.intermediate_size, config.num_key_value_heads * config.head_dim
+        self.base, self.targets, self.layers = base, targets, config.num_hidden_layers
+        self.shapes = {
+            "q_proj": (hidden, hidden), "k_proj": (hidden, kv), "v_proj": (hidden, kv), "o_proj": (hidden, hidden)
+        }  # fmt: skip
+        if targets == "all":
+            self.shapes |= {"gate_proj": (hidden, inner), "up_proj": (hidden, inner), "down_proj": (inner, hidden)}
+        generator = torch.Generator().manual_seed(1)
+        self.pool = torch.empty(64 << 20, dtype=torch.bfloat16).normal_(std=0.01, generator=generator)
+
+    def write(self, folder: Path, number: int, rank: int) -> Path:
+        """folder/TARGETS-NUMBER"""
+        out = folder / f"{self.targets}-{number}"
         out.mkdir(parents=True, exist_ok=True)
         tensors, begin = {}, number * 4099
-        for layer in range(config.num_hidden_layers):
-            for name, (k, d) in shapes.items():
+        for layer in range(self.layers):
+            for name, (k, d) in self.shapes.items():
                 block = "self_attn" if name in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
                 prefix = f"base_model.model.model.layers.{layer}.{block}.{name}"
                 for part, size in (("lora_A", (rank, k)), ("lora_B", (d, rank))):
                     n = size[0] * size[1]
-                    begin = begin % (len(pool) - n)
-                    tensors[f"{prefix}.{part}.weight"] = pool[begin : begin + n].view(size).clone()
+                    begin = begin % (len(self.pool) - n)
+                    tensors[f"{prefix}.{part}.weight"] = self.pool[begin : begin + n].view(size).clone()
                     begin += n
         save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
+        peft = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "r": rank,
+            "lora_alpha": 2 * rank,
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "target_modules": sorted(self.shapes),
+            "base_model_name_or_path": str(self.base.name),
+            "inference_mode": True,
+        }
         (out / "adapter_config.json").write_text(json.dumps(peft))
+        return out
 
 
 def main() -> None:
@@ -165,13 +172,16 @@ def main() -> None:
     parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-3.1-8b")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--adapters", type=int, default=0)
-    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--rank", type=int, nargs="+", default=[16], help="several: in turn")
     parser.add_argument("--targets", choices=["all", "attn"], default="all")
+    parser.add_argument("--to", default="adapters", help="folder of the adapters, in FOLDER")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     if not (args.folder / "model.safetensors.index.json").exists():
         write_base(args.folder, args.shape, args.layers, args.device)
-    write_adapters(args.folder / "adapters", args.folder, args.adapters, args.rank, args.targets)
+    maker = AdapterMaker(args.folder, args.targets)
+    for number in range(args.adapters):
+        maker.write(args.folder / args.to, number, args.rank[number % len(args.rank)])
 
 
 if __name__ == "__main__":

@@ -6,25 +6,29 @@ MODEL and DIR as benchmarks/random_base.py makes them. PATH is a closed-loop loa
 (options --base-url --base-model --adapters --adapter-prefix --dist --concurrency --warmup --input-len --output-len
 --vocab-low --vocab-high --seed --json); it is no part of this project, so that the same one can be run against other
 servers. A row is `distribution:concurrency`, or `prefix/distribution:concurrency` for other adapters than those of
---prefix. No two rows have the same prompts, so that none finds another's in the prefix cache. Results go to RESULTS.md
-beside this file.
+--prefix. --make attn:1000 adds adapters attn-0 to attn-999, which are made, uploaded, loaded and removed one by one: the
+disk need not hold them twice. --url: rows of a server that runs already. No two rows have the same prompts, so that
+none finds another's in the prefix cache. Results go to RESULTS.md beside this file.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
 import httpx
 
 from benchmarks import report
+from benchmarks.random_base import AdapterMaker
 
 
 def start(model: Path, port: int, data: Path, options: list[str]) -> tuple[subprocess.Popen[bytes], float]:
@@ -42,6 +46,26 @@ def start(model: Path, port: int, data: Path, options: list[str]) -> tuple[subpr
         except httpx.HTTPError:
             pass
         time.sleep(0.2)
+
+
+def make(url: str, model: Path, targets: str, numbers: range) -> list[float]:
+    """Uploads and loads adapters that exist on disk for as long as that takes. Seconds of each, four at a time."""
+    maker = AdapterMaker(model, targets)
+    with httpx.Client(base_url=url, timeout=300) as client, tempfile.TemporaryDirectory(dir="/dev/shm") as temporary:
+
+        def one(number: int) -> float:
+            folder = maker.write(Path(temporary), number, 16)
+            begin = time.perf_counter()
+            with (folder / "adapter_model.safetensors").open("rb") as weights:
+                files = {"config": (folder / "adapter_config.json").read_bytes(), "weights": weights}
+                client.post("/v1/adapters", data={"name": folder.name}, files=files).raise_for_status()
+            client.post(f"/v1/adapters/{folder.name}/load", params={"wait": "true"}).raise_for_status()
+            seconds = time.perf_counter() - begin
+            shutil.rmtree(folder)
+            return seconds
+
+        with ThreadPoolExecutor(4) as threads:
+            return list(threads.map(one, numbers))
 
 
 def upload(url: str, folders: list[Path]) -> list[float]:
@@ -64,7 +88,7 @@ def measure(url: str, row: str, args: argparse.Namespace) -> dict:
     distribution, concurrency = row.split(":")
     prefix, _, distribution = distribution.rpartition("/")
     prefix = prefix or args.prefix
-    adapters = max(1, len(adapters_of(args, prefix)))
+    adapters = dict(args.make).get(prefix.rstrip("-")) or max(1, len(adapters_of(args, prefix)))
     args.seed += 1
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(temporary) / "row.json"
@@ -91,8 +115,14 @@ def options(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--port", type=int, default=8300)
     parser.add_argument("--data", type=Path, help="data folder to keep (compile caches); default: a temporary one")
     parser.add_argument("--serve", default="--device cuda", help="further options of the server")
+    parser.add_argument("--make", type=_made, action="append", default=[], metavar="TARGETS:COUNT")
     parser.add_argument("--note", default="", help="what to say of the machine in RESULTS.md")
     return parser
+
+
+def _made(text: str) -> tuple[str, int]:
+    targets, _, count = text.partition(":")
+    return targets, int(count)
 
 
 def adapters_of(args: argparse.Namespace, prefix: str = "") -> list[Path]:
@@ -103,10 +133,14 @@ def adapters_of(args: argparse.Namespace, prefix: str = "") -> list[Path]:
 
 def main() -> None:
     parser = options(__doc__)
+    parser.add_argument("--url", help="a server that runs already, with its adapters")
     parser.add_argument("--rows", default="none:1,none:64,identical:64,distinct:64")
     args = parser.parse_args()
     prefixes = {row.partition("/")[0] if "/" in row else args.prefix for row in args.rows.split(",")}
     folders = [folder for prefix in sorted(prefixes) for folder in adapters_of(args, prefix)]
+    if args.url:
+        write([(row, measure(args.url, row, args)) for row in args.rows.split(",")], None, len(folders), args)
+        return
     url = f"http://127.0.0.1:{args.port}"
     with tempfile.TemporaryDirectory() as temporary:
         server, ready = start(args.model, args.port, args.data or Path(temporary) / "data", args.serve.split())
@@ -115,6 +149,9 @@ def main() -> None:
         try:
             seconds = upload(url, folders)
             print(f"{len(folders)} adapters uploaded, {sum(seconds) / max(1, len(seconds)):.2f} s each", flush=True)
+            for targets, count in args.make:
+                seconds = make(url, args.model, targets, range(count))
+                print(f"{count} {targets} adapters, {sum(seconds) / count:.2f} s each, four at a time", flush=True)
             for row in args.rows.split(","):
                 rows.append((row, measure(url, row, args)))
         finally:
@@ -128,10 +165,12 @@ def ms(row: dict, name: str, quantile: str) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def write(rows: list[tuple[str, dict]], ready: float, count: int, args: argparse.Namespace) -> None:
+def write(rows: list[tuple[str, dict]], ready: float | None, count: int, args: argparse.Namespace) -> None:
     lines = [
-        f"`python -m benchmarks.throughput ... --rows {args.rows}`; {count} adapters; ready after {ready:.1f} s. "
-        f"torch {version('torch')}, transformers {version('transformers')}. {args.note}",
+        f"`python -m benchmarks.throughput ... --rows {args.rows}`; {count} adapters"
+        + "".join(f" and {n} of {targets!r}" for targets, n in args.make)
+        + (f"; ready after {ready:.1f} s. " if ready else ". ")
+        + f"torch {version('torch')}, transformers {version('transformers')}. {args.note}",
         "",
         "| row | output tokens/s | TTFT p50 / p99 ms | TPOT p50 / p99 ms | ITL p99 ms | errors |",
         "|---|---|---|---|---|---|",
