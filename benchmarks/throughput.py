@@ -6,9 +6,9 @@ MODEL and DIR as benchmarks/random_base.py makes them. PATH is a closed-loop loa
 (options --base-url --base-model --adapters --adapter-prefix --dist --concurrency --warmup --input-len --output-len
 --vocab-low --vocab-high --seed --json); it is no part of this project, so that the same one can be run against other
 servers. A row is `distribution:concurrency`, or `prefix/distribution:concurrency` for other adapters than those of
---prefix. --make attn:1000 adds adapters attn-0 to attn-999, which are made, uploaded, loaded and removed one by one: the
-disk need not hold them twice. --url: rows of a server that runs already. No two rows have the same prompts, so that
-none finds another's in the prefix cache. Results go to RESULTS.md beside this file.
+--prefix. --make attn:1000 adds adapters attn-0 to attn-999, which are made, uploaded, loaded and removed one by one:
+the disk need not hold them twice. --url: rows of a server that runs already. No two rows have the same prompts, so
+that none finds another's in the prefix cache. Results go to RESULTS.md beside this file.
 """
 
 from __future__ import annotations
