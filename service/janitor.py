@@ -22,8 +22,8 @@ from adapters.block import delete_blocks, sweep_blocks
 from adapters.errors import StoreUnavailable
 from service.engine.client import EngineClient
 from service.engine.errors import EngineCallTimedOut, EngineError
-from service.store import Catalogue
 from service.store.blob_book import LEASE_S, BlobBook
+from service.store.catalogue import Catalogue
 from service.store.errors import CatalogueUnavailable
 from service.store.instances import instance_id
 from service.uploads import Spool

@@ -36,11 +36,11 @@ from service.engine.errors import EngineError
 from service.engine.messages import Ready
 from service.janitor import UNLOAD_TIMEOUT_S, Janitor
 from service.jobs import Workers, import_modules
-from service.store import AdapterExists, Catalogue, File, NewVersion, Version
+from service.store.catalogue import Catalogue
 from service.store.edits import Condition, Edits, always
-from service.store.errors import CatalogueError, CatalogueUnavailable
+from service.store.errors import AdapterExists, CatalogueError, CatalogueUnavailable
 from service.store.names import NAME_RULE, valid_name
-from service.store.records import Removed, Resolved, engine_key
+from service.store.records import File, NewVersion, Removed, Resolved, Version, engine_key
 from service.store.tables import DEFAULT_TENANT
 from service.uploads import FieldRule, Form, Spool, UploadedFile, safe_basename
 

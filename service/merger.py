@@ -37,9 +37,9 @@ from service.merge_task import BLOBS_URL, Priority, Said, Task, explain
 from service.merges import merges_dir, remove_folder, require_space, stored_sources
 from service.pace import keep_pace, measurable
 from service.settings import Settings
-from service.store import Catalogue, NotFound
+from service.store.catalogue import Catalogue
 from service.store.edits import Edits
-from service.store.errors import CatalogueUnavailable, Conflict, QuotaReached
+from service.store.errors import CatalogueUnavailable, Conflict, NotFound, QuotaReached
 from service.store.instances import instance_id
 from service.store.merges import Job, JobLost
 from service.uploads import Spool

@@ -1,5 +1,6 @@
 """The process that the operator starts. It resolves the base model, binds the port, starts one engine process and the
-API processes, replaces those that die or hang, and ends them all in the right order. It never loads torch.
+API processes, replaces those that die or hang, and ends them all in the right order. It never loads torch, and
+SQLAlchemy only where the catalogue is in PostgreSQL.
 
     supervisor ── engine process        python -m service.engine.process
               ├── API process(es)       python -m service.api_worker, all on one listening socket
@@ -34,10 +35,8 @@ from service.examples import load_examples
 from service.gguf_model import stop_helpers
 from service.model_source import resolve_model
 from service.settings import PREFIX, Settings
-from service.store import backup, database, instances
-from service.store.blob_book import LEASE_S
+from service.store import backup
 from service.store.errors import CatalogueTooNew, CatalogueUnavailable, CatalogueUnusable
-from service.store.instances import instance_id
 
 API_STOP_S = api_worker.GRACE_S + 5.0
 ENGINE_STOP_S = 10.0
@@ -55,6 +54,7 @@ USEFUL_BACKOFF_S = 1.0
 """The longest pause after the end of one that had been of use."""
 STEADY_S = 60.0
 """A process that ran this long starts its back-off anew."""
+TOO_NEW_HINT = "start the version of loraplex that last used it, or restore a backup from before: docs/operations.md"
 
 
 class StartError(Exception):
@@ -129,8 +129,8 @@ def check_traces(settings: Settings) -> None:
 
 
 def check_catalogue(settings: Settings) -> None:
-    """Raises StartError unless the catalogue in the data folder can be read; copies it to its backup
-    (docs/operations.md). A PostgreSQL server looks after its own."""
+    """Raises StartError unless the catalogue in the data folder can be read and this version knows its schema; copies
+    it to its backup (docs/operations.md). A PostgreSQL server looks after its own."""
     if not settings.private_catalogue:
         return
     try:
@@ -139,20 +139,23 @@ def check_catalogue(settings: Settings) -> None:
         raise StartError(str(exc), "docs/operations.md says how to restore it: A damaged catalogue") from None
     except backup.Missing as exc:
         raise StartError(str(exc), "docs/operations.md says how to restore it: A catalogue that is gone") from None
+    except CatalogueTooNew as exc:
+        raise StartError(f"{settings.catalogue_path}: {exc}", TOO_NEW_HINT) from None
     except OSError as exc:
         raise _unwritable(settings, exc) from None
 
 
 async def check_database(settings: Settings) -> None:
-    """Raises StartError unless the catalogue's database answers and this version knows its schema."""
-    if settings.private_catalogue and not settings.catalogue_path.exists():
-        return  # a first start
-    where = str(settings.catalogue_path) if settings.private_catalogue else f"{PREFIX}DATABASE_URL"
+    """Raises StartError unless PostgreSQL answers, where the catalogue is there, and this version knows its schema."""
+    if settings.private_catalogue:
+        return
+    from service.store import database
+
+    where = f"{PREFIX}DATABASE_URL"
     try:
         await database.check(settings.database_address())
     except CatalogueTooNew as exc:
-        hint = "start the version of loraplex that last used it, or restore a backup from before: docs/operations.md"
-        raise StartError(f"{where}: {exc}", hint) from None
+        raise StartError(f"{where}: {exc}", TOO_NEW_HINT) from None
     except CatalogueUnusable as exc:
         hint = "is PostgreSQL running, and are host, port, database, user and password right?"
         raise StartError(f"{where}: the database cannot be used: {exc.reason}", hint) from None
@@ -164,9 +167,12 @@ async def check_neighbours(settings: Settings) -> None:
     """Raises StartError where services on one PostgreSQL would not find each other's files."""
     if settings.private_catalogue:
         return
+    from service.store.blob_book import LEASE_S
+    from service.store.instances import apart, instance_id
+
     files_at = settings.open_blobs().shared_at
     try:
-        found = await instances.apart(settings.database_address(), instance_id(settings.uploads_dir), files_at)
+        found = await apart(settings.database_address(), instance_id(settings.uploads_dir), files_at)
     except CatalogueUnavailable as exc:
         raise StartError(f"{PREFIX}DATABASE_URL: {exc}", "start again when the database answers") from None
     if found:
@@ -462,6 +468,8 @@ class Supervisor:
         await asyncio.gather(*(child.stop(ENGINE_STOP_S) for child in engines))
         self._children.clear()
         if not self._settings.private_catalogue:
+            from service.store.instances import instance_id, leave
+
             with contextlib.suppress(CatalogueUnavailable, TimeoutError):
                 async with asyncio.timeout(LEAVE_S):
-                    await instances.leave(self._settings.database_address(), instance_id(self._settings.uploads_dir))
+                    await leave(self._settings.database_address(), instance_id(self._settings.uploads_dir))
