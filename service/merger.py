@@ -34,7 +34,7 @@ from service.engine.errors import EngineError
 from service.jobs import Workers, WorkersUnavailable
 from service.library import WEIGHTS, Library
 from service.merge_task import BLOBS_URL, Priority, Said, Task, explain
-from service.merges import merges_dir, remove_folder, require_space, stored_sources
+from service.merges import remove_folder, require_space, stored_sources
 from service.pace import keep_pace, measurable
 from service.settings import Settings
 from service.store.catalogue import Catalogue
@@ -76,7 +76,7 @@ class Merger:
         self._workers = workers
         self._catalogue = library.catalogue
         self._settings = settings
-        self._folder = merges_dir(settings)
+        self._folder = settings.merges_dir
         self._work = self._folder / "work"
         self._runner = instance_id(settings.uploads_dir)
         self._priority: Priority = settings.merge_priority

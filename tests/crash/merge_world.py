@@ -172,11 +172,14 @@ class Moments:
 
 
 @contextmanager
-def merge_service(**options: Any) -> Iterator[World]:
-    """A world for merges, not started yet, on a folder of its own."""
+def merge_service(*, merger: bool = True, **options: Any) -> Iterator[World]:
+    """A world for merges, not started yet, on a folder of its own. `merger`: it is there from the start, since there is
+    something left over for it to sweep, rather than from the first merge on."""
     # Not tmp_path: the path of a socket has to be short.
     with tempfile.TemporaryDirectory(prefix="lp-merge-") as folder:
         made = mergeable(World(Path(folder), unused_port(), *FLAGS, **options))
+        if merger:
+            (made.data / "merges" / "work" / "left-over").mkdir(parents=True)
         try:
             yield made
         finally:
