@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from adapters.blobs import SWEEP_GRACE_SECONDS, Blobs, BlobStore
-from adapters.block import delete_blocks, sweep_blocks
+from adapters.block_files import delete_blocks, sweep_blocks
 from adapters.errors import StoreUnavailable
 from service.engine.client import EngineClient
 from service.engine.errors import EngineCallTimedOut, EngineError
