@@ -18,7 +18,7 @@ from safetensors.numpy import load, load_file, save_file
 
 from tests.crash.world import WORDS, Content, World
 from tests.ports import unused_port
-from tests.service.launch import wait_for
+from tests.service.launch import PLAIN, wait_for
 
 MERGER, JOB = "service.merger", "service.merge_job"
 Q = "model.layers.0.self_attn.q_proj"
@@ -58,7 +58,7 @@ class Client:
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self.http = httpx.Client(base_url=world.url, timeout=60, trust_env=False)
+        self.http = httpx.Client(base_url=world.url, timeout=60, **PLAIN)
 
     def upload(self, name: str, seed: int, rank: int = 4) -> Content:
         content = Content.make(seed, rank)
