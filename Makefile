@@ -40,8 +40,9 @@ $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 serve: $(VENV)/.installed
 	@exec $(BIN)/python -m service serve --examples $(ARGS)
 
+# The suite starts Python hundreds of times: without the bytecode of a first time each compiles up to a hundred files.
 test: $(VENV)/.installed-dev
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup \
+	@PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup \
 	    --cov --cov-report=term:skip-covered --durations=10 $(ARGS)
 
 lint: $(VENV)/.installed-dev
