@@ -14,12 +14,11 @@ read only.
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import struct
 import tempfile
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedReader, RawIOBase
 from pathlib import Path
@@ -29,13 +28,13 @@ import msgspec
 import numpy as np
 
 from adapters.blobs import Blobs, fsync_folder
+from adapters.block_files import LAYOUT_VERSION, block_path
 from adapters.convert import SAFETENSORS, STORAGE, Array, convert, count_nonfinite
 from adapters.errors import AdapterUnavailable, BlobDamaged
 from adapters.manifest import Manifest
 from adapters.peft_format import AdapterSpec, TargetSpec, load_record
 from adapters.safetensors_header import TensorRef
 
-LAYOUT_VERSION = 2
 TENSOR_ALIGNMENT = 16
 PAYLOAD_ALIGNMENT = 4096
 """The payload starts on a page, so that it can be mapped or read past the page cache."""
@@ -91,34 +90,6 @@ def checksums(data: memoryview | Array) -> bytes:
             for columns, rest in zip(sums, pieces[:, end:], strict=True):
                 result += struct.pack("<I", zlib.crc32(rest.tobytes(), zlib.crc32(columns.tobytes())))
     return bytes(result)
-
-
-def block_path(cache_dir: Path, digest: str, manifest: Manifest) -> Path:
-    """Where the block of adapter version `digest` for this base lies or would lie."""
-    key = hashlib.sha256(f"{manifest.fingerprint}\n{manifest.dtype}\n{LAYOUT_VERSION}".encode()).hexdigest()[:16]
-    return Path(cache_dir) / "blocks" / key / digest[:2] / f"{digest}.block"
-
-
-def delete_blocks(cache_dir: Path, digest: str) -> None:
-    """Deletes the blocks of an adapter version for every base that it was packed for."""
-    for path in (Path(cache_dir) / "blocks").glob(f"*/{digest[:2]}/{digest}.block"):
-        path.unlink(missing_ok=True)
-
-
-def sweep_blocks(cache_dir: Path, keep: Collection[str]) -> int:
-    """Deletes the blocks of adapter versions whose digest is not in `keep`; how many those were."""
-    swept = 0
-    for path in (Path(cache_dir) / "blocks").glob("*/*/*.block"):
-        if path.stem not in keep:
-            path.unlink(missing_ok=True)
-            swept += 1
-    return swept
-
-
-def sweep_unfinished(cache_dir: Path) -> None:
-    """Deletes what packers that were killed left behind. For the one process that packs, before it begins."""
-    for path in (Path(cache_dir) / "blocks").glob("*/*/*.tmp"):
-        path.unlink(missing_ok=True)
 
 
 def layout(spec: AdapterSpec, digest: str, manifest: Manifest) -> BlockHeader:

@@ -21,7 +21,8 @@ import torch
 
 from adapters.arena import Arena, StreamFence
 from adapters.blobs import Blobs
-from adapters.block import CHECKED_BYTES, block_path, checksum_of, read_header, read_payload
+from adapters.block import CHECKED_BYTES, checksum_of, read_header, read_payload
+from adapters.block_files import block_path
 from adapters.errors import (
     AdapterMissing,
     AdapterUnavailable,

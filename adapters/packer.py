@@ -11,7 +11,8 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from adapters.blobs import Blobs
-from adapters.block import pack, sweep_unfinished
+from adapters.block import pack
+from adapters.block_files import sweep_unfinished
 from adapters.errors import AdapterUnavailable
 from adapters.manifest import Manifest
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from service import log
 from service.settings import Settings
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 
 class Display:
@@ -27,6 +27,8 @@ class Display:
     def steps(self) -> Iterator[None]:
         """Steps can be reported inside this block."""
         if self.console.is_terminal:
+            from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
             columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
             self._progress = Progress(*columns, console=self.console, transient=True)
             self._progress.start()
@@ -40,6 +42,8 @@ class Display:
 
     def __call__(self, step: str, fraction: float | None = None) -> None:
         if self._progress is not None:
+            from rich.markup import escape
+
             if step != self._last:
                 for task in self._progress.task_ids:
                     self._progress.remove_task(task)
@@ -81,6 +85,8 @@ class LoggedDisplay(Display):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__()
+        from service import log
+
         log.configure(settings)
         self._log = log.get("service.supervisor")
 

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 from adapters.blobs import SWEEP_GRACE_SECONDS, Blobs, BlobStore
-from adapters.block import delete_blocks, sweep_blocks
+from adapters.block_files import delete_blocks, sweep_blocks
 from adapters.errors import StoreUnavailable
 from service.engine.client import EngineClient
 from service.engine.errors import EngineCallTimedOut, EngineError
-from service.store import Catalogue
 from service.store.blob_book import LEASE_S, BlobBook
+from service.store.catalogue import Catalogue
 from service.store.errors import CatalogueUnavailable
 from service.store.instances import instance_id
 from service.uploads import Spool

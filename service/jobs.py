@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
 import logging
 import multiprocessing
-import multiprocessing.connection
 import os
-import signal
-import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import ParamSpec, TypeVar
 
 from service.engine import logs
+from service.job_worker import become_worker
 
 log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-NICENESS = 10  # the engine and the API go first
 
 
 class WorkersUnavailable(Exception):  # noqa: N818 - the name says what happened
@@ -74,7 +69,7 @@ class Workers:
     def _new_pool(count: int) -> ProcessPoolExecutor:
         # Not fork: this process has threads, and a loop with open sockets.
         context = multiprocessing.get_context("spawn")
-        return ProcessPoolExecutor(count, mp_context=context, initializer=_become_worker, initargs=logs.current())
+        return ProcessPoolExecutor(count, mp_context=context, initializer=become_worker, initargs=logs.current())
 
     def _discard(self, pool: ProcessPoolExecutor) -> None:
         # All jobs of a broken pool fail together; the first to notice replaces it, the others find the new one.
@@ -96,25 +91,3 @@ class Workers:
     def pids(self) -> tuple[int, ...]:
         """Process ids of the workers that run."""
         return tuple(getattr(self._pool, "_processes", None) or ())
-
-
-def import_modules(*names: str) -> None:
-    """A job that does nothing but start a worker and import there what later jobs need."""
-    for name in names:
-        importlib.import_module(name)
-
-
-def _become_worker(log_level: str, log_format: str) -> None:
-    logs.configure(log_level, log_format)
-    os.nice(NICENESS)
-    # Ctrl-C goes to the whole terminal; it is the parent that ends its workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_die_with, args=(parent.sentinel,), daemon=True).start()
-
-
-def _die_with(sentinel: int) -> None:
-    """A worker waits for jobs on a pipe that it holds open itself, so it would outlive a parent that was killed."""
-    multiprocessing.connection.wait([sentinel])
-    os._exit(1)

@@ -35,12 +35,13 @@ from service.engine.client import EngineClient
 from service.engine.errors import EngineError
 from service.engine.messages import Ready
 from service.janitor import UNLOAD_TIMEOUT_S, Janitor
-from service.jobs import Workers, import_modules
-from service.store import AdapterExists, Catalogue, File, NewVersion, Version
+from service.job_worker import import_modules
+from service.jobs import Workers
+from service.store.catalogue import Catalogue
 from service.store.edits import Condition, Edits, always
-from service.store.errors import CatalogueError, CatalogueUnavailable
+from service.store.errors import AdapterExists, CatalogueError, CatalogueUnavailable
 from service.store.names import NAME_RULE, valid_name
-from service.store.records import Removed, Resolved, engine_key
+from service.store.records import File, NewVersion, Removed, Resolved, Version, engine_key
 from service.store.tables import DEFAULT_TENANT
 from service.uploads import FieldRule, Form, Spool, UploadedFile, safe_basename
 
@@ -113,7 +114,7 @@ class Library:
         if self.engine.ready.is_set() and self.engine.last_ready is not None:
             self._greet(self.engine.last_ready)
         # A worker takes a second to start; the first upload should not wait for it.
-        self._start(self._workers.run(import_modules, "adapters.inspection"))
+        self._start(self._workers.run(import_modules, "adapters.inspection", "adapters.values"))
 
     async def close(self) -> None:
         """Ends the work in the background: deletions that wait for the engine are left to the next start's sweep.

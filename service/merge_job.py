@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("task", type=Path, help="what to do, as JSON")
     arguments = parser.parse_args()
     task = msgspec.json.decode(arguments.task.read_bytes(), type=Task)
-    logs.configure(*task.log)
+    logs.configure(*task.log, quiet=True)
     stand_back(task.priority)
     with os.fdopen(arguments.fd, "wb") as stream:
         voice = Voice(stream)

@@ -34,12 +34,12 @@ from service.engine.errors import EngineError
 from service.jobs import Workers, WorkersUnavailable
 from service.library import WEIGHTS, Library
 from service.merge_task import BLOBS_URL, Priority, Said, Task, explain
-from service.merges import merges_dir, remove_folder, require_space, stored_sources
+from service.merges import remove_folder, require_space, stored_sources
 from service.pace import keep_pace, measurable
 from service.settings import Settings
-from service.store import Catalogue, NotFound
+from service.store.catalogue import Catalogue
 from service.store.edits import Edits
-from service.store.errors import CatalogueUnavailable, Conflict, QuotaReached
+from service.store.errors import CatalogueUnavailable, Conflict, NotFound, QuotaReached
 from service.store.instances import instance_id
 from service.store.merges import Job, JobLost
 from service.uploads import Spool
@@ -76,7 +76,7 @@ class Merger:
         self._workers = workers
         self._catalogue = library.catalogue
         self._settings = settings
-        self._folder = merges_dir(settings)
+        self._folder = settings.merges_dir
         self._work = self._folder / "work"
         self._runner = instance_id(settings.uploads_dir)
         self._priority: Priority = settings.merge_priority

@@ -50,11 +50,6 @@ class Wanted:
         return hashlib.sha256(msgspec.json.encode(plain)).hexdigest()
 
 
-def merges_dir(settings: Settings) -> Path:
-    """Of results (<id>/) and of what is being made (work/)."""
-    return settings.data_dir / "merges"
-
-
 async def stored_sources(library: Library, sources: Iterable[Source], tenant: str) -> list[StoredSource]:
     """Raises AdapterNotFound, VersionNotFound."""
     found = []
@@ -83,7 +78,7 @@ class Merges:
         self._workers = workers
         self._model = Path(settings.model)
         self._memory = settings.merge_memory_bytes
-        self._folder = merges_dir(settings)
+        self._folder = settings.merges_dir
         self._folder.mkdir(parents=True, exist_ok=True)
 
     async def submit(self, wanted: Wanted, key: str | None, tenant: str, viewer: str | None = None) -> tuple[Job, bool]:

@@ -286,6 +286,11 @@ class Settings(BaseSettings):
         return self.data_dir / "uploads"
 
     @property
+    def merges_dir(self) -> Path:
+        """Of results (<id>/) and of what is being made (work/)."""
+        return self.data_dir / "merges"
+
+    @property
     def engine_socket(self) -> str:
         """The ipc:// address of the engine, the same in every process that has this data folder. Whoever binds it
         creates the folder, readable by its owner alone."""

@@ -26,10 +26,10 @@ from service.api.schemas import Strict
 from service.engine.errors import EngineUnavailable
 from service.jobs import WorkersUnavailable
 from service.library import MAX_LABELS, Library, Published, check_labels
-from service.store import Adapter, Resolved, Version, VersionNotFound
 from service.store.edits import Condition
+from service.store.errors import VersionNotFound
 from service.store.names import ALIAS_RULE, NAME, Selector, parse_selector, valid_alias, valid_name
-from service.store.records import Removed
+from service.store.records import Adapter, Removed, Resolved, Version
 from service.store.visibility import MAX_GRANTS, PRIVATE, PUBLIC, SHARED
 
 RETRY_AFTER_S = 5.0

@@ -1,6 +1,6 @@
 """One line per log record, JSON or for the eye: the same in every process of the service.
 
-Processes that multiprocessing starts for this one (adapters/packer.py, service/jobs.py) call `configure(*current())`.
+Processes that multiprocessing starts for this one (service/jobs.py) call `configure(*current())`.
 """
 
 from __future__ import annotations
@@ -8,30 +8,65 @@ from __future__ import annotations
 import logging
 import sys
 import threading
+from functools import cached_property
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import structlog
+if TYPE_CHECKING:
+    from structlog.typing import EventDict, Processor
 
 _current: list[tuple[str, str]] = [("info", "console")]
 _NOISY = ("uvicorn.access", "aiosqlite", "alembic", "httpx", "httpcore", "urllib3")
 """The access line is our own; and these tell every statement, migration and connection."""
 
 
-def _without_colours(_: Any, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+def _without_colours(_: Any, __: str, event: EventDict) -> EventDict:
     """uvicorn adds its message once more, with colours."""
     event.pop("color_message", None)
     return event
 
 
-SHARED: list[structlog.typing.Processor] = [
-    structlog.contextvars.merge_contextvars,
-    structlog.stdlib.add_logger_name,
-    structlog.stdlib.add_log_level,
-    structlog.stdlib.ExtraAdder(),
-    _without_colours,
-    structlog.processors.TimeStamper(fmt="iso", utc=True),
-]
+def shared() -> list[Processor]:
+    """What every event goes through, whoever's it is."""
+    import structlog
+
+    return [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_logger_name,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.ExtraAdder(),
+        _without_colours,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+
+
+class _Lines(logging.Formatter):
+    """Makes the lines, with structlog: with the first of them that takes a sixth of a second to import."""
+
+    def __init__(self, format: str) -> None:
+        super().__init__()
+        self._format = format
+
+    def format(self, record: logging.LogRecord) -> str:
+        return self.formatter.format(record)
+
+    @cached_property
+    def formatter(self) -> logging.Formatter:
+        import structlog
+
+        tail: list[Processor]
+        if self._format == "json":
+            # Both without the variables of each frame, which they show by default: prompts and keys are among them.
+            exceptions = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+            tail = [
+                structlog.processors.ExceptionRenderer(exceptions),
+                structlog.processors.JSONRenderer(ensure_ascii=False),
+            ]
+        else:
+            plain = structlog.dev.plain_traceback
+            tail = [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=plain)]
+        remove = structlog.stdlib.ProcessorFormatter.remove_processors_meta
+        return structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared(), processors=[remove, *tail])
 
 
 def current() -> tuple[str, str]:
@@ -39,30 +74,20 @@ def current() -> tuple[str, str]:
     return _current[0]
 
 
-def configure(level: str, format: str) -> None:
+def configure(level: str, format: str, *, quiet: bool = False) -> None:
     """Routes all logging of this process to stderr, warnings and what ends it included. May be called again.
 
-    `level`: as logging's, in any case; `format`: json or console."""
+    `level`: as logging's, in any case; `format`: json or console; `quiet`: of a process that most often ends without a
+    line, and is ready for one when it comes."""
     _current[0] = (level, format)
-    tail: list[structlog.typing.Processor]
     if format == "json":
-        # Both without the variables of each frame, which they show by default: prompts and keys are among them.
-        exceptions = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
-        tail = [
-            structlog.processors.ExceptionRenderer(exceptions),
-            structlog.processors.JSONRenderer(ensure_ascii=False),
-        ]
         sys.excepthook = _end
         threading.excepthook = _thread_end
-    else:
-        plain = structlog.dev.plain_traceback
-        tail = [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=plain)]
-    formatter = structlog.stdlib.ProcessorFormatter(
-        foreign_pre_chain=SHARED,
-        processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *tail],
-    )
+    lines = _Lines(format)
+    if not quiet:
+        _ = lines.formatter
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(formatter)
+    handler.setFormatter(lines)
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())

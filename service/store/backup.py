@@ -1,4 +1,4 @@
-"""The catalogue's file before the service starts: is it sound? If so, its backup is made anew."""
+"""The catalogue's file before the service starts: is it sound, and its schema known? If so, its backup is made anew."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import errno
 import re
 import sqlite3
 from pathlib import Path
+
+from service.store.revisions import QUERY, TABLE, require_known
 
 _BLOB = re.compile(r"[0-9a-f]{64}")
 _FULL = ("SQLITE_FULL", "SQLITE_IOERR_WRITE", "SQLITE_IOERR_SHMSIZE")
@@ -28,7 +30,7 @@ def check_and_copy(catalogue: Path, blobs: Path) -> bool:
     """Whether a backup was made; for a service that holds the data folder and has not started yet.
 
     No catalogue and no blobs: a first start. Without a catalogue every blob would be swept as unused, hence Missing.
-    Raises Damaged, Missing, OSError. A disk too full for a backup is no failure."""
+    Raises Damaged, Missing, CatalogueTooNew, OSError. A disk too full for a backup is no failure."""
     if not catalogue.exists():
         if any(_BLOB.fullmatch(entry.name) for entry in blobs.glob("??/*")):
             raise Missing(f"{blobs} holds adapters, but {catalogue} is gone")
@@ -38,6 +40,7 @@ def check_and_copy(catalogue: Path, blobs: Path) -> bool:
             problems = [row[0] for row in source.execute("PRAGMA quick_check(3)")]
             if problems != ["ok"]:
                 raise Damaged(f"{catalogue} is damaged: {' '.join(problems[0].split())}")
+            require_known(_revision(source))
             return _copy(source, backup_path(catalogue))
     except sqlite3.Error as error:
         name = getattr(error, "sqlite_errorname", "")
@@ -45,6 +48,12 @@ def check_and_copy(catalogue: Path, blobs: Path) -> bool:
             raise Damaged(f"{catalogue} is damaged: {error}") from None
         code = errno.ENOSPC if name in _FULL else errno.EROFS if name.startswith("SQLITE_READONLY") else errno.EIO
         raise OSError(code, str(error), str(catalogue)) from error
+
+
+def _revision(source: sqlite3.Connection) -> str | None:
+    there = source.execute("SELECT 1 FROM sqlite_schema WHERE type = 'table' AND name = ?", (TABLE,)).fetchone()
+    found = source.execute(QUERY).fetchone() if there else None
+    return found[0] if found else None
 
 
 def _copy(source: sqlite3.Connection, target: Path) -> bool:

@@ -24,15 +24,11 @@ from service.store.errors import (
     CatalogueDamaged,
     CatalogueError,
     CatalogueFull,
-    CatalogueTooNew,
     CatalogueUnusable,
     UnstorableText,
 )
+from service.store.revisions import MIGRATIONS, QUERY, REVISION, TABLE, require_known
 
-MIGRATIONS = Path(__file__).parent / "migrations"
-REVISIONS = tuple(sorted(path.name.partition("_")[0] for path in (MIGRATIONS / "versions").glob("[0-9]*_*.py")))
-"""Of migrations/versions, whose files are named by them."""
-REVISION = REVISIONS[-1]
 WRITERS_LOCK = 0x10_7A_91  # key of the advisory lock; any constant of this project's own
 BUSY_TIMEOUT_MS = 30_000
 CONNECT_TIMEOUT_S = 5.0
@@ -216,11 +212,10 @@ def _configure_sqlite(connection: Any, _record: Any) -> None:
 
 def _revision(connection: sa.Connection) -> str | None:
     """The schema's; None: there is no schema yet. CatalogueTooNew for one that is not known here."""
-    if not sa.inspect(connection).has_table("alembic_version"):
+    if not sa.inspect(connection).has_table(TABLE):
         return None
-    found: str | None = connection.scalar(sa.text("SELECT version_num FROM alembic_version"))
-    if found is not None and found not in REVISIONS:
-        raise CatalogueTooNew(found)
+    found: str | None = connection.scalar(sa.text(QUERY))
+    require_known(found)
     return found
 
 

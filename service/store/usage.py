@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.dialects import sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.store.database import Database
@@ -67,7 +67,13 @@ async def add(connection: AsyncConnection, counts: Mapping[Key, Counts]) -> None
     if not counts:
         return
     # The same words in both dialects, but each has its own construct for them.
-    insert = (sqlite if connection.dialect.name == "sqlite" else postgresql).insert(usage)
+    insert: Any
+    if connection.dialect.name == "sqlite":
+        insert = sqlite.insert(usage)
+    else:
+        from sqlalchemy.dialects import postgresql
+
+        insert = postgresql.insert(usage)
     statement = insert.on_conflict_do_update(
         index_elements=list(usage.primary_key.columns),
         set_={name: usage.c[name] + insert.excluded[name] for name in COUNTS},

@@ -14,17 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from adapters import block
 from adapters.blobs import BlobStore
-from adapters.block import (
-    block_path,
-    delete_blocks,
-    layout,
-    pack,
-    read_header,
-    read_payload,
-    sweep_blocks,
-    sweep_unfinished,
-    verify_block,
-)
+from adapters.block import layout, pack, read_header, read_payload, verify_block
+from adapters.block_files import block_path, delete_blocks, sweep_blocks, sweep_unfinished
 from adapters.convert import STORAGE, convert, count_nonfinite, may_overflow
 from adapters.errors import AdapterMissing, AdapterRefused, AdapterUnavailable, BlobDamaged
 from adapters.inspection import inspect_upload

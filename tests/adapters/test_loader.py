@@ -16,7 +16,8 @@ import pytest
 from adapters import block
 from adapters.arena import Arena
 from adapters.blobs import BlobStore
-from adapters.block import block_path, pack, read_header
+from adapters.block import pack, read_header
+from adapters.block_files import block_path
 from adapters.errors import AdapterMissing, AdapterUnavailable, BlobDamaged
 from adapters.loader import BlockLoader, Packing
 from adapters.manifest import Manifest

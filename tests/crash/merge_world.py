@@ -18,7 +18,7 @@ from safetensors.numpy import load, load_file, save_file
 
 from tests.crash.world import WORDS, Content, World
 from tests.ports import unused_port
-from tests.service.launch import wait_for
+from tests.service.launch import PLAIN, wait_for
 
 MERGER, JOB = "service.merger", "service.merge_job"
 Q = "model.layers.0.self_attn.q_proj"
@@ -58,7 +58,7 @@ class Client:
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self.http = httpx.Client(base_url=world.url, timeout=60, trust_env=False)
+        self.http = httpx.Client(base_url=world.url, timeout=60, **PLAIN)
 
     def upload(self, name: str, seed: int, rank: int = 4) -> Content:
         content = Content.make(seed, rank)
@@ -172,11 +172,14 @@ class Moments:
 
 
 @contextmanager
-def merge_service(**options: Any) -> Iterator[World]:
-    """A world for merges, not started yet, on a folder of its own."""
+def merge_service(*, merger: bool = True, **options: Any) -> Iterator[World]:
+    """A world for merges, not started yet, on a folder of its own. `merger`: it is there from the start, since there is
+    something left over for it to sweep, rather than from the first merge on."""
     # Not tmp_path: the path of a socket has to be short.
     with tempfile.TemporaryDirectory(prefix="lp-merge-") as folder:
         made = mergeable(World(Path(folder), unused_port(), *FLAGS, **options))
+        if merger:
+            (made.data / "merges" / "work" / "left-over").mkdir(parents=True)
         try:
             yield made
         finally:

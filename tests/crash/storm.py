@@ -29,7 +29,7 @@ import httpx
 from tests.crash import ledger as book
 from tests.crash.ledger import Adapter, Ledger, State
 from tests.crash.world import API, BASE, ENGINE, WORDS, Content, World, send
-from tests.service.launch import wait_for
+from tests.service.launch import PLAIN, wait_for
 
 BACK_S = 30.0
 """What the service may take to serve again after a kill. What a test machine adds is not taken off."""
@@ -167,14 +167,14 @@ class Storm:
     def connections(self) -> Iterator[list[httpx.Client]]:
         """One to each service; every request goes over any of them."""
         with contextlib.ExitStack() as stack:
-            clients = [httpx.Client(base_url=world.url, timeout=60, trust_env=False) for world in self.worlds]
+            clients = [httpx.Client(base_url=world.url, timeout=60, **PLAIN) for world in self.worlds]
             yield [stack.enter_context(client) for client in clients]
 
     # ------------------------------------------------------------ the check
 
     def check(self, world: World) -> None:
         """Nobody else is at work: what the service has is what the ledger says, to the byte."""
-        with httpx.Client(base_url=world.url, timeout=60, trust_env=False) as http:
+        with httpx.Client(base_url=world.url, timeout=60, **PLAIN) as http:
             listed: dict[str, dict[str, Any]] = {entry["name"]: entry for entry in pages(http, "/v1/adapters")}
             for name in sorted(listed.keys() | self.ledger.possible.keys()):
                 self.ledger.seen(name, self._observed(http, listed[name]) if name in listed else None)

@@ -20,7 +20,7 @@ import httpx
 
 from tests.crash.storm import pages
 from tests.crash.world import API, BASE, ENGINE, Content, World, send
-from tests.service.launch import wait_for
+from tests.service.launch import PLAIN, wait_for
 
 ADMIN = "the-admin-key-of-these-tests"
 LOST_S = 2.0
@@ -139,7 +139,7 @@ class TenantStorm:
 
     def client(self, key: str = ADMIN) -> httpx.Client:
         headers = {"Authorization": f"Bearer {key}"}
-        return httpx.Client(base_url=self.world.url, headers=headers, timeout=60, trust_env=False)
+        return httpx.Client(base_url=self.world.url, headers=headers, timeout=60, **PLAIN)
 
     def run(self, kinds: list[str]) -> None:
         self.world.start(LORAPLEX_ADMIN_KEY=ADMIN)

@@ -20,7 +20,7 @@ from tests.crash.world import BASE, WEIGHTS, Content, World, wait_for
 from tests.docs.conftest import ADDRESS, STRICT
 from tests.docs.markdown import bash_under
 from tests.real_parts import missing
-from tests.service.launch import ROOT, run
+from tests.service.launch import PLAIN, ROOT, run
 
 WorldMaker = Callable[..., World]
 CONTENTS = [Content.make(seed, rank=256) for seed in range(4)]
@@ -29,7 +29,7 @@ CONTENTS = [Content.make(seed, rank=256) for seed in range(4)]
 @pytest.fixture
 def http(make_world: WorldMaker) -> Any:
     """Not bound to an address: a client for whichever world."""
-    with httpx.Client(timeout=60, trust_env=False) as client:
+    with httpx.Client(timeout=60, **PLAIN) as client:
         yield client
 
 

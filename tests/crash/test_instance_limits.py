@@ -12,7 +12,7 @@ import pytest
 from service.leases import LENT_S, START_S
 from tests.crash.world import BASE, World
 from tests.real_parts import S3, Postgres
-from tests.service.launch import wait_for
+from tests.service.launch import PLAIN, wait_for
 
 ADMIN = {"Authorization": "Bearer the-admin-key-of-these-tests"}
 PER_MINUTE, AT_ONCE = 64, 6
@@ -33,7 +33,7 @@ def pair(postgres: Postgres, s3: S3, make_world: Callable[..., World]) -> tuple[
 
 def tenant(world: World, name: str, **limits: int) -> dict[str, str]:
     """Of a new tenant, the headers."""
-    with httpx.Client(base_url=world.url, headers=ADMIN, timeout=60, trust_env=False) as http:
+    with httpx.Client(base_url=world.url, headers=ADMIN, timeout=60, **PLAIN) as http:
         assert http.post("/v1/tenants", json={"name": name, "limits": limits}).status_code == 201
         made = http.post(f"/v1/tenants/{name}/keys", json={"scopes": ["infer"]})
         return {"Authorization": f"Bearer {made.json()['key']}"}
@@ -62,7 +62,7 @@ class Spray:
             thread.join(60)
 
     def _ask(self, world: World) -> None:
-        with httpx.Client(base_url=world.url, headers=self._headers, timeout=60, trust_env=False) as http:
+        with httpx.Client(base_url=world.url, headers=self._headers, timeout=60, **PLAIN) as http:
             while not self._end.is_set():
                 try:
                     answer = http.post("/v1/completions", json=self._body)
@@ -83,7 +83,7 @@ def running(worlds: tuple[World, ...], name: str) -> int:
     counts for nothing."""
     counts: dict[str, int] = {}
     for world in worlds + worlds:
-        answer = httpx.get(f"{world.url}/v1/tenants/{name}", headers=ADMIN, timeout=60, trust_env=False)
+        answer = httpx.get(f"{world.url}/v1/tenants/{name}", headers=ADMIN, timeout=60, **PLAIN)
         count = answer.json()["used"]["concurrent_requests"]
         counts[world.url] = min(counts.get(world.url, count), count)
     return sum(counts.values())

@@ -19,7 +19,7 @@ import pytest
 from tests.crash.world import API, Content, World
 from tests.docs.markdown import bash_under
 from tests.real_parts import PASSWORD, S3, Postgres, bucket_names
-from tests.service.launch import wait_for
+from tests.service.launch import PLAIN, wait_for
 
 MakeWorld = Callable[..., World]
 
@@ -39,12 +39,12 @@ def pair(state: dict[str, str], make_world: MakeWorld) -> tuple[World, World]:
 
 def complete(world: World, model: str, tokens: int = 4) -> httpx.Response:
     body = {"model": model, "prompt": [1, 2, 3], "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
-    return httpx.post(f"{world.url}/v1/completions", json=body, timeout=120, trust_env=False)
+    return httpx.post(f"{world.url}/v1/completions", json=body, timeout=120, **PLAIN)
 
 
 def put(world: World, name: str, content: Content, **params: Any) -> httpx.Response:
     url = f"{world.url}/v1/adapters/{name}"
-    return httpx.put(url, files=content.form, params=params, timeout=120, trust_env=False)
+    return httpx.put(url, files=content.form, params=params, timeout=120, **PLAIN)
 
 
 def test_two_instances(pair: tuple[World, World], state: dict[str, str]) -> None:
@@ -65,7 +65,7 @@ def test_two_instances(pair: tuple[World, World], state: dict[str, str]) -> None
         versions = sorted(done.result().json()["version"] for done in sent)
     assert versions == [1, 2, 3, 4, 5, 6]
     for world in pair:
-        assert httpx.get(f"{world.url}/v1/adapters/b", trust_env=False).json()["versions"] == versions
+        assert httpx.get(f"{world.url}/v1/adapters/b", **PLAIN).json()["versions"] == versions
 
     # Deleted at one while the other runs it: the request ends as if nothing had happened, and its files stay so long.
     last = contents[8]
@@ -74,7 +74,7 @@ def test_two_instances(pair: tuple[World, World], state: dict[str, str]) -> None
     running = threading.Thread(target=lambda: done.append(complete(two, "c", 600)))
     running.start()
     wait_for(lambda: residency(two, "c") == "device")
-    assert httpx.delete(f"{one.url}/v1/adapters/c", timeout=60, trust_env=False).status_code == 200
+    assert httpx.delete(f"{one.url}/v1/adapters/c", timeout=60, **PLAIN).status_code == 200
     assert complete(two, "c").status_code == 404
     while running.is_alive():
         names = bucket_names(state["blobs_url"])
@@ -87,12 +87,12 @@ def test_two_instances(pair: tuple[World, World], state: dict[str, str]) -> None
     # The same content comes back at one while the other may still be deleting it.
     for turn in range(3):
         assert put(pair[turn % 2], "d", contents[7]).status_code == 201
-        assert httpx.delete(f"{pair[1 - turn % 2].url}/v1/adapters/d", timeout=60, trust_env=False).status_code == 200
+        assert httpx.delete(f"{pair[1 - turn % 2].url}/v1/adapters/d", timeout=60, **PLAIN).status_code == 200
     assert put(one, "d", contents[7]).status_code == 201
     time.sleep(3.0)  # longer than a deletion takes
     for filename, data in contents[7].files.items():
-        numbers = httpx.get(f"{two.url}/v1/adapters/d", trust_env=False).json()["versions"]
-        got = httpx.get(f"{two.url}/v1/adapters/d/versions/{numbers[0]}/files/{filename}", timeout=60, trust_env=False)
+        numbers = httpx.get(f"{two.url}/v1/adapters/d", **PLAIN).json()["versions"]
+        got = httpx.get(f"{two.url}/v1/adapters/d/versions/{numbers[0]}/files/{filename}", timeout=60, **PLAIN)
         assert got.content == data
 
     # An instance that is killed in the midst of an upload leaves nothing; the other one sees to that.
@@ -107,7 +107,7 @@ def test_two_instances(pair: tuple[World, World], state: dict[str, str]) -> None
 
 
 def residency(world: World, name: str) -> str:
-    return str(httpx.get(f"{world.url}/v1/adapters/{name}", timeout=60, trust_env=False).json().get("residency"))
+    return str(httpx.get(f"{world.url}/v1/adapters/{name}", timeout=60, **PLAIN).json().get("residency"))
 
 
 def shared(contents: list[Content]) -> set[str]:
@@ -132,7 +132,7 @@ def test_backup_and_restore(
     assert put(world, "new", contents[2]).status_code == 201
     run(dump, state)
     assert put(world, "later", contents[3]).status_code == 201
-    assert httpx.delete(f"{world.url}/v1/adapters/gone", timeout=60, trust_env=False).status_code == 200
+    assert httpx.delete(f"{world.url}/v1/adapters/gone", timeout=60, **PLAIN).status_code == 200
     wait_for(lambda: not (contents[1].blobs - shared([contents[0]])) & bucket_names(state["blobs_url"]))
     run(copy_again, state)
     world.stop()
@@ -143,9 +143,9 @@ def test_backup_and_restore(
     again.start()
     for name, content in (("kept", contents[0]), ("gone", contents[1]), ("new", contents[2])):
         for filename, data in content.files.items():
-            got = httpx.get(f"{again.url}/v1/adapters/{name}/versions/1/files/{filename}", timeout=60, trust_env=False)
+            got = httpx.get(f"{again.url}/v1/adapters/{name}/versions/1/files/{filename}", timeout=60, **PLAIN)
             assert (got.status_code, got.content) == (200, data)
-    assert httpx.get(f"{again.url}/v1/adapters/later", trust_env=False).status_code == 404
+    assert httpx.get(f"{again.url}/v1/adapters/later", **PLAIN).status_code == 404
     assert put(again, "later", contents[3]).status_code == 201
 
 

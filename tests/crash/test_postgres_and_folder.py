@@ -12,18 +12,18 @@ import pytest
 from tests.crash.world import Content, World
 from tests.real_parts import PASSWORD, S3, Postgres
 from tests.service.adapter_helpers import Server
-from tests.service.launch import run, wait_for
+from tests.service.launch import PLAIN, run, wait_for
 
 MakeWorld = Callable[..., World]
 
 
 def get(world: World, path: str) -> httpx.Response:
-    return httpx.get(f"{world.url}{path}", timeout=60, trust_env=False)
+    return httpx.get(f"{world.url}{path}", timeout=60, **PLAIN)
 
 
 def answers(world: World, name: str, content: Content) -> bool:
     body = {"model": name, "prompt": [1, 2, 3], "max_tokens": 4, "temperature": 0, "ignore_eos": True}
-    done = httpx.post(f"{world.url}/v1/completions", json=body, timeout=120, trust_env=False)
+    done = httpx.post(f"{world.url}/v1/completions", json=body, timeout=120, **PLAIN)
     assert done.status_code == 200, done.text
     return done.json()["choices"][0]["text"].strip() == world.answer([1, 2, 3], 4, content.digest).strip()
 
@@ -39,7 +39,7 @@ def test_upload_list_run_delete_restart(make_world: MakeWorld, postgres: Postgre
     contents = {name: Content.make(number, rank=4) for number, name in enumerate(("a", "b"))}
     world.start()
     for name, content in contents.items():
-        answer = httpx.put(f"{world.url}/v1/adapters/{name}", files=content.form, timeout=60, trust_env=False)
+        answer = httpx.put(f"{world.url}/v1/adapters/{name}", files=content.form, timeout=60, **PLAIN)
         assert answer.status_code == 201, answer.text
         assert answers(world, name, content)
     needed = set.union(*(content.blobs for content in contents.values()))
@@ -55,7 +55,7 @@ def test_upload_list_run_delete_restart(make_world: MakeWorld, postgres: Postgre
             assert answers(world, name, content)
             for filename, data in content.files.items():
                 assert get(world, f"/v1/adapters/{name}/versions/1/files/{filename}").content == data
-    assert httpx.delete(f"{world.url}/v1/adapters/a", timeout=60, trust_env=False).status_code == 200
+    assert httpx.delete(f"{world.url}/v1/adapters/a", timeout=60, **PLAIN).status_code == 200
     wait_for(lambda: world.blobs() == contents["b"].blobs)
     assert get(world, "/v1/adapters/a").status_code == 404
     assert answers(world, "b", contents["b"])

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from tests.crash.world import API, BASE, ENGINE, Content, World
-from tests.service.launch import wait_for
+from tests.service.launch import PLAIN, wait_for
 
 OUT_OF_MEMORY = 13
 """A token; a step that computes it fails."""
@@ -61,7 +61,7 @@ class Asked:
         return self
 
     def _run(self) -> None:
-        with httpx.Client(timeout=90, trust_env=False) as http:
+        with httpx.Client(timeout=90, **PLAIN) as http:
             try:
                 with http.stream("POST", f"{self._url}/v1/completions", json=self._body) as answer:
                     self.port = answer.extensions["network_stream"].get_extra_info("client_addr")[1]
@@ -165,7 +165,7 @@ def test_a_restarted_api_process_leaves_alone_what_requests_still_need(world: Wo
 
 
 def test_pinned_adapters_are_fetched_again_by_a_new_engine(world: World) -> None:
-    with httpx.Client(base_url=world.url, timeout=60, trust_env=False) as http:
+    with httpx.Client(base_url=world.url, timeout=60, **PLAIN) as http:
         for name, pinned in (("pinned", True), ("other", False)):
             content = Content.make(len(name), rank=4)
             assert http.put(f"/v1/adapters/{name}", files=content.form).status_code == 201
@@ -207,7 +207,7 @@ def _hammer(world: World, number: int, stop: threading.Event) -> None:
     """Uploads, completions, streams that are left half-way."""
     content = Content.make(number, rank=64)
     body: dict[str, Any] = {"model": BASE, "prompt": [1, 2], "max_tokens": 40, "ignore_eos": True}
-    with httpx.Client(base_url=world.url, timeout=60, trust_env=False) as http:
+    with httpx.Client(base_url=world.url, timeout=60, **PLAIN) as http:
         while not stop.is_set():
             for step in _steps(http, number, content, body):
                 try:

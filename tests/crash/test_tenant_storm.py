@@ -13,7 +13,7 @@ import pytest
 from tests.crash.tenant_storm import ADMIN, TenantStorm
 from tests.crash.world import World
 from tests.real_parts import Postgres
-from tests.service.launch import wait_for
+from tests.service.launch import PLAIN, wait_for
 
 
 @pytest.mark.timeout(900)
@@ -48,9 +48,7 @@ def test_what_is_done_is_in_the_audit_log(
     world.start(LORAPLEX_ADMIN_KEY=ADMIN)
 
     def client() -> httpx.Client:
-        return httpx.Client(
-            base_url=world.url, headers={"Authorization": f"Bearer {ADMIN}"}, timeout=120, trust_env=False
-        )
+        return httpx.Client(base_url=world.url, headers={"Authorization": f"Bearer {ADMIN}"}, timeout=120, **PLAIN)
 
     def entry(http: httpx.Client) -> dict[str, Any]:
         return dict(http.get("/v1/audit?limit=1").json()["data"][0])

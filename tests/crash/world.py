@@ -22,7 +22,7 @@ from service.engine.messages import AdapterRef, SamplingParams
 from service.engine.simulated import expected
 from service.tokenizer import Tokenizer
 from tests.real_parts import bucket_names
-from tests.service.launch import UNSOUND, Launched, wait_for
+from tests.service.launch import PLAIN, UNSOUND, Launched, wait_for
 
 WORDS = 1000
 BASE = "base"
@@ -134,7 +134,7 @@ class World:
         if service.process.poll() is not None:
             raise RuntimeError(f"the service ended by itself:\n{service.log.read_text()}")
         try:
-            if httpx.get(f"{self.url}/ready", timeout=10, trust_env=False).status_code != 200:
+            if httpx.get(f"{self.url}/ready", timeout=10, **PLAIN).status_code != 200:
                 return False
         except httpx.TransportError:
             return False

@@ -22,10 +22,12 @@ STRICT = 'set -euo pipefail\ncurl() { command curl --fail-with-body --max-time 2
 
 @pytest.fixture(scope="package")
 def service(tmp_path_factory: pytest.TempPathFactory, base_model_dir: Path) -> Iterator[Launched]:
-    """`make serve`, but for the port, the data folder and the number of threads."""
+    """`make serve`, but for the port, the data folder, the number of threads, and merges that do not wait until the
+    rest of the suite leaves them a processor (service/pace.py)."""
     data_dir = tmp_path_factory.mktemp("data")
     (data_dir / "models").symlink_to(base_model_dir.parent)
-    with Launched(data_dir, unused_port(), "--examples", "--threads", "1") as launched:
+    flags = "--examples", "--threads", "1", "--merge-priority", "normal"
+    with Launched(data_dir, unused_port(), *flags) as launched:
         launched.wait_announced()
         yield launched
 

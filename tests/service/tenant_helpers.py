@@ -19,6 +19,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from .inference_helpers import ROOT, InferenceServer
+from .launch import PLAIN
 
 ADMIN = "the-admin-key-of-these-tests"
 
@@ -91,7 +92,7 @@ class TenantServer(InferenceServer):
 
 def _ready(url: str) -> bool:
     try:
-        return httpx.get(f"{url}/ready", timeout=60).status_code == 200
+        return httpx.get(f"{url}/ready", timeout=60, **PLAIN).status_code == 200
     except httpx.TransportError:
         return False
 

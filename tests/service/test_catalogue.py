@@ -21,21 +21,24 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.schema import CreateIndex, CreateTable
 
 import service.store.database
-from service.store import (
+from service.store.backup import Damaged, Missing, backup_path, check_and_copy
+from service.store.catalogue import Catalogue
+from service.store.database import check, sqlite_url
+from service.store.errors import (
     AdapterNotFound,
     AliasNotFound,
-    Catalogue,
-    File,
-    NewVersion,
+    CatalogueBusy,
+    CatalogueDamaged,
+    CatalogueFull,
+    CatalogueTooNew,
     PreconditionFailed,
     VersionInUse,
     VersionNotFound,
     WrongBase,
 )
-from service.store.backup import Damaged, Missing, backup_path, check_and_copy
-from service.store.database import REVISION, check, sqlite_url
-from service.store.errors import CatalogueBusy, CatalogueDamaged, CatalogueFull, CatalogueTooNew
 from service.store.names import parse_selector, valid_alias, valid_name
+from service.store.records import File, NewVersion
+from service.store.revisions import REVISION
 from service.store.tables import metadata
 from service.store.tenants import Tenants
 from service.store.usage import Owner
@@ -369,6 +372,17 @@ def test_the_check_at_start(tmp_path: Path) -> None:
     assert check_and_copy(catalogue, blobs)
     with contextlib.closing(sqlite3.connect(copy)) as connection:
         assert connection.execute("SELECT x FROM t").fetchall() == [(1,)]
+    whole = copy.read_bytes()
+    with contextlib.closing(sqlite3.connect(catalogue)) as connection:
+        connection.execute("CREATE TABLE alembic_version AS SELECT '9999' AS version_num")
+        connection.commit()
+    with pytest.raises(CatalogueTooNew, match="9999"):
+        check_and_copy(catalogue, blobs)
+    assert copy.read_bytes() == whole, "the backup of a version before is not lost"
+    with contextlib.closing(sqlite3.connect(catalogue)) as connection:
+        connection.execute("UPDATE alembic_version SET version_num = ?", (REVISION,))
+        connection.commit()
+    assert check_and_copy(catalogue, blobs)
     whole = copy.read_bytes()
     catalogue.write_bytes(b"x" * 10_000)
     with pytest.raises(Damaged, match=f"^{catalogue} is damaged: "):

@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,8 @@ from typer.testing import CliRunner
 
 from service import client as api
 from service.cli import app
-from tests.crash.merge_world import FLAGS, TEMPLATE, Client, Q, delta, mergeable
+from tests.crash.merge_world import TEMPLATE, Client, Q, delta, merge_service
 from tests.crash.world import World
-from tests.ports import unused_port
 from tests.service.client_helpers import Both
 from tests.service.inference_helpers import ROOT
 from tests.service.test_cli import ENVIRONMENT, LORAPLEX, Terminal
@@ -33,14 +31,9 @@ pytestmark = [pytest.mark.xdist_group("cli-merges"), pytest.mark.timeout(600)]
 
 @pytest.fixture(scope="module")
 def world() -> Iterator[World]:
-    # Not tmp_path: the path of a socket has to be short.
-    with tempfile.TemporaryDirectory(prefix="lp-climerge-") as folder:
-        made = mergeable(World(Path(folder), unused_port(), *FLAGS))
+    with merge_service() as made:
         made.start()
-        try:
-            yield made
-        finally:
-            made.close()
+        yield made
 
 
 @pytest.fixture

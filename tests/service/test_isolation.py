@@ -16,8 +16,10 @@ from fastapi import APIRouter
 from service.api import auth
 from service.app import create_app
 from service.settings import Settings
-from service.store import AdapterNotFound, Catalogue, File, NewVersion
+from service.store.catalogue import Catalogue
 from service.store.database import sqlite_url
+from service.store.errors import AdapterNotFound
+from service.store.records import File, NewVersion
 from service.store.tenants import SCOPES
 
 from .inference_helpers import BASE, InferenceServer

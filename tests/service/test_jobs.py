@@ -12,7 +12,8 @@ import pytest
 from adapters.errors import AdapterRefused
 from adapters.inspection import inspect_upload
 from adapters.manifest import Manifest
-from service.jobs import Workers, WorkersUnavailable, import_modules
+from service.job_worker import import_modules
+from service.jobs import Workers, WorkersUnavailable
 
 DIE = "__import__('os').kill(__import__('os').getpid(), 9)"
 

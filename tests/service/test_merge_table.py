@@ -12,8 +12,9 @@ import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
 
-from service.store import Catalogue, File, NewVersion, VersionInUse, VersionNotFound
-from service.store.database import MIGRATIONS, Database, sqlite_url
+from service.store.catalogue import Catalogue
+from service.store.database import Database, sqlite_url
+from service.store.errors import VersionInUse, VersionNotFound
 from service.store.merges import (
     MAX_ATTEMPTS,
     Job,
@@ -24,6 +25,8 @@ from service.store.merges import (
     Source,
     TooManyMerges,
 )
+from service.store.records import File, NewVersion
+from service.store.revisions import MIGRATIONS
 
 DIGEST = "d" * 64
 NEW = NewJob("default", "out", "adapter", "", {"method": "linear"}, (Source("a", 1, DIGEST, 0.5),), "r" * 64)

@@ -17,7 +17,7 @@ import psutil
 import pytest
 from safetensors.numpy import load_file
 
-from tests.crash.merge_world import JOB, TEMPLATE, Client, Moments, Q, at, delta, merge_service
+from tests.crash.merge_world import JOB, MERGER, TEMPLATE, Client, Moments, Q, at, delta, merge_service
 from tests.crash.world import API, BASE, World
 from tests.service.launch import wait_for
 
@@ -269,7 +269,8 @@ def test_the_merger_has_no_torch(client: Client) -> None:
 
 
 def test_what_needs_more_memory_than_a_merge_may_take_is_refused() -> None:
-    with merge_service() as world:
+    """And starts no merger, as the first merge does that may be done."""
+    with merge_service(merger=False) as world:
         world.start(LORAPLEX_MERGE_MEMORY_BYTES="100MB")
         client = Client(world)
         with closing(client.http):
@@ -278,3 +279,9 @@ def test_what_needs_more_memory_than_a_merge_may_take_is_refused() -> None:
             assert (refused.status_code, error_of(refused)["code"]) == (422, "merge_refused")
             assert "a merge may take 0.1 (LORAPLEX_MERGE_MEMORY_BYTES)" in error_of(refused)["message"]
             assert client.http.get("/v1/merges").json()["data"] == []
+            world.running.wait_announced()  # or it might have come with the service
+            assert not world.pids(MERGER)
+            assert world.stop() == 0
+            world.start()
+            assert client.ended(client.submit("half", {"one": 0.5}))["adapter"] == "half@1"
+            assert len(world.pids(MERGER)) == 1

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from service.settings import Settings, SettingsError
-from service.store import AdapterNotFound, Catalogue
-from service.store.database import REVISIONS, check
-from service.store.errors import CatalogueUnavailable, CatalogueUnusable, UnstorableText
+from service.store.catalogue import Catalogue
+from service.store.database import check
+from service.store.errors import AdapterNotFound, CatalogueUnavailable, CatalogueUnusable, UnstorableText
+from service.store.revisions import REVISIONS
 from tests.real_parts import PASSWORD, Postgres
 
 from .launch import run

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from service.settings import SECRETS, Settings
+from tests.ports import unused_port
 from tests.service.launch import SIMULATED, Launched, run, wait_for
 from tests.service.test_model_source import write_tiny_gguf
 
@@ -34,6 +35,15 @@ def launch(tmp_path: Path, base_model_dir: Path, free_port: Callable[[], int]) -
     yield start
     for service in running:
         service.__exit__(None, None, None)
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory, base_model_dir: Path) -> Iterator[Launched]:
+    """One for the tests after which it serves as before."""
+    flags = "--simulated", SIMULATED, "--model", str(base_model_dir)
+    with Launched(tmp_path_factory.mktemp("service"), unused_port(), *flags) as launched:
+        launched.wait_announced()
+        yield launched
 
 
 def test_sigterm_leaves_no_process_behind(launch: Callable[..., Launched]) -> None:
@@ -73,9 +83,7 @@ def test_a_killed_supervisor_takes_everything_with_it(launch: Callable[..., Laun
     wait_for(lambda: not service.survivors())
 
 
-def test_a_killed_engine_comes_back(launch: Callable[..., Launched]) -> None:
-    service = launch()
-    service.wait_announced()
+def test_a_killed_engine_comes_back(service: Launched) -> None:
     first = service.child(ENGINE)
     first.kill()
     wait_for(lambda: not service.ready())
@@ -96,9 +104,7 @@ def test_a_hung_engine_is_replaced(launch: Callable[..., Launched]) -> None:
     assert service.http.post("/v1/completions", json=PROMPT).status_code == 200
 
 
-def test_a_killed_api_process_comes_back(launch: Callable[..., Launched]) -> None:
-    service = launch()
-    service.wait_announced()
+def test_a_killed_api_process_comes_back(service: Launched) -> None:
     engine, first = service.child(ENGINE), service.child(API)
     first.kill()
     wait_for(lambda: any(process.pid != first.pid for process in service.children(API)))
@@ -108,9 +114,7 @@ def test_a_killed_api_process_comes_back(launch: Callable[..., Launched]) -> Non
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc")
-def test_only_the_engine_may_load_torch(launch: Callable[..., Launched]) -> None:
-    service = launch()
-    service.wait_announced()
+def test_only_the_engine_may_load_torch(service: Launched) -> None:
     assert service.http.post("/v1/completions", json=PROMPT).status_code == 200
     for process in (psutil.Process(service.process.pid), service.child(API)):
         maps = Path(f"/proc/{process.pid}/maps").read_text()

@@ -13,7 +13,8 @@ from alembic import command
 from alembic.config import Config
 
 from service.store import usage
-from service.store.database import MIGRATIONS, Database, sqlite_url
+from service.store.database import Database, sqlite_url
+from service.store.revisions import MIGRATIONS
 from service.store.tables import tenants
 from service.store.usage import DAY_S, HOUR_S, Counts, Owner
 from tests.real_parts import Postgres
