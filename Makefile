@@ -1,4 +1,4 @@
-# make serve | test | coverage | lint | format | docs | lock | audit | bench | fuzz | fuzz-million | soak | soak-streams | adapters. Needs Python 3.11 or newer and make; everything else goes into .venv.
+# make serve | test | lint | format | docs | lock | audit | bench | fuzz | fuzz-million | soak | soak-streams | adapters. Needs Python 3.11 or newer and make; everything else goes into .venv.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check
 # 23 GB. The engine's own threads are held down to match.
 WORKERS ?= 2
 
-.PHONY: serve test coverage lint format docs lock audit bench fuzz fuzz-million soak soak-streams adapters help
+.PHONY: serve test lint format docs lock audit bench fuzz fuzz-million soak soak-streams adapters help
 help:
 	@head -1 Makefile | cut -c3-
 
@@ -43,12 +43,7 @@ serve: $(VENV)/.installed
 # The suite starts Python hundreds of times: without the bytecode of a first time each compiles up to a hundred files.
 test: $(VENV)/.installed-dev
 	@PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup \
-	    --durations=10 $(ARGS)
-
-# The same, and which lines and branches no test went through. Tracing them doubles what tests of arithmetic take: 464 tests of
-# merges, kernels and the scheduler 68 s of processor without and 137 with it.
-coverage:
-	@$(MAKE) --no-print-directory test ARGS="--cov --cov-report=term:skip-covered $(ARGS)"
+	    --cov --cov-report=term:skip-covered --durations=10 $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
