@@ -13,6 +13,7 @@ from service.engine.messages import AdapterRef, SamplingParams
 from service.engine.request import Batch, Sequence, State
 from service.engine.scheduler import Scheduler
 from service.engine.simulated import Options, SimulatedArena, SimulatedLoader
+from service.store.tables import DEFAULT_TENANT
 
 
 class Stage:
@@ -244,3 +245,20 @@ def test_siblings_go_on_when_the_first_is_taken_away() -> None:
 def test_limits_under_which_nothing_could_run_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 1"):
         Stage(budget=0)
+
+
+@pytest.mark.parametrize(
+    ("tenant", "decoding", "allowed"),
+    [("", 1, 8), ("", 80, 8), ("", 120, 12), (DEFAULT_TENANT, 160, 16), ("somebody", 160, 8)],
+)
+def test_the_bound_of_prompts_grows_with_a_crowd_that_decodes(tenant: str, decoding: int, allowed: int) -> None:
+    """Unless there are tenants."""
+    stage = Stage(pages=400, max_sequences=200, budget=1000)
+    for _ in range(decoding):
+        seq = stage.sequence(1)
+        seq.tenant = tenant
+        stage.scheduler.add(seq)
+    stage.tick()
+    stage.scheduler.max_prefill_tokens_per_step = 8
+    stage.add(100)
+    assert [count for _, count, _ in counts(stage.tick()) if count > 1] == [allowed]
