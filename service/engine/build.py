@@ -17,7 +17,7 @@ from adapters.loader import BlockLoader
 from adapters.residency import Residency
 from service.engine import attention, compiled, draw
 from service.engine.attention import Attention, LayerShape, PagedAttention
-from service.engine.budgets import prefill_tokens_per_step, tokens_per_step
+from service.engine.budgets import STEP_SIZES, prefill_tokens_per_step, tokens_per_step
 from service.engine.config import EngineConfig
 from service.engine.core import Engine
 from service.engine.draw import Draw
@@ -38,8 +38,6 @@ CUDA_HEADROOM = 0.06
 """Share of the device left alone: fragmentation, library workspaces, other small users."""
 CUDA_ARENA_SHARE = 0.4
 """Of what the model leaves free. The rest is KV cache."""
-GRAPH_TOKENS = 2048
-"""Tokens of the largest step that is captured (graphs.py)."""
 CUDA_HOST_CACHE_BYTES = 8 << 30
 
 
@@ -268,7 +266,7 @@ def share_memory(config: EngineConfig, loaded: LoadedModel, budget: int) -> tupl
         )
     activations = measure_activations(loaded, budget, config.max_sequences)
     # Graphs keep theirs, of steps of up to so many tokens.
-    activations += activations * min(budget, GRAPH_TOKENS) // budget
+    activations += activations * min(budget, STEP_SIZES[-1]) // budget
     free, total = torch.cuda.mem_get_info()
     usable = int(free - activations - CUDA_HEADROOM * total)
     if not arena_bytes:

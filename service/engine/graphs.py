@@ -29,15 +29,13 @@ from adapters.kernels.device_plan import DevicePlan, PlanShape, PlanSizeError, p
 from adapters.plan import NOTHING, LoraPlan, covering
 from service.engine.attention import StepLayout
 from service.engine.attention_triton import TILE, StepArrays, TritonPagedAttention, tiles
+from service.engine.budgets import STEP_SIZES
 from service.engine.draw import WIDTH
 from service.engine.draw_triton import draw_into
 from service.engine.transfer import fill_pending
 
 log = logging.getLogger(__name__)
 
-MIXED_TOKENS = (64, 128, 192, 256, 320, 384, 448, 512, 576, 640, 768, 1024, 1536, 2048)
-"""Token counts of the shapes for steps with prompts. Larger steps keep the device busy for longer than their launches
-take the host."""
 MIXED_SEQUENCES = 256
 """Most sequences of such a step."""
 LARGE_SEGMENTS = 48
@@ -75,7 +73,7 @@ def shapes(max_sequences: int, max_tokens: int) -> list[Shape]:
     """All, in the order in which a batch looks for one that fits."""
     decode = [Shape(size, size) for size in decode_sizes(max_sequences)]
     sequences = min(max_sequences, MIXED_SEQUENCES)
-    mixed = [Shape(size, sequences, max(16, size // 16), sequences) for size in MIXED_TOKENS if size <= max_tokens]
+    mixed = [Shape(size, sequences, max(16, size // 16), sequences) for size in STEP_SIZES if size <= max_tokens]
     return decode + mixed
 
 

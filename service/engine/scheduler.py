@@ -2,7 +2,7 @@
 
 A step has a budget of tokens. First every running sequence that decodes gets its one token, so that no stream waits
 for another's prompt; what is left goes to the chunks of prompts. While somebody decodes, those chunks have a bound of
-their own (`max_prefill_tokens_per_step`, CROWD): it, and not the budget, says how long the streams' next token takes.
+their own (`max_prefill_tokens_per_step`): it, and not the budget, says how long the streams' next token takes.
 
 Between tenants, the one charged least goes first (fairness.py); within one, a higher priority, then prompts that are
 begun, then order of arrival. Only two are passed by others of their tenant: one whose adapters are on their way
@@ -31,6 +31,7 @@ from itertools import pairwise
 from adapters.errors import LoraplexAdapterError
 from adapters.residency import Residency
 from service.engine.admission import Admission
+from service.engine.budgets import riding_tokens
 from service.engine.errors import IntegrityError
 from service.engine.fairness import Prices, Tenant, Tenants, rank
 from service.engine.guests import Guests
@@ -44,11 +45,6 @@ def _arrival(seq: Sequence) -> float:
     return seq.arrival
 
 
-CROWD = 80
-"""From so many decoding sequences on, the bound of prompts grows with them. One that does not keeps no more running
-than it brings in while they last, and the others wait before free slots: with prompts four times as long as answers
-and a bound of 512 tokens, 128 run. Not where there are tenants: short steps and free slots are what makes a flood
-bearable for a newcomer (guests.py)."""
 SINGLE_USER = {"", "default"}
 """The tenant where there are none: of a request without, and of a service in single-user mode
 (service.store.tables.DEFAULT_TENANT)."""
@@ -136,8 +132,10 @@ class Scheduler:
         begun = self._decode(self._guests.in_turn(self.running, hosts) if hosts else self.running)
         budget = self.max_tokens_per_step - len(self._step)
         if self._step:
-            crowd = max(1.0, len(self._step) / CROWD) if self.tenants.serving.keys() <= SINGLE_USER else 1.0
-            budget = min(budget, int(self.max_prefill_tokens_per_step * crowd))
+            bound = self.max_prefill_tokens_per_step
+            # Short steps and free slots are what makes a flood bearable for other tenants (guests.py).
+            alone = self.tenants.serving.keys() <= SINGLE_USER
+            budget = min(budget, riding_tokens(len(self._step), bound) if alone else bound)
         # Where pages were just short, whoever came in now would be the next to go.
         self._prefill(begun, budget, admit=not self._gone, hosts=hosts)
         return Batch(list(self._step.values()))

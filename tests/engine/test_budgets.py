@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from adapters.manifest import Manifest, Module
-from service.engine.budgets import CPU_PREFILL, prefill_tokens_per_step
+from service.engine import budgets
+from service.engine.budgets import CPU_PREFILL, prefill_tokens_per_step, riding_tokens
 
 
 def manifest(parameters: int, dtype: str = "bfloat16") -> Manifest:
@@ -25,3 +26,19 @@ def test_slower_devices_and_dtypes_get_fewer() -> None:
     assert prefill_tokens_per_step("cuda", small, multiprocessors=66) == 1792
     assert prefill_tokens_per_step("cuda", manifest(973_000_000, "float32")) < 512
     assert prefill_tokens_per_step("cpu", small) == CPU_PREFILL
+
+
+@pytest.mark.parametrize("bound", [64, 128, 512])
+def test_steps_of_a_crowd_fill_a_size_and_few_sequences_keep_the_bound(bound: int) -> None:
+    assert {riding_tokens(decoding, bound) for decoding in range(budgets.CROWD + 1)} == {bound}
+    for decoding in range(budgets.CROWD + 1, 1500):
+        prompts = riding_tokens(decoding, bound)
+        assert prompts >= bound
+        assert prompts == bound or decoding + prompts in budgets.STEP_SIZES
+        assert prompts <= max(bound, budgets.CROWD_TOKENS - decoding)
+
+
+def test_four_times_as_long_prompts_find_a_balance_of_205() -> None:
+    """More prompts come in than 204 sequences need while they last, and fewer than 206 do."""
+    assert all(riding_tokens(decoding, 512) > 4 * decoding for decoding in range(1, 204))
+    assert all(riding_tokens(decoding, 512) < 4 * decoding for decoding in range(206, 257))

@@ -249,7 +249,7 @@ def test_limits_under_which_nothing_could_run_are_refused() -> None:
 
 @pytest.mark.parametrize(
     ("tenant", "decoding", "allowed"),
-    [("", 1, 8), ("", 80, 8), ("", 120, 12), (DEFAULT_TENANT, 160, 16), ("somebody", 160, 8)],
+    [("", 1, 64), ("", 80, 64), ("", 120, 72), (DEFAULT_TENANT, 160, 96), ("somebody", 160, 64)],
 )
 def test_the_bound_of_prompts_grows_with_a_crowd_that_decodes(tenant: str, decoding: int, allowed: int) -> None:
     """Unless there are tenants."""
@@ -259,6 +259,6 @@ def test_the_bound_of_prompts_grows_with_a_crowd_that_decodes(tenant: str, decod
         seq.tenant = tenant
         stage.scheduler.add(seq)
     stage.tick()
-    stage.scheduler.max_prefill_tokens_per_step = 8
-    stage.add(100)
+    stage.scheduler.max_prefill_tokens_per_step = 64
+    stage.add(300)
     assert [count for _, count, _ in counts(stage.tick()) if count > 1] == [allowed]

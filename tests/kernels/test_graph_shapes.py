@@ -10,10 +10,10 @@ import pytest
 
 from service.engine.attention import StepLayout
 from service.engine.attention_triton import TILE, tiles
+from service.engine.budgets import STEP_SIZES
 from service.engine.build import MAX_ADAPTERS_PER_REQUEST, MAX_RANK
 from service.engine.graphs import (
     LARGE_VARIANTS,
-    MIXED_TOKENS,
     SAME_VARIANTS,
     SMALL_TILE,
     VARIANTS,
@@ -48,7 +48,7 @@ def test_every_number_of_decoding_sequences_has_a_graph_little_larger(most: int)
 
 def test_steps_of_prompts_have_shapes_up_to_the_budget() -> None:
     mixed = [shape for shape in shapes(64, 1000) if shape.tiles]
-    assert [shape.tokens for shape in mixed] == [size for size in MIXED_TOKENS if size <= 1000]
+    assert [shape.tokens for shape in mixed] == [size for size in STEP_SIZES if size <= 1000]
     assert all(shape.sequences == 64 for shape in mixed)
     assert max(shape.sequences for shape in shapes(1000, 2048) if shape.tiles) == 256
 
