@@ -136,6 +136,8 @@ class Settings(BaseSettings):
     threads: Count = 0
     """CPU threads of the engine; 0: all cores."""
     deterministic: bool = False
+    """CUDA: the same bits for a request whoever else is in the batch (docs/performance.md says at what cost). On CPU
+    float32 is so anyway."""
     eager: bool = False
     prefix_caching: bool = True
 
