@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import httpx
 import psutil
 import pytest
 from openai import AsyncOpenAI, BadRequestError, OpenAI
+from safetensors.torch import load_file, save_file
 
 from service.tokenizer import Tokenizer
 from tests.engine.oracle import Recipe, make_adapter
@@ -288,6 +290,31 @@ def test_a_client_that_leaves_frees_its_sequence_and_pages(service: Launched) ->
         wait_for(lambda: gauge("loraplex_engine_sequences_running") == 1)
     wait_for(lambda: gauge("loraplex_engine_sequences_running") == 0, 20)
     wait_for(lambda: gauge("loraplex_engine_adapter_leases") == 0, 20)
+
+
+def test_an_adapter_that_overflows_is_told_so_and_disturbs_nobody(
+    client: OpenAI, service: Launched, tmp_path: Path, base_model_dir: Path
+) -> None:
+    made = make_adapter(base_model_dir, tmp_path / "huge", Recipe(8), seed=3, strength=0.4)
+    factors = load_file(made / "adapter_model.safetensors")
+    save_file({name: factor * 1e30 for name, factor in factors.items()}, made / "adapter_model.safetensors")
+    with (made / "adapter_model.safetensors").open("rb") as weights:
+        files = {"config": (made / "adapter_config.json").read_bytes(), "weights": weights}
+        service.http.post("/v1/adapters", data={"name": "huge"}, files=files).raise_for_status()
+
+    def say(model: str) -> str:
+        return client.completions.create(model=model, prompt=PROMPT, max_tokens=12, temperature=0).choices[0].text
+
+    before = say("one")
+    body = {"model": "huge", "prompt": PROMPT, "max_tokens": 4}
+    with ThreadPoolExecutor() as threads:
+        neighbours = [threads.submit(say, "one") for _ in range(3)]
+        refused = service.http.post("/v1/completions", json=body)
+        assert [each.result() for each in neighbours] == [before] * 3
+    assert (refused.status_code, refused.json()["error"]["code"]) == (422, "not_finite")
+    streamed = service.http.post("/v1/completions", json=body | {"stream": True})
+    assert '"not_finite"' in streamed.text
+    assert say("one") == before
 
 
 def test_only_the_engine_has_loaded_torch(service: Launched) -> None:
