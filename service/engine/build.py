@@ -131,7 +131,7 @@ def check_machine(config: EngineConfig) -> None:
             raise CannotStart(
                 "LORAPLEX_DETERMINISTIC=true and LORAPLEX_EAGER=true: on CUDA steps give the same bits in any batch "
                 "only as CUDA graphs of one shape",
-                "leave one of them out",
+                "leave LORAPLEX_EAGER=true out, or LORAPLEX_DETERMINISTIC",
             )
         if torch.version.cuda is None:
             raise CannotStart(
