@@ -163,8 +163,11 @@ def table(rows: list[Row]) -> list[str]:
     return lines
 
 
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
 def main() -> None:
-    numbers = lambda text: [int(part) for part in text.split(",")]  # noqa: E731
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--streams", type=numbers, default=[1, 64, 256])
     parser.add_argument("--workers", type=numbers, default=[1, 2], help="API processes")

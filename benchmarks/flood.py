@@ -16,8 +16,6 @@ import itertools
 import json
 import os
 import random
-import signal
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +24,7 @@ from statistics import median
 import httpx
 
 from benchmarks import report
-from benchmarks.throughput import start
+from benchmarks.throughput import running
 
 ADMIN = "lp-admin-benchmark-0123456789abcdef0123456789abcdef"
 WEIGHTS = {"w1": 1.0, "w2": 2.0, "w5": 5.0}
@@ -192,17 +190,9 @@ def main() -> None:
     parser.add_argument("--note", default="", help="what to say of the machine")
     args = parser.parse_args()
     os.environ["LORAPLEX_ADMIN_KEY"] = ADMIN
-    with tempfile.TemporaryDirectory() as temporary:
-        server, _ = start(args.model, args.port, args.data or Path(temporary) / "data", args.serve.split())
-        try:
-            lines = asyncio.run(run(f"http://127.0.0.1:{args.port}", args))
-        finally:
-            server.send_signal(signal.SIGTERM)
-            server.wait(60)
-    if args.append:
-        report.append("A flood beside another tenant, over HTTP", lines)
-    else:
-        print("\n".join(lines))
+    with running(args.model, args.port, args.data, args.serve.split()):
+        lines = asyncio.run(run(f"http://127.0.0.1:{args.port}", args))
+    report.give("A flood beside another tenant, over HTTP", lines, append_it=args.append)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,10 @@ benchmarks/throughput.py. Results go to RESULTS.md.
 from __future__ import annotations
 
 import argparse
-import signal
 import statistics
-import tempfile
-from pathlib import Path
 
 from benchmarks import report
-from benchmarks.throughput import adapters_of, measure, options, start, upload
+from benchmarks.throughput import adapters_of, measure, options, running, upload
 
 ROWS = {"base": "none", "one adapter": "identical", "all distinct": "distinct"}
 
@@ -36,18 +33,13 @@ def main() -> None:
             raise RuntimeError(f"{name}: {found['errors']} requests failed")
         rates.setdefault(name, []).append(found["output_tok_s"])
 
-    with tempfile.TemporaryDirectory() as temporary:
-        server, _ = start(args.model, args.port, args.data or Path(temporary) / "data", args.serve.split())
-        try:
-            for _ in range(args.turns):
-                turn("base, no adapter there", "none")
-            upload(url, folders)
-            for _ in range(args.turns):
-                for name, distribution in ROWS.items():
-                    turn(name, distribution)
-        finally:
-            server.send_signal(signal.SIGTERM)
-            server.wait(60)
+    with running(args.model, args.port, args.data, args.serve.split()):
+        for _ in range(args.turns):
+            turn("base, no adapter there", "none")
+        upload(url, folders)
+        for _ in range(args.turns):
+            for name, distribution in ROWS.items():
+                turn(name, distribution)
     write(rates, len(folders), args)
 
 

@@ -19,6 +19,14 @@ def commit() -> str:
         return os.environ.get("COMMIT", "unknown")
 
 
+def give(title: str, lines: list[str], *, append_it: bool) -> None:
+    """Prints a section's lines, and adds it to RESULTS.md if that is asked for."""
+    if append_it:
+        append(title, lines)
+    else:
+        print("\n".join(lines))
+
+
 def append(title: str, lines: list[str]) -> None:
     """Adds a section to RESULTS.md and prints it."""
     text = "\n".join([f"### {title}, {datetime.date.today()}, commit {commit()}", *lines])

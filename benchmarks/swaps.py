@@ -27,7 +27,6 @@ import json
 import multiprocessing
 import random
 import re
-import signal
 import tempfile
 import time
 from collections import deque
@@ -39,10 +38,10 @@ from typing import Any
 
 import httpx
 
-from adapters.block import delete_blocks
+from adapters.block_files import delete_blocks
 from benchmarks import report
 from benchmarks.flood import percentile
-from benchmarks.throughput import adapters_of, start, upload
+from benchmarks.throughput import adapters_of, running, upload
 
 RESIDENT = 4
 FEWEST = 2 * RESIDENT
@@ -404,17 +403,10 @@ def main() -> None:
     url = f"http://127.0.0.1:{args.port}"
     with tempfile.TemporaryDirectory() as temporary:
         data = args.data or Path(temporary) / "data"
-        server, _ = start(args.model, args.port, data, options)
-        try:
+        with running(args.model, args.port, data, options):
             upload(url, folders)
             lines = asyncio.run(run(url, data / "cache", [folder.name for folder in folders], args))
-        finally:
-            server.send_signal(signal.SIGTERM)
-            server.wait(60)
-    if args.append:
-        report.append("What a swap of adapters costs, over HTTP", lines)
-    else:
-        print("\n".join(lines))
+    report.give("What a swap of adapters costs, over HTTP", lines, append_it=args.append)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -29,6 +31,18 @@ import httpx
 
 from benchmarks import report
 from benchmarks.random_base import AdapterMaker
+
+
+@contextmanager
+def running(model: Path, port: int, data: Path | None, options: list[str]) -> Iterator[float]:
+    """A server until the block ends, on a data folder of its own unless one is given; the seconds until /ready."""
+    with tempfile.TemporaryDirectory() as temporary:
+        server, ready = start(model, port, data or Path(temporary) / "data", options)
+        try:
+            yield ready
+        finally:
+            server.send_signal(signal.SIGTERM)
+            server.wait(60)
 
 
 def start(model: Path, port: int, data: Path, options: list[str]) -> tuple[subprocess.Popen[bytes], float]:
@@ -142,21 +156,14 @@ def main() -> None:
         write([(row, measure(args.url, row, args)) for row in args.rows.split(",")], None, len(folders), args)
         return
     url = f"http://127.0.0.1:{args.port}"
-    with tempfile.TemporaryDirectory() as temporary:
-        server, ready = start(args.model, args.port, args.data or Path(temporary) / "data", args.serve.split())
+    with running(args.model, args.port, args.data, args.serve.split()) as ready:
         print(f"ready after {ready:.1f} s", flush=True)
-        rows = []
-        try:
-            seconds = upload(url, folders)
-            print(f"{len(folders)} adapters uploaded, {sum(seconds) / max(1, len(seconds)):.2f} s each", flush=True)
-            for targets, count in args.make:
-                seconds = make(url, args.model, targets, range(count))
-                print(f"{count} {targets} adapters, {sum(seconds) / count:.2f} s each, four at a time", flush=True)
-            for row in args.rows.split(","):
-                rows.append((row, measure(url, row, args)))
-        finally:
-            server.send_signal(signal.SIGTERM)
-            server.wait(60)
+        seconds = upload(url, folders)
+        print(f"{len(folders)} adapters uploaded, {sum(seconds) / max(1, len(seconds)):.2f} s each", flush=True)
+        for targets, count in args.make:
+            seconds = make(url, args.model, targets, range(count))
+            print(f"{count} {targets} adapters, {sum(seconds) / count:.2f} s each, four at a time", flush=True)
+        rows = [(row, measure(url, row, args)) for row in args.rows.split(",")]
     write(rows, ready, len(folders), args)
 
 

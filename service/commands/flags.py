@@ -45,7 +45,7 @@ HELP = {
     "usage_days": "Days for which the figures of /v1/usage are kept.",
     "audit_days": "Days for which the lines of /v1/audit are kept.",
     "threads": "CPU threads of the engine; 0: all cores.",
-    "deterministic": "Tokens do not depend on what else is in the batch (on CUDA steps take 1.5 to 2 times as long).",
+    "deterministic": "Tokens do not depend on what else is in the batch (on CUDA steps take 1.5 to 2.1 times as long).",
     "eager": "CUDA: no compiled layers and no graphs; starts sooner, decodes several times slower.",
     "prefix_caching": "Keep the KV pages of prompts for the next request that starts the same.",
 }

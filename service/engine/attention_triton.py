@@ -27,6 +27,8 @@ MAX_GROUP = 16
 MAX_SPLITS = 64
 TILE = 64
 """Queries of a tile of prompts."""
+SMALL_TILE = 16
+"""The same where prompts are short, without tensor cores, and where all sequences go the way of prompts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,7 @@ class StepArrays:
 
 def rows_per_tile(layout: StepLayout) -> int:
     """Queries of a tile. 64 with 4 warps beat 128 with 8 on an H200 for 8 prompts of 512: 99 us against 108 to 112."""
-    return TILE if layout.query_lens[layout.num_decode :].max(initial=0) > 16 else 16
+    return TILE if layout.query_lens[layout.num_decode :].max(initial=0) > SMALL_TILE else SMALL_TILE
 
 
 def tiles(layout: StepLayout, block_m: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
@@ -124,7 +126,7 @@ class TritonPagedAttention:
             _check_heads(shape.query_heads, shape.kv_heads, shape.head_dim)
         self.device = device
         self.uniform = uniform
-        self.block_m = 16 if uniform or dtype.itemsize > 2 else None
+        self.block_m = SMALL_TILE if uniform or dtype.itemsize > 2 else None
         """Queries of a tile, where the step has no say in it: without tensor cores (float32) larger ones spill."""
         self.tensors = allocate_cache(shapes, pages, page_size, dtype, device)
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None

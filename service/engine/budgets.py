@@ -5,12 +5,13 @@ decode, and so the time between two tokens of a stream:
 
     time between tokens = step that only decodes + RIDING_S
 
-RIDING_S is 12 ms, so that a step of 64 sequences with 64 distinct adapters, which takes 15 ms, stays at 27 ms. The
-bound is the number of prompt tokens that the device computes in that time, at 2 operations for each parameter:
+RIDING_S is 12 ms, so that the time between tokens of 64 sequences with 64 distinct adapters stays below 27 ms: 21 are
+measured on an H200 (99th percentile), 22 on an H100. The bound is the number of prompt tokens that the device computes
+in that time, at 2 operations for each parameter:
 
     tokens = RIDING_S * FLOPS / (2 * parameters)        rounded down to a multiple of 64, at least 64
 
-Predicted from FLOPS and not measured with this scheduler yet (benchmarks/scheduling.py shows what follows from it):
+From FLOPS; of these models the one with 8B was measured (benchmarks/RESULTS.md):
 
     bfloat16, H200        1B: 3648    8B: 512    14B: 256    32B: 64
 """
@@ -46,9 +47,10 @@ def riding_tokens(decoding: int, bound: int) -> int:
     """Prompt tokens that may ride with so many decoding sequences, where no other tenant waits for a short step.
 
     Under a fixed bound no more sequences decode than it brings in while they last, and others wait before free slots:
-    with prompts four times as long as answers and 512 tokens, 128 of 256 run. On an H200 those 128 took 19 ms a step
-    and gave 6,507 tokens/s; 256 with as many prompts as they need, padded from 1,280 to 1,536 tokens, took 39 ms and
-    gave 6,127. So steps of a crowd fill a size exactly, where there are prompts enough."""
+    with prompts four times as long as answers and 512 tokens, 128 of 256 run. Measured on an H200, 124 took 19 ms a
+    step and gave 6,507 tokens/s; 256 with as many prompts as they need, padded from 1,280 to 1,536 tokens, took 39 ms
+    and gave 6,127. So steps of a crowd fill a size exactly, where there are prompts enough; what that gives is
+    predicted (benchmarks/RESULTS.md), not measured yet."""
     if decoding <= CROWD:
         return bound
     most = min(CROWD_TOKENS, decoding + bound * decoding // CROWD)

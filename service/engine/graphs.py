@@ -2,10 +2,10 @@
 
 A graph is captured for a shape and a LoRA variant. In the shapes called decode every sequence has one token; in the
 others, up to so many tokens of prompts and decoding sequences come together, in any division. It ends with the draw of
-each sequence's next token. Inputs lie at fixed
-places in one int32 buffer per shape, so a step is one copy from pinned memory and one replay. What a smaller batch
-leaves empty is told on the device: tokens with slot -1 (no KV entry is written), sequences beyond the count of those
-that decode, tiles of sequence -1, and the LoRA plan's own lengths. Batches that fit no graph run without one.
+each sequence's next token. Inputs lie at fixed places in one int32 buffer per shape, so a step is one copy from pinned
+memory and one replay. What a smaller batch leaves empty is told on the device: tokens with slot -1 (no KV entry is
+written), sequences beyond the count of those that decode, tiles of sequence -1, and the LoRA plan's own lengths.
+Batches that fit no graph run without one.
 
 The deterministic engine has one shape for all steps, and LoRA in all of them: every product has the same size in every
 step, so the library computes it by the same kernel, and each row of it in the same order.
@@ -28,7 +28,7 @@ from adapters.kernels.backend import TritonKernels
 from adapters.kernels.device_plan import DevicePlan, PlanShape, PlanSizeError, pack
 from adapters.plan import NOTHING, LoraPlan, covering
 from service.engine.attention import StepLayout
-from service.engine.attention_triton import TILE, StepArrays, TritonPagedAttention, tiles
+from service.engine.attention_triton import SMALL_TILE, TILE, StepArrays, TritonPagedAttention, tiles
 from service.engine.budgets import STEP_SIZES
 from service.engine.draw import WIDTH
 from service.engine.draw_triton import draw_into
@@ -40,8 +40,6 @@ MIXED_SEQUENCES = 256
 """Most sequences of such a step."""
 LARGE_SEGMENTS = 48
 """From so many tokens an adapter on, a step with prompts uses large LoRA tiles."""
-SMALL_TILE = 16
-"""Queries of a tile of attention in the deterministic engine."""
 MAX_MIX = 8
 """Adapters of a request at most (build.MAX_ADAPTERS_PER_REQUEST)."""
 _ALIGN = 16

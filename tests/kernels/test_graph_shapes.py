@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 
 from service.engine.attention import StepLayout
-from service.engine.attention_triton import TILE, tiles
+from service.engine.attention_triton import SMALL_TILE, TILE, tiles
 from service.engine.budgets import STEP_SIZES
 from service.engine.build import MAX_ADAPTERS_PER_REQUEST, MAX_RANK
 from service.engine.graphs import (
     LARGE_VARIANTS,
     SAME_VARIANTS,
-    SMALL_TILE,
     VARIANTS,
     Shape,
     _Places,
