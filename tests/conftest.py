@@ -29,6 +29,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Nothing in the suite may depend on a hub that answers.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# `make test ARGS=...`: the makes that tests start have arguments of their own.
+for name in ("ARGS", "MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS"):
+    os.environ.pop(name, None)
 
 
 UNTRACED = (
