@@ -12,13 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import statistics
 import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import triton
 
@@ -26,11 +24,9 @@ from adapters.blobs import BlobStore
 from adapters.kernels import triton_lora, tuning
 from adapters.kernels.device_plan import rank_bucket
 from adapters.kernels.tuning import ExpandConfig, ShrinkConfig
-from adapters.plan import build_plan
 from benchmarks.engine import Driver, store_adapters
-from service.engine.attention import StepLayout
+from benchmarks.step_case import Case
 from service.engine.config import EngineConfig
-from service.engine.graphs import StepGraphs
 
 CONTEXT = 600
 PROMPT = 512
@@ -73,66 +69,6 @@ EXPAND = {
 """By entries of a tile; with the rank bucket as their block_r."""
 
 
-class Case:
-    """One kind of step, on the graphs of one shape."""
-
-    def __init__(self, driver: Driver, graphs: StepGraphs, rows: list[int], kind: str, streams: int) -> None:
-        self.graphs = graphs
-        counts = np.array([1] * streams if kind == "decode" else [1] * (streams - 1) + [PROMPT], dtype=np.int32)
-        contexts = np.array([CONTEXT] * streams, dtype=np.int32)
-        if kind == "mixed":
-            contexts[-1] = PROMPT
-        size = driver.engine.pool.page_size
-        width = -(-CONTEXT // size)
-        table = (np.arange(streams * width, dtype=np.int32) % driver.engine.pool.num_pages).reshape(streams, width)
-        owner = np.repeat(np.arange(streams), counts)
-        before = contexts - counts
-        positions = np.concatenate([np.arange(b, b + n) for b, n in zip(before, counts, strict=True)])
-        self.layout = StepLayout(
-            slots=table[owner, positions // size].astype(np.int64) * size + positions % size,
-            query_lens=counts,
-            context_lens=contexts,
-            page_table=table,
-            num_decode=streams if kind == "decode" else streams - 1,
-        )
-        self.positions = positions.astype(np.int64)
-        self.ids = np.arange(len(positions)) % 1000
-        self.wanted = np.cumsum(counts) - 1
-        self.plans = {"none": None}
-        for name, distinct in (("one", 1), ("distinct", len(rows))):
-            begins = np.cumsum(counts) - counts
-            spans = [
-                (int(b), int(n), ((rows[i % distinct], 1.0),))
-                for i, (b, n) in enumerate(zip(begins, counts, strict=True))
-            ]
-            self.plans[name] = build_plan(spans)
-        found = graphs._fitting(len(self.ids), self.layout, self.wanted)
-        if found is None:
-            raise ValueError(f"{kind}:{streams} fits no graph")
-        self.places = found[0]
-        self.drawn = torch.empty(0, dtype=torch.int64, device="cuda")
-
-    def time(self, name: str, block_m: int, repeats: int = 15) -> float:
-        """ms of a replay, captured anew with LoRA tiles of `block_m` entries."""
-        plan = self.plans[name]
-        variant = None
-        if plan is not None:
-            rank = self.graphs._kernels.max_rank(plan)
-            variant = next(v for v in self.places.variants if v.block_m == block_m and rank <= v.rank)
-        graph = self.graphs._capture(self.places, variant, torch.cuda.graph_pool_handle())
-        self.graphs._graphs = {(self.places.shape, variant): graph}
-        self.graphs.run(self.ids, self.positions, self.layout, plan, self.wanted, self.drawn)
-        times = []
-        for _ in range(repeats):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end))
-        return statistics.median(times)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", type=Path)
@@ -165,7 +101,8 @@ def main() -> None:
         print(f"ready in {time.perf_counter() - begin:.1f} s, {len(rows)} adapters, {layers} layers", flush=True)
         for name in args.cases.split(","):
             kind, streams = name.split(":")
-            case = Case(driver, graphs, rows, kind, int(streams))
+            prompts = [PROMPT] if kind == "mixed" else []
+            case = Case(driver, graphs, rows, int(streams) - len(prompts), prompts, CONTEXT)
             for block_m in sorted({variant.block_m for variant in case.places.variants}):
                 with torch.inference_mode():
                     found = tune(case, f"{name}, tiles of {block_m}", block_m, args.layers / layers)
@@ -173,6 +110,12 @@ def main() -> None:
                     note = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
                     tuning.save(found, note | {"triton": triton.__version__})
         driver.engine.close()
+
+
+def timed(case: Case, kind: str, block_m: int) -> float:
+    """ms of a replay, captured anew."""
+    case.capture(kind, block_m)
+    return case.time(kind)[0]
 
 
 def tune(case: Case, name: str, block_m: int, factor: float) -> dict[str, ShrinkConfig | ExpandConfig]:
@@ -183,7 +126,7 @@ def tune(case: Case, name: str, block_m: int, factor: float) -> dict[str, Shrink
     bucket = rank_bucket(case.graphs._kernels.max_rank(distinct))
     entries = case.places.shape.tokens
     defaults = triton_lora.shrink_config, triton_lora.expand_config
-    base = case.time("none", block_m)
+    base = timed(case, "none", block_m)
     kinds = ("one", "distinct") if case.places.shape.sequences > 1 else ("one",)
     if case.places.shape.tiles:  # which tiles are used is decided by the batch
         kinds = ("distinct",) if block_m == 16 else ("one",)
@@ -191,7 +134,7 @@ def tune(case: Case, name: str, block_m: int, factor: float) -> dict[str, Shrink
 
     def measured(what: object) -> float:
         try:
-            times = [(case.time(kind, block_m) - base) * factor for kind in kinds]
+            times = [(timed(case, kind, block_m) - base) * factor for kind in kinds]
         except (triton.OutOfResources, triton.CompilationError) as error:
             print(f"    {what}: {type(error).__name__}", flush=True)
             return float("inf")

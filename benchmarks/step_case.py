@@ -1,0 +1,101 @@
+"""One step as the engine's CUDA graphs get it, made up and replayed as often as one likes."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from adapters.plan import build_plan
+from benchmarks.engine import Driver
+from service.engine.attention import StepLayout
+from service.engine.draw import WIDTH
+from service.engine.graphs import StepGraphs, Variant
+
+
+class Case:
+    """`decoding` sequences with a context of `context` tokens, and whole prompts of `prompts` tokens each."""
+
+    def __init__(
+        self,
+        driver: Driver,
+        graphs: StepGraphs,
+        rows: Sequence[int],
+        decoding: int,
+        prompts: Sequence[int],
+        context: int,
+    ) -> None:
+        """rows: of adapters in the arena, each sequence's own in turn."""
+        self.graphs = graphs
+        counts = np.array([1] * decoding + list(prompts), dtype=np.int32)
+        contexts = np.array([context] * decoding + list(prompts), dtype=np.int32)
+        size = driver.engine.pool.page_size
+        width = -(-int(contexts.max()) // size)
+        table = np.arange(len(counts) * width, dtype=np.int32) % driver.engine.pool.num_pages
+        table = table.reshape(len(counts), width)
+        owner = np.repeat(np.arange(len(counts)), counts)
+        before = contexts - counts
+        positions = np.concatenate([np.arange(b, b + n) for b, n in zip(before, counts, strict=True)])
+        self.layout = StepLayout(
+            slots=table[owner, positions // size].astype(np.int64) * size + positions % size,
+            query_lens=counts,
+            context_lens=contexts,
+            page_table=table,
+            num_decode=decoding,
+        )
+        self.positions = positions.astype(np.int64)
+        self.ids = np.arange(len(positions)) % 1000
+        self.wanted = np.cumsum(counts) - 1
+        self.rules = np.zeros((len(counts), WIDTH), dtype=np.int32)
+        self.drawn = torch.empty(0, dtype=torch.int64, device="cuda")
+        self.plans = {"none": None}
+        begins = np.cumsum(counts) - counts
+        for name, distinct in (("one", 1), ("distinct", len(rows))):
+            spans = [
+                (int(b), int(n), ((rows[i % distinct], 1.0),))
+                for i, (b, n) in enumerate(zip(begins, counts, strict=True))
+            ]
+            self.plans[name] = build_plan(spans)
+        found = graphs._fitting(len(self.ids), self.layout, self.wanted)
+        if found is None:
+            raise ValueError(f"{decoding} decoding and {sum(prompts)} tokens of prompts fit no graph")
+        self.places = found[0]
+
+    def capture(self, name: str, block_m: int) -> None:
+        """Captures the case's graph anew, with LoRA tiles of `block_m` entries, as the only one there is."""
+        plan, variant = self.plans[name], None
+        if plan is not None:
+            rank = self.graphs._kernels.max_rank(plan)
+            variant = next(v for v in self.places.variants if v and v.block_m == block_m and rank <= v.rank)
+        graph = self.graphs._capture(self.places, variant, torch.cuda.graph_pool_handle())
+        self.graphs._graphs = {(self.places.shape, variant): graph}
+
+    def time(self, name: str, repeats: int = 15) -> tuple[float, Variant | None]:
+        """Median ms of a replay of what `run` chose, and its variant."""
+        chosen: list[tuple[torch.cuda.CUDAGraph, Variant | None]] = []
+        known = self.graphs._graphs
+
+        class Noting(dict):  # type: ignore[type-arg]
+            def get(self, key, default=None):  # type: ignore[no-untyped-def]
+                chosen.append((known[key], key[1]))
+                return known.get(key, default)
+
+        self.graphs._graphs = Noting(known)
+        try:
+            self.graphs.run(
+                self.ids, self.positions, self.layout, self.plans[name], self.wanted, self.rules, self.drawn
+            )
+        finally:
+            self.graphs._graphs = known
+        graph, variant = chosen[0]
+        times = []
+        for _ in range(repeats):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end))
+        return statistics.median(times), variant
