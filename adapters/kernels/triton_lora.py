@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import Protocol
 
 import torch
+import triton
 from torch import Tensor
 
 from adapters.kernels.device_plan import DevicePlan
@@ -59,7 +60,8 @@ def shrink(
     config = config or shrink_config(shape.entries, plan.bucket, shape.block_m, x.element_size())
     splits = config.splits(k)
     partials = allocate_partials(plan, count, splits)
-    items = shape.tiles * count * -(-plan.bucket // config.block_r) * splits
+    block_r = min(config.block_r, triton.next_power_of_2(count * plan.bucket))
+    items = shape.tiles * -(-count * plan.bucket // block_r) * splits
     grid = (min(items, config.programs * _multiprocessors(x.device)),)
     with torch.cuda.stream(side):
         shrink_kernel[grid](
@@ -81,7 +83,7 @@ def shrink(
             K=k,
             BUCKET=plan.bucket,
             BM=shape.block_m,
-            BR=config.block_r,
+            BR=block_r,
             BK=config.block_k,
             SPLITS=splits,
             VEC=16 // x.element_size(),

@@ -17,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from adapters.keys import account_of, digest_of
 from service.store import quotas
 from service.store.blob_book import BlobBook
+from service.store.commits import KeptAnswers
 from service.store.database import Database
 from service.store.edits import Edits
 from service.store.errors import AdapterNotFound, VersionNotFound
@@ -92,6 +93,7 @@ class Catalogue:
         """`with_tenants`: adapters have owners; without, everything is the only user's."""
         self._database = database
         self.with_tenants = with_tenants
+        self._kept = KeptAnswers[Resolved](database.sqlite_path)
 
     @classmethod
     async def open(cls, url: str, *, with_tenants: bool = False) -> Catalogue:
@@ -99,6 +101,7 @@ class Catalogue:
         return cls(await Database.open(url), with_tenants=with_tenants)
 
     async def close(self) -> None:
+        self._kept.close()
         await self._database.close()
 
     @property
@@ -161,10 +164,17 @@ class Catalogue:
             statement = by_number if isinstance(selector, int) else by_alias
             # PostgreSQL refuses a number that no column could hold, rather than not to find it.
             values["selector"] = -1 if isinstance(selector, int) and selector > MAX_NUMBER else selector
+        question = (name, selector, tenant, viewer)
+        state = self._kept.state()
+        known = self._kept.get(question, state)
+        if known is not None:
+            return known
         async with self._database.read() as connection:
             row = (await connection.execute(statement, values)).one_or_none()
             if row is not None:
-                return self._resolved(tenant, row)
+                found = self._resolved(tenant, row)
+                self._kept.keep(question, found, state)
+                return found
             if selector is None or (await connection.execute(exists, values)).one_or_none() is None:
                 raise AdapterNotFound(name)
             raise VersionNotFound(name, selector)

@@ -50,6 +50,7 @@ class Database:
         if engine.dialect.name != "sqlite":
             self._reading = engine.execution_options(isolation_level="AUTOCOMMIT")
         self.is_sqlite = engine.dialect.name == "sqlite"
+        self.sqlite_path = engine.url.database if self.is_sqlite else None
         # Writers of this process queue here in order; SQLite's own waiting is polling, and unfair.
         self._writers = asyncio.Lock()
 
