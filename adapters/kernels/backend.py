@@ -61,7 +61,7 @@ class TritonKernels:
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, site: Site) -> Tensor:
         """Base product and deltas beside each other; their sum is left to the compiler, which folds it into the
         kernel that reads the result anyway."""
-        y, delta = ops.lora_linear_delta(x, weight, bias, targets, list(site.offsets), list(site.widths))
+        y, delta = ops.lora_linear(x, weight, bias, targets, list(site.offsets), list(site.widths))
         return y + delta
 
     def apply(self, y: Tensor, x: Tensor, site: Site) -> None:

@@ -37,40 +37,27 @@ def shrink_kernel(
     SPLITS: tl.constexpr,
     VEC: tl.constexpr,
 ):
-    # A block of columns lies in one target, or (BR > BUCKET) reaches over several, for which x is then read once.
-    BLOCKS: tl.constexpr = (NT * BUCKET + BR - 1) // BR
+    R_BLOCKS: tl.constexpr = (BUCKET + BR - 1) // BR
     K_SPLIT: tl.constexpr = ((K + BK - 1) // BK + SPLITS - 1) // SPLITS * BK
-    total = tl.load(num_tiles) * (BLOCKS * SPLITS)
+    total = tl.load(num_tiles) * (NT * R_BLOCKS * SPLITS)
     for item in range(tl.program_id(0), total, tl.num_programs(0)):
         split = item % SPLITS
-        column = (item // SPLITS) % BLOCKS * BR + tl.arange(0, BR)
-        tile = item // (SPLITS * BLOCKS)
+        r0 = (item // SPLITS) % R_BLOCKS * BR
+        j = (item // (SPLITS * R_BLOCKS)) % NT
+        tile = item // (SPLITS * R_BLOCKS * NT)
         row = tl.load(tile_row + tile).to(tl.int64)
-        if BR > BUCKET:
-            j = column // BUCKET
-            r = column % BUCKET
-            known = (j < NT) & (row >= 0)
-            cell = row * stride_table + tl.load(targets + j, mask=known, other=0)
-            rank = tl.load(ranks + cell, mask=known, other=0)
-            most = tl.max(rank)
-            used = r < rank
-            at_a = tl.load(offsets + 2 * cell, mask=known, other=0)
-        else:
-            first = (item // SPLITS) % BLOCKS * BR
-            j = first // BUCKET
-            r = first % BUCKET + tl.arange(0, BR)
-            cell = row * stride_table + tl.load(targets + j)
-            rank = tl.load(ranks + cell, mask=row >= 0, other=0)
-            most = rank - first % BUCKET
-            used = r < rank
-            at_a = tl.load(offsets + 2 * cell, mask=row >= 0, other=0)
-        if most > 0:
+        cell = row * stride_table + tl.load(targets + j)
+        rank = tl.load(ranks + cell, mask=row >= 0, other=0)
+        if r0 < rank:
             start = tl.load(tile_start + tile)
+            r = r0 + tl.arange(0, BR)
+            used = r < rank
             # The division tells the compiler of the alignment that the table promises: 16-byte loads.
-            a = data + (at_a // VEC * VEC + r * K)
+            a = data + tl.load(offsets + 2 * cell) // VEC * VEC
             k_begin = split * K_SPLIT
             k_end = tl.minimum(k_begin + K_SPLIT, K)
             length = tl.load(tile_len + tile)
+            out = partials + split.to(tl.int64) * stride_split + j * BUCKET
             rows = tl.arange(0, BM)
             live = rows < length
             token = tl.load(tokens + start + rows, mask=live, other=0).to(tl.int64)
@@ -83,11 +70,10 @@ def shrink_kernel(
                     x_mask = x_mask & (kk < K)[None, :]
                     a_mask = a_mask & (kk < K)[None, :]
                 xv = tl.load(x + (token * stride_x)[:, None] + kk[None, :], mask=x_mask, other=0.0)
-                av = tl.load(a[:, None] + kk[None, :], mask=a_mask, other=0.0)
+                av = tl.load(a + (r * K)[:, None] + kk[None, :], mask=a_mask, other=0.0)
                 acc = tl.dot(xv, tl.trans(av), acc, input_precision="ieee")
-            out = partials + split.to(tl.int64) * stride_split + column
             at = (start + rows) * (NT * BUCKET)
-            tl.store(out[None, :] + at[:, None], acc, mask=live[:, None] & used[None, :])
+            tl.store(out + at[:, None] + r[None, :], acc, mask=live[:, None] & used[None, :])
 
 
 @triton.jit

@@ -15,7 +15,6 @@ from functools import lru_cache
 from typing import Protocol
 
 import torch
-import triton
 from torch import Tensor
 
 from adapters.kernels.device_plan import DevicePlan
@@ -50,46 +49,42 @@ def shrink(
     plan: DevicePlan,
     tables: Tables,
     config: ShrinkConfig | None = None,
-    side: torch.cuda.Stream | None = None,
 ) -> Tensor:
-    """x [T, k] -> partials for `expand`. targets: int32 [n], target indices on the device. side: runs there, with
-    memory of the current stream: that one must wait for `side` before it uses or frees them."""
+    """x [T, k] -> partials for `expand`. targets: int32 [n], target indices on the device."""
     _check(x, tables)
     count, k = targets.numel(), x.shape[1]
     shape = plan.shape
     config = config or shrink_config(shape.entries, plan.bucket, shape.block_m, x.element_size())
     splits = config.splits(k)
     partials = allocate_partials(plan, count, splits)
-    block_r = min(config.block_r, triton.next_power_of_2(count * plan.bucket))
-    items = shape.tiles * -(-count * plan.bucket // block_r) * splits
+    items = shape.tiles * count * -(-plan.bucket // config.block_r) * splits
     grid = (min(items, config.programs * _multiprocessors(x.device)),)
-    with torch.cuda.stream(side):
-        shrink_kernel[grid](
-            x,
-            tables.data,
-            tables.ranks,
-            tables.offsets,
-            targets,
-            plan.tokens,
-            plan.tile_row,
-            plan.tile_start,
-            plan.tile_len,
-            plan.wave_tiles[-1:],
-            partials,
-            x.stride(0),
-            tables.ranks.stride(0),
-            partials.stride(0),
-            NT=count,
-            K=k,
-            BUCKET=plan.bucket,
-            BM=shape.block_m,
-            BR=block_r,
-            BK=config.block_k,
-            SPLITS=splits,
-            VEC=16 // x.element_size(),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+    shrink_kernel[grid](
+        x,
+        tables.data,
+        tables.ranks,
+        tables.offsets,
+        targets,
+        plan.tokens,
+        plan.tile_row,
+        plan.tile_start,
+        plan.tile_len,
+        plan.wave_tiles[-1:],
+        partials,
+        x.stride(0),
+        tables.ranks.stride(0),
+        partials.stride(0),
+        NT=count,
+        K=k,
+        BUCKET=plan.bucket,
+        BM=shape.block_m,
+        BR=config.block_r,
+        BK=config.block_k,
+        SPLITS=splits,
+        VEC=16 // x.element_size(),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
     return partials
 
 

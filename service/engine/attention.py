@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface
 
+from adapters.kernels.opaque import opaque
 from service.engine.errors import UnsupportedModel
 
 NAME = "loraplex"
@@ -190,7 +191,11 @@ class Current:
     backend: Attention | None = None
 
 
-@torch.library.custom_op("loraplex::attend", mutates_args=("k_cache", "v_cache"))
+def _like_q(q: Tensor, *_: object) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+@opaque(_like_q, mutates=("k_cache", "v_cache"))
 def attend(
     q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, scaling: float, window: int | None
 ) -> Tensor:
@@ -199,11 +204,6 @@ def attend(
     if Current.backend is None:
         raise RuntimeError("no attention backend is attached")
     return Current.backend.attend(q, k, v, k_cache, v_cache, scaling, window)
-
-
-@attend.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, scaling: float, window: int | None) -> Tensor:
-    return q.new_empty(q.shape)
 
 
 def attach(modules: list[nn.Module], shapes: list[LayerShape], backend: Attention) -> None:

@@ -40,30 +40,23 @@ STEP_SIZES = (64, 128, 192, 256, 320, 384, 512, 576, 640, 768, 1024, 1280, 1536,
 """Tokens to which steps with prompts are padded on CUDA (graphs.py). Larger ones are not: they keep the device busy for
 longer than their launches take the host. There is no 448: cuBLAS takes 18.3 ms for that many, and 15.2 for 512 (8B,
 H100)."""
-SPREAD_FROM, SPREAD = 256, 2
-"""More prompt tokens than SPREAD_FROM are spread over SPREAD steps, as far as the bound allows."""
 CROWD, CROWD_TOKENS = 80, 1280
 """From so many decoding sequences on the bound grows with them, as far as a step of so many tokens."""
 
 
-def riding_tokens(decoding: int, asked: int, bound: int, *, crowd: bool) -> int:
-    """Prompt tokens that may ride with so many decoding sequences, of `asked` that could.
-
-    A step reads all weights, and up to some 256 tokens are computed while it does: with 64 sequences an H100 takes 8.3
-    ms for none, 10.1 for 192 of a prompt, 17.4 for 512 (8B). So a prompt is not computed in one step with nothing left
-    for the next.
+def riding_tokens(decoding: int, bound: int) -> int:
+    """Prompt tokens that may ride with so many decoding sequences, where no other tenant waits for a short step.
 
     Under a fixed bound no more sequences decode than it brings in while they last, and others wait before free slots:
-    with prompts of 512 tokens, four times as long as answers, 124 of 256 run. So, where no other tenant waits for a
-    short step (`crowd`), the bound grows with them until a size is full. On an H100 256 streams then gave 6,311
-    tokens/s instead of 5,897, and waited 0.3 s instead of 2.6 for their first token (benchmarks/RESULTS.md).
-    """
-    if crowd and decoding > CROWD:
-        most = min(CROWD_TOKENS, decoding + bound * decoding // CROWD)
-        bound = max(bound, max((size for size in STEP_SIZES if size <= most), default=0) - decoding)
-    share = max(SPREAD_FROM, -(-asked // SPREAD))
-    whole = next((size for size in STEP_SIZES if size >= decoding + share), decoding + share)
-    return min(bound, whole - decoding)
+    with prompts of 512 tokens, four times as long as answers, 124 of 256 run. So the bound grows with those that
+    decode, to what fills a size: what is padded costs as much. On an H100 256 streams gave 6,547 tokens/s instead of
+    6,147, and waited 0.23 s instead of 2.6 for their first token; each then took 35 ms instead of 20
+    (benchmarks/RESULTS.md). Padded from 1,280 to 1,536 tokens the same steps gave less than the fixed bound."""
+    if decoding <= CROWD:
+        return bound
+    most = min(CROWD_TOKENS, decoding + bound * decoding // CROWD)
+    whole = max((size for size in STEP_SIZES if size <= most), default=0)
+    return max(bound, whole - decoding)
 
 
 def tokens_per_step(device: str, *, deterministic: bool = False) -> int:

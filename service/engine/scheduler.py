@@ -26,7 +26,7 @@ from __future__ import annotations
 import heapq
 from bisect import insort
 from collections.abc import Iterator
-from itertools import islice, pairwise
+from itertools import pairwise
 
 from adapters.errors import LoraplexAdapterError
 from adapters.residency import Residency
@@ -133,26 +133,12 @@ class Scheduler:
         budget = self.max_tokens_per_step - len(self._step)
         if self._step:
             bound = self.max_prefill_tokens_per_step
-            if not hosts:  # whose steps are short as it is
-                # Short steps and free slots are what makes a flood bearable for other tenants (guests.py).
-                alone = self.tenants.serving.keys() <= SINGLE_USER
-                bound = riding_tokens(len(self._step), self._asked(begun), bound, crowd=alone)
-            budget = min(budget, bound)
+            # Short steps and free slots are what makes a flood bearable for other tenants (guests.py).
+            alone = self.tenants.serving.keys() <= SINGLE_USER
+            budget = min(budget, riding_tokens(len(self._step), bound) if alone else bound)
         # Where pages were just short, whoever came in now would be the next to go.
         self._prefill(begun, budget, admit=not self._gone, hosts=hosts)
         return Batch(list(self._step.values()))
-
-    def _asked(self, begun: dict[str, list[Sequence]]) -> int:
-        """Prompt tokens that could be computed now, if there were no bound; those of sequences that find no slot are
-        not asked for. Of very many it counts as many as the budget has."""
-        tokens = sum(seq.num_uncomputed for seqs in begun.values() for seq in seqs)
-        free = self.max_sequences - len(self.running)
-        for tenant in self.tenants.queued.values():
-            for seq in islice(tenant.waiting, free):
-                tokens += seq.num_uncomputed
-                if tokens >= self.max_tokens_per_step:
-                    return tokens
-        return tokens
 
     def _decode(self, running: list[Sequence]) -> dict[str, list[Sequence]]:
         """One token of every one of `running` whose earlier tokens are all computed. The others are returned, by

@@ -17,7 +17,6 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from adapters.keys import account_of, digest_of
 from service.store import quotas
 from service.store.blob_book import BlobBook
-from service.store.commits import KeptAnswers
 from service.store.database import Database
 from service.store.edits import Edits
 from service.store.errors import AdapterNotFound, VersionNotFound
@@ -93,7 +92,6 @@ class Catalogue:
         """`with_tenants`: adapters have owners; without, everything is the only user's."""
         self._database = database
         self.with_tenants = with_tenants
-        self._kept = KeptAnswers[Resolved](database.sqlite_path)
 
     @classmethod
     async def open(cls, url: str, *, with_tenants: bool = False) -> Catalogue:
@@ -101,7 +99,6 @@ class Catalogue:
         return cls(await Database.open(url), with_tenants=with_tenants)
 
     async def close(self) -> None:
-        self._kept.close()
         await self._database.close()
 
     @property
@@ -164,20 +161,12 @@ class Catalogue:
             statement = by_number if isinstance(selector, int) else by_alias
             # PostgreSQL refuses a number that no column could hold, rather than not to find it.
             values["selector"] = -1 if isinstance(selector, int) and selector > MAX_NUMBER else selector
-        question = (name, selector, tenant, viewer)
-        state = self._kept.state()
-        known = self._kept.get(question, state)
-        if known is not None:
-            return known
-        async with self._database.read() as connection:
-            row = (await connection.execute(statement, values)).one_or_none()
-            if row is not None:
-                found = self._resolved(tenant, row)
-                self._kept.keep(question, found, state)
-                return found
-            if selector is None or (await connection.execute(exists, values)).one_or_none() is None:
-                raise AdapterNotFound(name)
-            raise VersionNotFound(name, selector)
+        row = await self._database.ask(statement, values)
+        if row is not None:
+            return self._resolved(tenant, row)
+        if selector is None or await self._database.ask(exists, values) is None:
+            raise AdapterNotFound(name)
+        raise VersionNotFound(name, selector)
 
     def _resolved(self, tenant: str, row: Sequence[Any]) -> Resolved:
         *values, owner, limits = row

@@ -38,7 +38,7 @@ def test_steps_of_a_crowd_fill_a_size_and_few_sequences_keep_the_bound(bound: in
         assert prompts <= max(bound, budgets.CROWD_TOKENS - decoding)
 
 
-def test_four_times_as_long_prompts_find_a_balance_of_205() -> None:
-    """More prompts come in than 204 sequences need while they last, and fewer than 206 do."""
-    assert all(riding_tokens(decoding, 512) > 4 * decoding for decoding in range(1, 204))
-    assert all(riding_tokens(decoding, 512) < 4 * decoding for decoding in range(206, 257))
+def test_prompts_four_times_as_long_as_answers_find_room_for_256() -> None:
+    """As many prompts come in as the sequences need while they last, up to those that fill a step's largest size."""
+    assert all(riding_tokens(decoding, 512) >= 4 * decoding for decoding in range(1, 257))
+    assert all(riding_tokens(decoding, 512) < 4 * decoding for decoding in range(257, 400))
