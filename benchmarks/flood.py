@@ -24,10 +24,12 @@ from statistics import median
 import httpx
 
 from benchmarks import report
+from benchmarks.raw_client import complete
 from benchmarks.throughput import running
 
 ADMIN = "lp-admin-benchmark-0123456789abcdef0123456789abcdef"
 WEIGHTS = {"w1": 1.0, "w2": 2.0, "w5": 5.0}
+INTERVALS = 5
 
 
 def percentile(values: list[float], share: float) -> float:
@@ -41,6 +43,8 @@ class Load:
     """How requests are made."""
 
     http: httpx.AsyncClient
+    """For all that is asked once."""
+    port: int
     vocabulary: int
     prompt: int
     output: int
@@ -53,19 +57,11 @@ class Load:
             "model": "base",
             "prompt": [self.rng.randrange(3, self.vocabulary) for _ in range(self.prompt)],
             "max_tokens": self.output,
-            "temperature": 0,
-            "ignore_eos": True,
             "stream": stream,
         }
-        begin, times = time.perf_counter(), []
-        headers = {"Authorization": f"Bearer {key}"}
-        async with self.http.stream("POST", "/v1/completions", json=body, headers=headers) as answer:
-            if answer.status_code != 200:
-                raise RuntimeError(f"{answer.status_code}: {(await answer.aread()).decode()}")
-            async for line in answer.aiter_lines():
-                if line.startswith("data: {") or not stream:
-                    times.append(time.perf_counter())
-        return times[0] - begin, [b - a for a, b in itertools.pairwise(times)]
+        times: list[float] = []
+        await complete(self.port, body, times, key)
+        return times[1] - times[0], [b - a for a, b in itertools.pairwise(times[1:])]
 
     async def keep(self, key: str, count: int, stop: asyncio.Event, gaps: list[float], *, stream: bool = True) -> int:
         """`count` requests in flight until `stop`; how many ended. Those in flight are then broken off."""
@@ -111,9 +107,9 @@ async def beside(
     return alone, found, gaps
 
 
-async def shares(load: Load, keys: dict[str, str], args: argparse.Namespace) -> dict[str, int]:
-    """Tokens, prompts' and generated ones, that each tenant of WEIGHTS got. Not streamed: a client that cannot keep
-    up with 600 streams would ask for less than there is, and then nobody has to share."""
+async def shares(load: Load, keys: dict[str, str], args: argparse.Namespace) -> list[dict[str, int]]:
+    """Tokens, prompts' and generated ones, that each tenant of WEIGHTS got, in each of INTERVALS. Not streamed: a
+    client that cannot keep up with 600 streams would ask for less than there is, and then nobody has to share."""
 
     async def used() -> dict[str, int]:
         answer = await load.http.get("/v1/usage?group_by=tenant", headers={"Authorization": f"Bearer {ADMIN}"})
@@ -127,12 +123,14 @@ async def shares(load: Load, keys: dict[str, str], args: argparse.Namespace) -> 
     stop = asyncio.Event()
     tasks = [asyncio.create_task(load.keep(keys[name], args.flood, stop, [], stream=False)) for name in WEIGHTS]
     await asyncio.sleep(args.settle)
-    before = await used()
-    await asyncio.sleep(args.seconds)
-    after = await used()
+    readings = [await used()]
+    begin = time.perf_counter()
+    for i in range(INTERVALS):
+        await asyncio.sleep(begin + (i + 1) * args.seconds / INTERVALS - time.perf_counter())
+        readings.append(await used())
     stop.set()
     await asyncio.gather(*tasks)
-    return {name: after[name] - before[name] for name in WEIGHTS}
+    return [{name: b[name] - a[name] for name in WEIGHTS} for a, b in itertools.pairwise(readings)]
 
 
 async def run(url: str, args: argparse.Namespace) -> list[str]:
@@ -147,7 +145,7 @@ async def run(url: str, args: argparse.Namespace) -> list[str]:
             made.raise_for_status()
             keys[name] = made.json()["key"]
         vocabulary = json.loads((args.model / "config.json").read_text())["vocab_size"] // 2
-        load = Load(http, vocabulary, args.prompt, args.output, random.Random(args.seed))
+        load = Load(http, args.port, vocabulary, args.prompt, args.output, random.Random(args.seed))
         alone, found, gaps = await beside(load, keys, args)
         got = await shares(load, keys, args)
     ratio = percentile(found, 0.99) / percentile(alone, 0.99)
@@ -156,8 +154,13 @@ async def run(url: str, args: argparse.Namespace) -> list[str]:
         f"| beside {args.flood} requests in flight | {median(found) * 1e3:.1f} | {percentile(found, 0.99) * 1e3:.1f} "
         f"| {max(found) * 1e3:.1f} |",
     ]
-    whole, weights = sum(got.values()), sum(WEIGHTS.values())
-    told = ", ".join(f"{name} {got[name] / whole:.3f} (weight's {w / weights:.3f})" for name, w in WEIGHTS.items())
+    weights = sum(WEIGHTS.values())
+    whole = {name: sum(each[name] for each in got) for name in WEIGHTS}
+    tokens = sum(whole.values())
+    told = ", ".join(f"{name} {whole[name] / tokens:.3f} (weight's {w / weights:.3f})" for name, w in WEIGHTS.items())
+    told += "; in each fifth of the time " + "; ".join(
+        f"{name} " + ", ".join(f"{each[name] / max(1, sum(each.values())):.3f}" for each in got) for name in WEIGHTS
+    )
     return [
         f"`python -m benchmarks.flood ... --requests {args.requests} --serve {args.serve!r}`: {args.prompt} tokens in, "
         f"{args.output} out. {args.note}",
@@ -168,7 +171,7 @@ async def run(url: str, args: argparse.Namespace) -> list[str]:
         "",
         f"- p99 beside the flood is {ratio:.2f} times that alone ({args.requests} requests each).",
         f"- Between two events of the flood: {median(gaps) * 1e3:.1f} ms, p99 {percentile(gaps, 0.99) * 1e3:.1f} ms.",
-        f"- Shares of tokens in {args.seconds:g} s of three floods: {told}.",
+        f"- Shares of {tokens} tokens in {args.seconds:g} s of three floods: {told}.",
     ]
 
 
@@ -180,7 +183,7 @@ def main() -> None:
     parser.add_argument("--flood", type=int, default=200, help="requests in flight")
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--output", type=int, default=128)
-    parser.add_argument("--settle", type=float, default=5.0, help="seconds of flood before anything is measured")
+    parser.add_argument("--settle", type=float, default=10.0, help="seconds of flood before anything is measured")
     parser.add_argument("--seconds", type=float, default=60.0, help="of the three floods")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--port", type=int, default=8310)

@@ -34,13 +34,13 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import httpx
 
 from adapters.block_files import delete_blocks
 from benchmarks import report
 from benchmarks.flood import percentile
+from benchmarks.raw_client import complete
 from benchmarks.throughput import adapters_of, running, upload
 
 RESIDENT = 4
@@ -57,31 +57,6 @@ PLACES = {
 ASKED = {"host": 5.0, "disk": 30.0}
 """Milliseconds that the first token may come later than from the device."""
 ASKED_BESIDE = 1.05
-
-
-async def complete(port: int, body: dict[str, Any], times: list[float]) -> None:
-    """Streams a completion. `times`: when it was sent, then when each event came. Nothing is parsed, since this has to
-    keep up with all streams at once. RuntimeError if it fails."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    try:
-        payload = json.dumps({**body, "temperature": 0, "ignore_eos": True, "stream": True}).encode()
-        head = "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nConnection: close"
-        writer.write(f"{head}\r\nContent-Length: {len(payload)}\r\n\r\n".encode() + payload)
-        times.append(time.perf_counter())
-        status = await reader.readline()
-        if b" 200 " not in status:
-            raise RuntimeError((status + await reader.read()).decode())
-        ended = False
-        async for line in reader:
-            if line.startswith(b"data: {"):
-                times.append(time.perf_counter())
-            elif line.startswith(b"event: error"):
-                raise RuntimeError((await reader.read()).decode())
-            ended = ended or line.startswith(b"data: [DONE]")
-        if not ended or len(times) < 2:
-            raise RuntimeError(f"a stream of {body['model']} broke off after {len(times) - 1} events")
-    finally:
-        writer.close()
 
 
 async def move(http: httpx.AsyncClient, name: str, how: str) -> None:
@@ -154,7 +129,7 @@ async def first_tokens(server: Server, args: argparse.Namespace) -> dict[str, li
         for place, name in {"": "base", **found}.items():
             times: list[float] = []
             body = {"model": name, "prompt": server.prompt(args.prompt), "max_tokens": args.output}
-            await complete(server.port, body, times)
+            await complete(server.port, {**body, "stream": True}, times)
             if place and turn >= WARM_UP:
                 seconds.setdefault(place, []).append(times[1] - times[0])
     return seconds
@@ -223,7 +198,11 @@ class Streams:
             times: list[float] = []
             self._runs.append(times)
             prompt = self._server.prompt(ahead + 16)
-            await complete(self._server.port, {"model": "base", "prompt": prompt, "max_tokens": longest - ahead}, times)
+            await complete(
+                self._server.port,
+                {"model": "base", "prompt": prompt, "max_tokens": longest - ahead, "stream": True},
+                times,
+            )
             ahead = 0
 
     async def wait(self, seconds: float) -> None:

@@ -90,12 +90,12 @@ class Database:
             try:
                 if self._here is None:
                     self._here = _connection_here(self.engine.url)
-                here: sa.Row[Any] | None = self._here.execute(statement, values).one_or_none()
-                return here
+                return self._here.execute(statement, values).one_or_none()
             except SQLAlchemyError:
                 self._leave()  # and whoever asks in earnest finds out what is wrong, and waits if need be
         async with self.read() as connection:
-            return (await connection.execute(statement, values)).one_or_none()
+            found: sa.Row[Any] | None = (await connection.execute(statement, values)).one_or_none()
+            return found
 
     def _leave(self) -> None:
         if self._here is not None:

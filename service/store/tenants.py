@@ -125,8 +125,7 @@ class Tenants:
     # ------------------------------------------------------------ on the way of requests
 
     async def credentials(self, key_id: str) -> Credentials | None:
-        async with self._database.read() as connection:
-            row = (await connection.execute(_CREDENTIALS, {"key_id": key_id})).one_or_none()
+        row = await self._database.ask(_CREDENTIALS, {"key_id": key_id})
         if row is None:
             return None
         scopes = frozenset(row.scopes.split())
@@ -152,8 +151,7 @@ class Tenants:
 
     async def get(self, tenant: str) -> Tenant:
         """Raises TenantNotFound."""
-        async with self._database.read() as connection:
-            row = (await connection.execute(_TENANT, {"tenant": tenant})).one_or_none()
+        row = await self._database.ask(_TENANT, {"tenant": tenant})
         if row is None:
             raise TenantNotFound(tenant)
         return _tenant(row)
