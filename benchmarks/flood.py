@@ -12,19 +12,20 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import itertools
 import json
 import os
-import random
 import time
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
 import httpx
 
 from benchmarks import report
-from benchmarks.raw_client import complete
+from benchmarks.raw_client import Load, flooding
 from benchmarks.throughput import running
 
 ADMIN = "lp-admin-benchmark-0123456789abcdef0123456789abcdef"
@@ -38,53 +39,6 @@ def percentile(values: list[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, max(0, -(-int(share * 1000) * len(ordered) // 1000) - 1))]
 
 
-@dataclass
-class Load:
-    """How requests are made."""
-
-    http: httpx.AsyncClient
-    """For all that is asked once."""
-    port: int
-    vocabulary: int
-    prompt: int
-    output: int
-    rng: random.Random
-
-    async def ask(self, key: str, *, stream: bool = True) -> tuple[float, list[float]]:
-        """(seconds to the first token, seconds between two events after it). RuntimeError if it fails. stream False:
-        the answer comes in one piece, which costs this process least."""
-        body = {
-            "model": "base",
-            "prompt": [self.rng.randrange(3, self.vocabulary) for _ in range(self.prompt)],
-            "max_tokens": self.output,
-            "stream": stream,
-        }
-        times: list[float] = []
-        await complete(self.port, body, times, key)
-        return times[1] - times[0], [b - a for a, b in itertools.pairwise(times[1:])]
-
-    async def keep(self, key: str, count: int, stop: asyncio.Event, gaps: list[float], *, stream: bool = True) -> int:
-        """`count` requests in flight until `stop`; how many ended. Those in flight are then broken off."""
-        done = 0
-
-        async def one() -> None:
-            nonlocal done
-            while not stop.is_set():
-                _, between = await self.ask(key, stream=stream)
-                gaps.extend(between)
-                done += 1
-
-        tasks = [asyncio.create_task(one()) for _ in range(count)]
-        waiting = asyncio.create_task(stop.wait())
-        finished, _ = await asyncio.wait([*tasks, waiting], return_when=asyncio.FIRST_COMPLETED)
-        for task in (*tasks, waiting):
-            task.cancel()
-        for task in finished - {waiting}:
-            task.result()  # only a failed one ends before `stop`
-        await asyncio.gather(*tasks, waiting, return_exceptions=True)
-        return done
-
-
 async def beside(
     load: Load, keys: dict[str, str], args: argparse.Namespace
 ) -> tuple[list[float], list[float], list[float]]:
@@ -92,27 +46,24 @@ async def beside(
     for _ in range(2):
         await load.ask(keys["quiet"])
     alone = [(await load.ask(keys["quiet"]))[0] for _ in range(args.requests)]
-    stop, gaps = asyncio.Event(), []
-    flood = asyncio.create_task(load.keep(keys["flood"], args.flood, stop, gaps))
-    await asyncio.sleep(args.settle)
-    asked = []
-    for _ in range(args.requests):
-        asked.append(asyncio.create_task(load.ask(keys["quiet"])))
-        await asyncio.sleep(args.every)
-        if flood.done():
-            flood.result()
-    found = [(await each)[0] for each in asked]
-    stop.set()
-    await flood
+    with flooding(replace(load, seed=load.seed + 1), keys["flood"], args.flood) as gaps:
+        await asyncio.sleep(args.settle)
+        asked = []
+        for _ in range(args.requests):
+            asked.append(asyncio.create_task(load.ask(keys["quiet"])))
+            await asyncio.sleep(args.every)
+        found = [(await each)[0] for each in asked]
     return alone, found, gaps
 
 
-async def shares(load: Load, keys: dict[str, str], args: argparse.Namespace) -> list[dict[str, int]]:
+async def shares(
+    http: httpx.AsyncClient, load: Load, keys: dict[str, str], args: argparse.Namespace
+) -> list[dict[str, int]]:
     """Tokens, prompts' and generated ones, that each tenant of WEIGHTS got, in each of INTERVALS. Not streamed: a
     client that cannot keep up with 600 streams would ask for less than there is, and then nobody has to share."""
 
     async def used() -> dict[str, int]:
-        answer = await load.http.get("/v1/usage?group_by=tenant", headers={"Authorization": f"Bearer {ADMIN}"})
+        answer = await http.get("/v1/usage?group_by=tenant", headers={"Authorization": f"Bearer {ADMIN}"})
         answer.raise_for_status()
         rows = answer.json()["data"]
         return {
@@ -120,22 +71,23 @@ async def shares(load: Load, keys: dict[str, str], args: argparse.Namespace) -> 
             for name in WEIGHTS
         }
 
-    stop = asyncio.Event()
-    tasks = [asyncio.create_task(load.keep(keys[name], args.flood, stop, [], stream=False)) for name in WEIGHTS]
-    await asyncio.sleep(args.settle)
-    readings = [await used()]
-    begin = time.perf_counter()
-    for i in range(INTERVALS):
-        await asyncio.sleep(begin + (i + 1) * args.seconds / INTERVALS - time.perf_counter())
-        readings.append(await used())
-    stop.set()
-    await asyncio.gather(*tasks)
+    with ExitStack() as floods:
+        for i, name in enumerate(WEIGHTS):
+            mine = replace(load, seed=load.seed + 2 + i)
+            floods.enter_context(flooding(mine, keys[name], args.flood, stream=False))
+        await asyncio.sleep(args.settle)
+        readings = [await used()]
+        begin = time.perf_counter()
+        for i in range(INTERVALS):
+            await asyncio.sleep(begin + (i + 1) * args.seconds / INTERVALS - time.perf_counter())
+            readings.append(await used())
     return [{name: b[name] - a[name] for name in WEIGHTS} for a, b in itertools.pairwise(readings)]
 
 
 async def run(url: str, args: argparse.Namespace) -> list[str]:
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits, trust_env=False) as http:
+    gc.collect()
+    gc.freeze()  # or full collections of what torch brings, 0.15 s each, would seem to be the server's time
+    async with httpx.AsyncClient(base_url=url, timeout=600, trust_env=False) as http:
         admin = {"Authorization": f"Bearer {ADMIN}"}
         keys = {}
         for name, weight in {"quiet": 1.0, "flood": 1.0, **WEIGHTS}.items():
@@ -145,9 +97,9 @@ async def run(url: str, args: argparse.Namespace) -> list[str]:
             made.raise_for_status()
             keys[name] = made.json()["key"]
         vocabulary = json.loads((args.model / "config.json").read_text())["vocab_size"] // 2
-        load = Load(http, args.port, vocabulary, args.prompt, args.output, random.Random(args.seed))
+        load = Load(args.port, vocabulary, args.prompt, args.output, args.seed)
         alone, found, gaps = await beside(load, keys, args)
-        got = await shares(load, keys, args)
+        got = await shares(http, load, keys, args)
     ratio = percentile(found, 0.99) / percentile(alone, 0.99)
     lines = [
         f"| alone | {median(alone) * 1e3:.1f} | {percentile(alone, 0.99) * 1e3:.1f} | {max(alone) * 1e3:.1f} |",
@@ -169,7 +121,8 @@ async def run(url: str, args: argparse.Namespace) -> list[str]:
         "|---|---|---|---|",
         *lines,
         "",
-        f"- p99 beside the flood is {ratio:.2f} times that alone ({args.requests} requests each).",
+        f"- p90 {percentile(alone, 0.9) * 1e3:.1f} and {percentile(found, 0.9) * 1e3:.1f} ms; p99 beside the flood is "
+        f"{ratio:.2f} times that alone ({args.requests} requests each).",
         f"- Between two events of the flood: {median(gaps) * 1e3:.1f} ms, p99 {percentile(gaps, 0.99) * 1e3:.1f} ms.",
         f"- Shares of {tokens} tokens in {args.seconds:g} s of three floods: {told}.",
     ]
