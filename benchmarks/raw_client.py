@@ -2,7 +2,7 @@
 
 Each has a connection of its own, and nothing is parsed. httpx keeps connections in a list that it walks at every turn:
 with 600 requests in flight it was seen to take 30 s of processor at once, in which nothing was asked of the server.
-Imports no torch: a full collection of all that it brings takes 0.15 s, which then seem to be the server's.
+Nothing here imports torch: a full collection of all that it brings takes 0.15 s, which would seem to be the server's.
 """
 
 from __future__ import annotations
@@ -94,6 +94,7 @@ def flooding(load: Load, key: str, count: int, *, stream: bool = True) -> Iterat
     sender.close()
     gaps: list[float] = []
     try:
+        receiver.recv()  # it has begun
         yield gaps
     finally:
         stop.set()
@@ -126,6 +127,7 @@ def _flood(load: Load, key: str, count: int, stream: bool, stop: Event, sender: 
             if not isinstance(result, asyncio.CancelledError):
                 raise RuntimeError(f"a request of the flood failed: {result}")
 
+    sender.send(None)
     try:
         asyncio.run(keep())
     except RuntimeError as error:

@@ -30,7 +30,6 @@ from pathlib import Path
 import httpx
 
 from benchmarks import report
-from benchmarks.random_base import AdapterMaker
 
 
 @contextmanager
@@ -64,6 +63,8 @@ def start(model: Path, port: int, data: Path, options: list[str]) -> tuple[subpr
 
 def make(url: str, model: Path, targets: str, numbers: range) -> list[float]:
     """Uploads and loads adapters that exist on disk for as long as that takes. Seconds of each, four at a time."""
+    from benchmarks.random_base import AdapterMaker  # imports torch, which clients' processes are better without
+
     maker = AdapterMaker(model, targets)
     with httpx.Client(base_url=url, timeout=300) as client, tempfile.TemporaryDirectory(dir="/dev/shm") as temporary:
 
