@@ -262,7 +262,7 @@ async def test_what_is_hidden_costs_the_same_statements_as_what_is_not_there(tmp
     catalogue = await Catalogue.open(sqlite_url(tmp_path / "catalogue.sqlite3"))
     run: list[str] = []
 
-    @sa.event.listens_for(catalogue.database.engine.sync_engine, "before_cursor_execute")
+    @sa.event.listens_for(sa.Engine, "before_cursor_execute")  # the pool's, and the one in the event loop
     def note(_c: Any, _cursor: Any, statement: str, *_more: Any) -> None:
         run.append(statement)
 
@@ -290,6 +290,7 @@ async def test_what_is_hidden_costs_the_same_statements_as_what_is_not_there(tmp
                 found.append(list(run))
             return found
 
+        await catalogue.resolve("alpha/granted", "gamma", "gamma")  # opens what stays open
         hidden = await asked("alpha", "hidden")
         assert all(hidden)
         assert hidden == await asked("alpha", "granted")
@@ -298,6 +299,7 @@ async def test_what_is_hidden_costs_the_same_statements_as_what_is_not_there(tmp
         assert (await catalogue.resolve("alpha/granted", "gamma", "gamma")).name == "granted"
         assert (await catalogue.get_adapter("granted", "alpha", "gamma")).name == "granted"
     finally:
+        sa.event.remove(sa.Engine, "before_cursor_execute", note)
         await catalogue.close()
 
 
