@@ -16,7 +16,11 @@ import random
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import msgspec
 
 from adapters.blobs import BlobStore
 from adapters.inspection import inspect_upload
@@ -121,6 +125,30 @@ def store_adapters(store: BlobStore, folders: list[Path], manifest) -> list[str]
     return digests
 
 
+@contextmanager
+def driving(model: Path, folders: list[Path], options: dict[str, object]) -> Iterator[tuple[Driver, list[str]]]:
+    """An engine with these adapters on its device, until the block ends, and their digests. Prints what that took.
+    options: EngineConfig's fields; its folders are temporary ones unless they are among them."""
+    with tempfile.TemporaryDirectory() as temporary:
+        places = {"blobs_dir": f"{temporary}/blobs", "cache_dir": f"{temporary}/cache", "socket": ""}
+        config = msgspec.convert({"model_path": str(model), **places, **options}, EngineConfig)
+        begin = time.perf_counter()
+        driver = Driver(config)
+        ready = time.perf_counter()
+        digests = store_adapters(BlobStore(Path(config.blobs_dir)), folders, driver.engine.manifest)
+        stored = time.perf_counter()
+        driver.load(digests)
+        print(
+            f"engine ready in {ready - begin:.1f} s {driver.versions}; {len(digests)} adapters stored in "
+            f"{stored - ready:.1f} s, packed and loaded in {time.perf_counter() - stored:.1f} s",
+            flush=True,
+        )
+        try:
+            yield driver, digests
+        finally:
+            driver.engine.close()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", type=Path)
@@ -132,29 +160,8 @@ def main() -> None:
     parser.add_argument("--output-len", type=int, default=128)
     parser.add_argument("--config", default="{}", help="EngineConfig fields as JSON")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        config = EngineConfig(
-            model_path=str(args.model),
-            blobs_dir=f"{temporary}/blobs",
-            cache_dir=f"{temporary}/cache",
-            socket="",
-            **json.loads(args.config),
-        )
-        begin = time.perf_counter()
-        driver = Driver(config)
-        print(f"engine ready in {time.perf_counter() - begin:.1f} s {driver.versions}", flush=True)
-        digests: list[str] = []
-        if args.adapters:
-            folders = sorted(args.adapters.iterdir())[: args.count]
-            begin = time.perf_counter()
-            digests = store_adapters(BlobStore(Path(config.blobs_dir)), folders, driver.engine.manifest)
-            stored = time.perf_counter() - begin
-            driver.load(digests)
-            print(
-                f"{len(digests)} adapters: stored in {stored:.1f} s, packed and loaded in "
-                f"{time.perf_counter() - begin - stored:.1f} s",
-                flush=True,
-            )
+    folders = sorted(args.adapters.iterdir())[: args.count] if args.adapters else []
+    with driving(args.model, folders, json.loads(args.config)) as (driver, digests):
         for row in args.rows.split(","):
             kind, concurrency = row.split(":")
             result = driver.row(
@@ -166,7 +173,6 @@ def main() -> None:
                 output_len=args.output_len,
             )
             print(row, " ".join(f"{name}={value:.4g}" for name, value in result.items()), flush=True)
-        driver.engine.close()
 
 
 if __name__ == "__main__":

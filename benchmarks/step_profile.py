@@ -14,7 +14,6 @@ import argparse
 import json
 import logging
 import statistics
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -22,9 +21,7 @@ from pathlib import Path
 
 import msgspec
 
-from adapters.blobs import BlobStore
-from benchmarks.engine import Driver, store_adapters
-from service.engine.config import EngineConfig
+from benchmarks.engine import Driver, driving
 from service.engine.messages import AdapterRef, SamplingParams, Submit
 from service.engine.request import Batch
 
@@ -160,23 +157,13 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("service").setLevel(logging.INFO)  # how long warm-up and graphs took
-    with tempfile.TemporaryDirectory() as temporary:
-        options = {"device": "cuda", "blobs_dir": f"{temporary}/blobs", "cache_dir": f"{temporary}/cache"}
-        config = EngineConfig(model_path=str(args.model), socket="", **options | json.loads(args.config))
-        begin = time.perf_counter()
-        driver = Driver(config)
-        print(f"engine ready in {time.perf_counter() - begin:.1f} s {driver.versions}", flush=True)
-        digests: list[str] = []
-        if args.adapters:
-            folders = sorted(args.adapters.iterdir())[: args.count]
-            digests = store_adapters(BlobStore(Path(config.blobs_dir)), folders, driver.engine.manifest)
-            driver.load(digests)
+    folders = sorted(args.adapters.iterdir())[: args.count] if args.adapters else []
+    with driving(args.model, folders, {"device": "cuda"} | json.loads(args.config)) as (driver, digests):
         sampled = msgspec.json.decode(args.sampling, type=SamplingParams)
         profiler = Profiler(driver, digests, args.prompt, sampled)
         for case in args.cases.split(","):
             kind, streams, *drawn = case.split(":")
             profiler.case(kind, int(streams), args.steps, args.top, sampled=drawn == ["sampled"])
-        driver.engine.close()
 
 
 if __name__ == "__main__":

@@ -12,17 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import tempfile
-import time
 from pathlib import Path
 
 import torch
 
-from adapters.blobs import BlobStore
-from benchmarks.engine import Driver, store_adapters
+from benchmarks.engine import Driver, driving
 from benchmarks.step_case import Case
 from service.engine.budgets import STEP_SIZES
-from service.engine.config import EngineConfig
 
 
 def sizes_of(driver: Driver, rows: list[int], decoding: list[int], context: int) -> None:
@@ -56,18 +52,10 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("service").setLevel(logging.INFO)  # how long warm-up and graphs took
-    with tempfile.TemporaryDirectory() as temporary:
-        options = {"device": "cuda", "blobs_dir": f"{temporary}/blobs", "cache_dir": f"{temporary}/cache"}
-        config = EngineConfig(model_path=str(args.model), socket="", **options | json.loads(args.config))
-        begin = time.perf_counter()
-        driver = Driver(config)
-        folders = sorted(args.adapters.iterdir())
-        digests = store_adapters(BlobStore(Path(config.blobs_dir)), folders, driver.engine.manifest)
-        driver.load(digests)
+    options = {"device": "cuda"} | json.loads(args.config)
+    with driving(args.model, sorted(args.adapters.iterdir()), options) as (driver, digests):
         rows = list(driver.engine.residency.try_lease(tuple(digests), object()).rows)
-        print(f"ready in {time.perf_counter() - begin:.1f} s, {len(rows)} adapters {driver.versions}", flush=True)
         sizes_of(driver, rows, [int(number) for number in args.decoding.split(",")], args.context)
-        driver.engine.close()
 
 
 if __name__ == "__main__":

@@ -12,21 +12,17 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import triton
 
-from adapters.blobs import BlobStore
 from adapters.kernels import triton_lora, tuning
 from adapters.kernels.device_plan import rank_bucket
 from adapters.kernels.tuning import ExpandConfig, ShrinkConfig
-from benchmarks.engine import Driver, store_adapters
+from benchmarks.engine import driving
 from benchmarks.step_case import Case
-from service.engine.config import EngineConfig
 
 CONTEXT = 600
 PROMPT = 512
@@ -79,37 +75,21 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("service").setLevel(logging.INFO)  # how long warm-up and graphs took
-    with tempfile.TemporaryDirectory() as temporary:
-        config = EngineConfig(
-            model_path=str(args.model),
-            blobs_dir=f"{temporary}/blobs",
-            cache_dir=f"{temporary}/cache",
-            socket="",
-            device="cuda",
-            max_sequences=64,
-            max_tokens_per_step=640,
-        )
-        begin = time.perf_counter()
-        driver = Driver(config)
+    options = {"device": "cuda", "max_sequences": 64, "max_tokens_per_step": 640}
+    with driving(args.model, sorted(args.adapters.iterdir()), options) as (driver, digests):
         graphs = driver.engine.runner.graphs
-        digests = store_adapters(
-            BlobStore(Path(config.blobs_dir)), sorted(args.adapters.iterdir()), driver.engine.manifest
-        )
-        driver.load(digests)
         rows = list(driver.engine.residency.try_lease(tuple(digests), object()).rows)
         layers = json.loads((args.model / "config.json").read_text())["num_hidden_layers"]
-        print(f"ready in {time.perf_counter() - begin:.1f} s, {len(rows)} adapters, {layers} layers", flush=True)
         for name in args.cases.split(","):
             kind, streams = name.split(":")
             prompts = [PROMPT] if kind == "mixed" else []
             case = Case(driver, graphs, rows, int(streams) - len(prompts), prompts, CONTEXT)
-            for block_m in sorted({variant.block_m for variant in case.places.variants}):
+            for block_m in sorted({variant.block_m for variant in case.places.variants if variant}):
                 with torch.inference_mode():
                     found = tune(case, f"{name}, tiles of {block_m}", block_m, args.layers / layers)
                 if args.save:
                     note = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
                     tuning.save(found, note | {"triton": triton.__version__})
-        driver.engine.close()
 
 
 def timed(case: Case, kind: str, block_m: int) -> float:

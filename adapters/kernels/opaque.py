@@ -2,7 +2,7 @@
 
 torch.library.custom_op wraps each call in checks of aliasing and autograd: 47 us of host time, where what is
 registered here takes 16 (torch 2.13, one CPU core). A decoder layer makes five such calls, for each of some 160 CUDA
-graphs that are captured before the engine is ready. tests/ run torch's own checks of the operators instead.
+graphs that are captured before the engine is ready. Tests run torch's own checks of each operator instead.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ MAX_MIX = 8
 """Adapters of a request at most (build.MAX_ADAPTERS_PER_REQUEST)."""
 LATER = 1.02
 """A size whose steps take so many times what a larger one's do is left out: the library has chosen a bad kernel for
-its products, as cuBLAS does for 448 tokens of an 8B model (18.3 ms, and 15.2 for 512)."""
+its products, as cuBLAS does for 448 tokens of an 8B model (steps of 18.3 ms, and 15.2 for 512)."""
 _ALIGN = 16
 
 

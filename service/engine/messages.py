@@ -191,6 +191,7 @@ class Outputs(msgspec.Struct, tag="outputs"):
     """Everything one engine step has for one API process."""
 
     deltas: list[Delta]
+    """At most one for each sequence, in the order of the batch: first tokens last."""
 
 
 class Refused(msgspec.Struct, tag="refused"):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from service.engine.attention import LayerShape, PagedAttention, StepLayout, chunk_mask
+from service.engine.attention import Current, LayerShape, PagedAttention, StepLayout, attend, chunk_mask
 
 PAGE = 8
 
@@ -128,3 +128,24 @@ def test_page_0_pads_nobody_s_table(bad):
     ones = torch.ones(2, 1, 8)
     out = backend.attend(ones.expand(2, 2, 8), ones, ones, *backend.tensors[0], 0.3, None)
     torch.testing.assert_close(out, torch.ones_like(out))
+
+
+def test_the_operator_is_registered_truthfully():
+    """torch's own check: schema, mutation of the caches, and what it returns without data."""
+    attention = PagedAttention([LayerShape(0, 4, 2, 16, 0.25, None)], 4, 16, torch.float32, torch.device("cpu"))
+    attention.begin_step(
+        StepLayout(
+            slots=np.arange(5),
+            query_lens=np.array([5], dtype=np.int32),
+            context_lens=np.array([5], dtype=np.int32),
+            page_table=np.zeros((1, 1), dtype=np.int32),
+            num_decode=0,
+        )
+    )
+    before, Current.backend = Current.backend, attention
+    try:
+        q, k, v = torch.randn(5, 4, 16), torch.randn(5, 2, 16), torch.randn(5, 2, 16)
+        arguments = (q, k, v, *attention.tensors[0], 0.25, None)
+        torch.library.opcheck(attend.default, arguments, test_utils=("test_schema", "test_faketensor"))
+    finally:
+        Current.backend = before

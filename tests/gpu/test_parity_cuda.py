@@ -53,7 +53,7 @@ def test_the_error_is_that_of_the_dtype(world, exact, tmp_path, dtype, way):
     same = Oracle(world.base, world.adapters, dtype=getattr(torch, dtype), device=DEVICE)
     # Compiled layers and graphs cost half a minute an engine to prepare. The warm way computes its prompts in them too:
     # steps with prompt log-probabilities have no graph.
-    fast = way == "warm" if dtype == "bfloat16" else way == "warm" and world.architecture == "llama"
+    fast = way == "warm" and (dtype == "bfloat16" or world.architecture == "llama")
     engine = world.engine(tmp_path, device=DEVICE, dtype=dtype, eager=not fast, **({"max_sequences": 32} | WAYS[way]))
     # Requests for prompt log-probabilities find nothing in the prefix cache, so the warm way asks without.
     options = {} if way == "warm" else {"prompt_logprobs": VOCABULARY}
