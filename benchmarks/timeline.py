@@ -128,8 +128,12 @@ class Timeline:
     def run(self, until: float, each_step: Callable[[], None] = lambda: None) -> None:
         """Steps until that second."""
         while self.now < until:
-            while self._events and self._events[0][0] <= self.now:
-                heapq.heappop(self._events)[2]()
+            # As the engine's process does: who comes while the device is busy is in the next step.
+            while self._events and self._events[0][0] <= self.now + max(0.0, self.engine.spare):
+                when, _, what = heapq.heappop(self._events)
+                self.now = max(self.now, when)
+                what()
+            self.now += max(0.0, self.engine.spare)
             worked = self.engine.step()
             ended, self._ended = self._ended, []
             for what in ended:

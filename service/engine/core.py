@@ -37,6 +37,7 @@ from service.engine.messages import (
     Submit,
     ToEngine,
 )
+from service.engine.patience import Kind, Patience, kind_of
 from service.engine.permits import queue_full, too_large
 from service.engine.request import PENDING, Batch, Sampled, Sequence, State
 from service.engine.scheduler import Scheduler
@@ -80,6 +81,7 @@ class Flight:
     """A step that was launched."""
 
     batch: Batch
+    kind: Kind
     collect: Collect
     started: float
     """time.monotonic() when the device could begin with it."""
@@ -150,6 +152,7 @@ class Engine:
         """Set: sequences of traced requests have a Timeline, and are handed to it when they end."""
         self._send = send
         self._flight: Flight | None = None
+        self._patience = Patience()
         self._requests: dict[Key, dict[int, Sequence]] = {}
         self._outbox: defaultdict[bytes, list[Delta]] = defaultdict(list)
         self._arrivals = itertools.count()
@@ -169,7 +172,9 @@ class Engine:
 
         Where the device works beside this process, this step is launched before the one before it is collected: all
         that Python does for a step is done while the device is busy with another. A sequence that turns out to have
-        ended is then computed once more for nothing."""
+        ended is then computed once more for nothing. Whoever calls this as soon as it returns keeps newcomers waiting
+        for two steps; `spare` says for how long to listen to them first."""
+        begin = self._clock()
         self.residency.poll()
         self.calls.answer(self._named)
         batch = self.scheduler.schedule()
@@ -182,7 +187,10 @@ class Engine:
             started, began = time.monotonic(), self._clock()
             self.step_started = started if before is None else before.started
             try:
-                after = Flight(batch, self.runner.launch(batch), started, began)
+                collect = self.runner.launch(batch)
+                kind = kind_of(batch.num_tokens - len(batch.items), len(batch.items))
+                after = Flight(batch, kind, collect, started, began)
+                self._patience.launched(self._clock() - begin)
             except Exception as error:
                 failure = error
         if before is not None:
@@ -197,6 +205,12 @@ class Engine:
                 self._land(after)
         self.step_started = None if self._flight is None else self._flight.started
         return True
+
+    @property
+    def spare(self) -> float:
+        """Seconds for which the device needs no further step; not positive: launch the next one."""
+        flight = self._flight
+        return 0.0 if flight is None else self._patience.until(flight.kind, flight.began) - self._clock()
 
     def _assume(self, flight: Flight) -> None:
         """The books as if the step had been collected already, but for the tokens that it draws."""
@@ -215,22 +229,27 @@ class Engine:
 
     def _land(self, flight: Flight, after: Flight | None = None) -> None:
         """Collects a step and tells its clients. `after`: the device goes on with that one."""
+        asked = self._clock()
         try:
             sampled = flight.collect()
             if [result is not None for result in sampled] != [item.samples for item in flight.batch.items]:
                 raise EngineError("the runner's results do not match its batch")
         except Exception as error:
+            ended = self._clock()
             self._give_up(flight.batch, error)
         else:
+            ended = self._clock()
             self._failed_steps = 0
             self._advance(flight.batch, sampled)
             self._reply()
-            self.scheduler.took(flight.batch, self._clock() - flight.began)
+            if self.runner.ahead:
+                self._patience.took(flight.kind, ended - flight.began, ended - asked)
+            self.scheduler.took(flight.batch, ended - flight.began, self._patience.lead if self.runner.ahead else 0.0)
             self._steps += 1
         now = time.monotonic()
         self._step_seconds += now - flight.started
         if after is not None:
-            after.started, after.began = now, self._clock()
+            after.started, after.began = now, ended
 
     def _advance(self, batch: Batch, sampled: list[Sampled | None]) -> None:
         """The tokens of a step, for their sequences and clients. Written for speed: all that run go through here in

@@ -39,6 +39,8 @@ class Guests:
         self.times = StepTimes(bound, RIDING_S)
         self.bound = bound
         self._tenants = tenants
+        self._lead = 0.0
+        """Seconds before the end of a step in which newcomers have missed the next."""
         self._left = 0.0
         """Seconds for which the last guest is still remembered."""
         self._weights = 0.0
@@ -60,9 +62,11 @@ class Guests:
                 self._prompt = 0.0
             self._left = LATELY
 
-    def took(self, tokens: int, sequences: int, seconds: float) -> None:
-        """A step of `tokens` prompt tokens and so many sequences took so long."""
+    def took(self, tokens: int, sequences: int, seconds: float, lead: float = 0.0) -> None:
+        """A step of `tokens` prompt tokens and so many sequences took so long; the next was closed `lead` before its
+        end."""
         self.times.observe(tokens, sequences, seconds)
+        self._lead = lead
         self._left -= seconds
 
     def hosts(self, running: int) -> dict[str, Tenant]:
@@ -91,12 +95,12 @@ class Guests:
 
     @property
     def wait(self) -> float:
-        """Seconds that a step may take: what RATIO leaves when the prompt is computed by chunks of `bound`. No less
-        than for a prompt of `bound` tokens."""
+        """Seconds that a step may take: what RATIO leaves when the prompt is computed by chunks of `bound` and came just
+        after the next step was closed. No less than for a prompt of `bound` tokens."""
         tokens = max(self._prompt, self.bound)
         alone = self.times.step(tokens, 1)
         chunked = alone + (ceil(tokens / self.bound) - 1) * self.times.step(0, 1)
-        return max(RATIO * alone - chunked, (RATIO - 1.0) * self.times.step(self.bound, 1))
+        return max(RATIO * alone - chunked, (RATIO - 1.0) * self.times.step(self.bound, 1)) - self._lead
 
     def asks(self, tokens: int) -> None:
         """A guest's prompt has so many tokens to compute."""

@@ -264,6 +264,7 @@ class EngineProcess:
             while not self._drained():
                 self._handle_all()
                 self._postman.flush()  # refusals need not wait for the step
+                self._listen()
                 worked = self.engine.step()
                 self._postman.flush()
                 if not worked:
@@ -290,6 +291,13 @@ class EngineProcess:
         with contextlib.suppress(queue.Empty):
             while True:
                 self._handle(*self.inbox.get_nowait())
+
+    def _listen(self) -> None:
+        """While the device is busy and needs no further step: who comes now is in the next one."""
+        with contextlib.suppress(queue.Empty):
+            while (spare := self.engine.spare) > 0.0:
+                self._handle(*self.inbox.get(timeout=spare))
+                self._postman.flush()
 
     def _handle(self, client: bytes, message: ToEngine | _Gone | _Loaded | _Stop) -> None:
         if isinstance(message, _Gone):

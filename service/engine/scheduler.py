@@ -109,9 +109,9 @@ class Scheduler:
         self.tenants.enqueue(seq, lift=True)
         self._guests.came(tenant, len(self.running))
 
-    def took(self, batch: Batch, seconds: float) -> None:
-        """How long the step took."""
-        self._guests.took(batch.num_tokens - len(batch.items), len(batch.items), seconds)
+    def took(self, batch: Batch, seconds: float, lead: float = 0.0) -> None:
+        """How long the step took, and how long before its end the next one was closed."""
+        self._guests.took(batch.num_tokens - len(batch.items), len(batch.items), seconds, lead)
 
     def finish(self, seq: Sequence) -> None:
         """Take `seq` out, wherever it is, with all it holds. The owner says why in finish_reason."""

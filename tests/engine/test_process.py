@@ -145,6 +145,31 @@ async def test_requests_stream_side_by_side(start: Start, client: EngineClient) 
     assert client.healthy
 
 
+async def test_who_comes_while_the_device_is_busy_is_in_the_next_step(start: Start, client: EngineClient) -> None:
+    """Its first token comes with the other's next but one: the step after the one in progress."""
+    start(Options(step_s=0.4, ahead=True))
+    await client.wait_ready(60)
+    rides: list[int] = []
+    async with client.submit(request("other", [1, 2, 3], sampling=ENDLESS)) as stream:
+        seen = 0
+
+        async def newcomer(name: str) -> None:
+            before = seen
+            await collect(client, request(name, [4, 5], sampling=SamplingParams(temperature=0.0, max_tokens=1)))
+            rides.append(seen - before)
+
+        waiting: list[asyncio.Task[None]] = []
+        async for _ in stream:
+            seen += 1
+            # The first of these makes a step of a kind that is new, and so is launched when it can be.
+            if seen in (4, 8, 12):
+                waiting.append(asyncio.create_task(newcomer(f"newcomer {seen}")))
+            if seen == 15:
+                break
+        await asyncio.gather(*waiting)
+    assert min(rides) <= 1, rides
+
+
 async def test_a_slow_reader_loses_nothing_and_holds_little(start: Start, client: EngineClient) -> None:
     start()
     await client.wait_ready(60)

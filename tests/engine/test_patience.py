@@ -1,0 +1,106 @@
+"""The next step is launched late enough for who comes meanwhile, and early enough for the device. Simulated time."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.timeline import Timeline
+from service.engine.patience import MARGIN_S, Patience, kind_of
+from service.engine.simulated import Options
+
+STEP_S = 0.02
+DEVICE = Options(step_s=STEP_S, ahead=True)
+KIND = kind_of(0, 3)
+SOON = 10.0
+"""Seconds that a step waits for its end: it is known."""
+
+
+def test_what_is_not_known_is_not_waited_for() -> None:
+    patience = Patience()
+    assert patience.until(KIND, 5.0) == pytest.approx(5.0 - MARGIN_S)
+    patience.took(KIND, 0.02, SOON)
+    assert patience.until(kind_of(65, 3), 5.0) < 5.0, "another kind"
+    assert patience.until(KIND, 5.0) == pytest.approx(5.02 - MARGIN_S)
+
+
+def test_steps_are_of_one_kind_up_to_64_prompt_tokens_and_16_sequences() -> None:
+    assert kind_of(1, 1) == kind_of(64, 16)
+    assert len({kind_of(0, 1), kind_of(1, 1), kind_of(65, 1), kind_of(1, 17)}) == 4
+
+
+def test_the_least_is_believed_at_once_and_more_only_slowly() -> None:
+    patience = Patience()
+    for seconds in (0.02, 0.03, 0.01):
+        patience.took(KIND, seconds, SOON)
+    assert patience.until(KIND, 0.0) == pytest.approx(0.01 - MARGIN_S)
+    patience.took(KIND, 9.0, SOON)
+    assert patience.until(KIND, 0.0) < 0.0104
+    for _ in range(200):
+        patience.took(KIND, 0.02, SOON)
+    assert 0.0198 < patience.until(KIND, 0.0) + MARGIN_S < 0.02
+
+
+def test_a_launch_that_was_late_makes_the_next_one_earlier_however_long_the_step_seemed() -> None:
+    patience = Patience()
+    patience.took(KIND, 0.02, SOON)
+    believed = 0.02
+    for _ in range(30):
+        patience.took(KIND, 0.05, 0.0)
+        assert patience.until(KIND, 0.0) + MARGIN_S < believed
+        believed = patience.until(KIND, 0.0) + MARGIN_S
+    assert believed < 0.001
+
+
+def test_the_most_that_the_host_needed_is_kept_for_some_time() -> None:
+    patience = Patience()
+    patience.took(KIND, 0.02, SOON)
+    patience.launched(0.004)
+    patience.launched(0.001)
+    assert 0.0039 < patience.lead - MARGIN_S < 0.004
+    for _ in range(500):
+        patience.launched(0.001)
+    assert patience.lead - MARGIN_S == pytest.approx(0.001, abs=1e-5)
+    patience.launched(0.03)
+    assert patience.until(KIND, 0.0) < 0.0, "a host slower than the device launches at once"
+
+
+def _busy() -> Timeline:
+    """Two streams, and steps that are known."""
+    line = Timeline(DEVICE)
+    for _ in range(2):
+        line.ask("", 8, 2000)
+    line.run(10 * STEP_S)
+    return line
+
+
+@pytest.mark.parametrize("part", [0.05, 0.3, 0.6, 0.9])
+def test_who_comes_while_the_device_is_busy_is_in_the_next_step(part: float) -> None:
+    line = _busy()
+    for number in range(20):  # every newcomer makes one step of another kind
+        begin = 1.0 + number * 10 * STEP_S
+        line.open_loop("", iter([begin + part * STEP_S]), 8, 2)
+    line.run(6.0)
+    newcomers = [asked for asked in line.asked.values() if len(asked.times) == 2]
+    assert len(newcomers) == 20
+    # The rest of the step in progress, and one's own.
+    assert all(asked.ttft <= (2.0 - part) * STEP_S + 2 * MARGIN_S for asked in newcomers[1:])
+
+
+def test_waiting_costs_the_device_nothing() -> None:
+    line = _busy()
+    before, at = sum(line.tokens().values()), line.now
+    line.run(at + 100 * STEP_S)
+    assert sum(line.tokens().values()) - before >= 2 * 99
+
+
+def test_an_engine_that_has_launched_nothing_has_nothing_to_wait_for() -> None:
+    line = _busy()
+    assert line.engine.spare > STEP_S / 2
+    line.engine.drop_client(b"")
+    while line.engine.step():
+        pass
+    assert line.engine.spare == 0.0
+    without = Timeline(Options(step_s=STEP_S))
+    without.ask("", 8, 20)
+    without.run(5 * STEP_S)
+    assert without.engine.spare == 0.0, "who computes steps itself launches when it can"
