@@ -72,18 +72,18 @@ class BlockLoader:
         cache_dir: Path,
         arena: Arena,
         *,
-        host_bytes: int,
+        host: Slab | int,
         notify: Callable[[], None] = lambda: None,
         packer: Packing | None = None,
     ) -> None:
-        """`host_bytes`: size of the host slab, pinned if the arena is on CUDA. Without one (0) every block is streamed
-        from its file, which on CPU saves a copy. `notify` is called, on a loader thread, after each completion: it
-        should wake the engine's loop."""
+        """`host`: the slab, or its size in bytes; pinned if the arena is on CUDA. Without one (0) every block is
+        streamed from its file, which on CPU saves a copy. `notify` is called, on a loader thread, after each
+        completion: it should wake the engine's loop."""
         self._manifest = manifest
         self._cache_dir = Path(cache_dir)
         self._arena = arena
         self._cuda = arena.data.device.type == "cuda"
-        self._slab = Slab(host_bytes, pinned=self._cuda)
+        self._slab = host if isinstance(host, Slab) else Slab(host, pinned=self._cuda)
         self._bounce = Slab(2 * BOUNCE_BYTES if self._cuda else 0, pinned=self._cuda)
         self._notify = notify
         self._packer: Packing = packer if packer is not None else Packer(store, manifest, cache_dir)

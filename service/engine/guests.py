@@ -95,8 +95,8 @@ class Guests:
 
     @property
     def wait(self) -> float:
-        """Seconds that a step may take: what RATIO leaves when the prompt is computed by chunks of `bound` and came just
-        after the next step was closed. No less than for a prompt of `bound` tokens."""
+        """Seconds that a step may take: what RATIO leaves when the prompt is computed by chunks of `bound`, and came
+        just after the next step was closed. No less than for a prompt of `bound` tokens."""
         tokens = max(self._prompt, self.bound)
         alone = self.times.step(tokens, 1)
         chunked = alone + (ceil(tokens / self.bound) - 1) * self.times.step(0, 1)

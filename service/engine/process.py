@@ -364,6 +364,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     config = msgspec.json.decode(arguments.config, type=EngineConfig)
     logs.configure(config.log_level, config.log_format)
+    gc.disable()  # while everything is imported and made, there is nothing to collect: a fifth of the imports' time
     try:
         process = _process(config, arguments.simulated)
     except CannotStart as error:
@@ -378,6 +379,7 @@ def main(argv: list[str] | None = None) -> int:
     # What is there now stays. A full collection would look at all of it: 390,000 objects with torch, 0.2 s of a step.
     gc.collect()
     gc.freeze()
+    gc.enable()
     return process.run()
 
 

@@ -111,7 +111,7 @@ def make(tmp_path: Path) -> Iterator[Make]:
             manifest,
             cache,
             arena,
-            host_bytes=host_bytes,
+            host=host_bytes,
             notify=woken.release,
             packer=packer(store, manifest, cache),
         )

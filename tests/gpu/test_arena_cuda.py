@@ -36,7 +36,7 @@ class Engine:
         self.arena = Arena.for_manifest(self.manifest, device="cuda", nbytes=arena_bytes, rows=32)
         self.woken = threading.Semaphore(0)
         self.loader = BlockLoader(
-            self.store, self.manifest, self.cache, self.arena, host_bytes=host_bytes, notify=self.woken.release
+            self.store, self.manifest, self.cache, self.arena, host=host_bytes, notify=self.woken.release
         )
         self.residency = Residency(self.arena, self.loader, compact_bytes=4096)
 
