@@ -25,8 +25,10 @@ from service.engine.request import Sequence
 
 LATELY = 5.0
 """Seconds of steps since the last guest came."""
-RATIO = 1.8
-"""What a guest's first token may take against what it takes alone; up to twice is left for what is not foreseen."""
+RATIO = 2.0
+"""What a guest's first token may take against what it takes alone."""
+UNFORESEEN = 0.2
+"""Of that, what is left for what is not foreseen, as a share of what it takes alone; and for the engine's lead."""
 PAUSE = 4
 FORGET = 1 / 32
 """Of what the guests' shortest prompt is believed to be, by which it moves to a longer one."""
@@ -98,9 +100,12 @@ class Guests:
         """Seconds that a step may take: what RATIO leaves when the prompt is computed by chunks of `bound`, and came
         just after the next step was closed. No less than for a prompt of `bound` tokens."""
         tokens = max(self._prompt, self.bound)
-        alone = self.times.step(tokens, 1)
+        alone, least = self.times.step(tokens, 1), self.times.step(self.bound, 1)
         chunked = alone + (ceil(tokens / self.bound) - 1) * self.times.step(0, 1)
-        return max(RATIO * alone - chunked, (RATIO - 1.0) * self.times.step(self.bound, 1)) - self._lead
+        return max(
+            RATIO * alone - chunked - max(self._lead, UNFORESEEN * alone),
+            (RATIO - 1.0) * least - max(self._lead, UNFORESEEN * least),
+        )
 
     def asks(self, tokens: int) -> None:
         """A guest's prompt has so many tokens to compute."""

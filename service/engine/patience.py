@@ -6,7 +6,8 @@ both. Launched when the device is nearly through, it takes all of them along:
     launch = begin of the step in progress + what such a step takes at least - what the host needs for a launch
 
 Both are learned from the steps there were. Too early costs a newcomer its place in a step, too late costs everybody the
-device's idle time, so both are taken from the safe side: the least that such steps took, the most that the host needed.
+device's idle time, so both are taken from the safe side: the least that such steps took, and three deviations more than
+the host needs on average.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ OUTLIER = 1.5
 """It counts as at most so many times what was believed (a pause of the host, a compilation)."""
 HURRY = 0.9
 """What remains of a belief that made a launch late."""
-FORGET = 1 / 64
-"""The host's need falls by this share of the difference with each step that needed less."""
+FORGET = 1 / 16
+"""Share of what the host needed otherwise than was believed that is believed from now on."""
 PROMPTS, SEQUENCES = 64, 16
 """Prompt tokens, and sequences, in multiples of which steps are of one kind."""
 
@@ -39,11 +40,12 @@ class Patience:
     def __init__(self) -> None:
         self._least: dict[Kind, float] = {}
         self._host = 0.0
+        self._deviation = 0.0
 
     @property
     def lead(self) -> float:
         """Seconds before the end of a step from which on newcomers have missed the next."""
-        return self._host + MARGIN_S
+        return self._host + 3.0 * self._deviation + MARGIN_S
 
     def until(self, kind: Kind, began: float) -> float:
         """The time until which the launch behind a step of this kind can wait."""
@@ -51,7 +53,9 @@ class Patience:
 
     def launched(self, seconds: float) -> None:
         """The host took so long from beginning to prepare a step until it was launched."""
-        self._host = max(seconds, self._host + FORGET * (seconds - self._host))
+        off = seconds - self._host
+        self._host += FORGET * off
+        self._deviation += FORGET * (abs(off) - self._deviation)
 
     def took(self, kind: Kind, seconds: float, waited: float) -> None:
         """A step of this kind ended so long after it had begun, after the host had waited for it so long."""

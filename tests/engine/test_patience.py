@@ -51,16 +51,18 @@ def test_a_launch_that_was_late_makes_the_next_one_earlier_however_long_the_step
     assert believed < 0.001
 
 
-def test_the_most_that_the_host_needed_is_kept_for_some_time() -> None:
+def test_the_host_gets_more_than_it_needs_on_average() -> None:
     patience = Patience()
     patience.took(KIND, 0.02, SOON)
-    patience.launched(0.004)
-    patience.launched(0.001)
-    assert 0.0039 < patience.lead - MARGIN_S < 0.004
+    for _ in range(100):
+        for seconds in (0.001, 0.002):
+            patience.launched(seconds)
+    assert 0.0025 < patience.lead - MARGIN_S < 0.004
     for _ in range(500):
         patience.launched(0.001)
     assert patience.lead - MARGIN_S == pytest.approx(0.001, abs=1e-5)
-    patience.launched(0.03)
+    for _ in range(100):
+        patience.launched(0.03)
     assert patience.until(KIND, 0.0) < 0.0, "a host slower than the device launches at once"
 
 
