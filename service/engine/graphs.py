@@ -212,6 +212,8 @@ class StepGraphs:
         self._tile = attention.block_m or TILE
         self._inputs = _Inputs(max(places.size for places in self._places), device)
         self._graphs: dict[tuple[Shape, Variant | None], torch.cuda.CUDAGraph] = {}
+        # One for all captures: cuBLAS keeps a workspace for every stream.
+        self._stream = torch.cuda.Stream(device)
         # One place for what all of them give: a tensor of its own for each would take gigabytes.
         rows = max(places.shape.wanted or places.shape.tokens for places in self._places)
         self._logits = torch.empty(rows, vocabulary, dtype=dtype, device=device)
@@ -345,7 +347,7 @@ class StepGraphs:
             draw_into(self._tokens[: len(logits)], logits, part("rules").view(-1, WIDTH))
             self._logits[: len(logits)].copy_(logits)
 
-        stream = torch.cuda.Stream(self._device)
+        stream = self._stream
         stream.wait_stream(torch.cuda.current_stream(self._device))
         whole = plan is None or self.deterministic
         with torch.cuda.stream(stream):  # compiles and loads what it needs outside the capture
