@@ -45,7 +45,8 @@ class Workers:
         try:
             return await asyncio.wrap_future(pool.submit(function, *args, **kwargs))
         except BrokenProcessPool:
-            log.warning("a worker process died; starting new ones")
+            if not self._closed:
+                log.warning("a worker process died; starting new ones")
             self._discard(pool)
         async with self._second_tries:
             if self._closed:
@@ -78,14 +79,18 @@ class Workers:
             pool.shutdown(wait=False)
 
     async def close(self) -> None:
-        """Ends the workers at once. They only read, so there is nothing to finish; who waits for a job is cancelled."""
+        """Ends the workers at once. They only read, so there is nothing to finish; who waits for a job is cancelled.
+
+        Returns when the pools have given back what they had of the system. An API process ends by a signal (uvicorn
+        raises again the one that it was told to stop with), so nothing at its exit would remove the five semaphores of
+        a pool: they would stay in /dev/shm, or multiprocessing's resource tracker would find them and say so in
+        the log, in words that are no JSON."""
         pools = [*self._alone, *([self._pool] if self._pool is not None else [])]
         self._pool, self._closed = None, True
         for pool in pools:
-            processes = list((getattr(pool, "_processes", None) or {}).values())
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in processes:
+            for process in list((getattr(pool, "_processes", None) or {}).values()):
                 process.kill()
+        await asyncio.gather(*(asyncio.to_thread(pool.shutdown, cancel_futures=True) for pool in pools))
 
     @property
     def pids(self) -> tuple[int, ...]:

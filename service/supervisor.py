@@ -303,6 +303,10 @@ class Supervisor:
             # Threads that wait for each other spin. OpenMP's own default makes answers several times slower where other
             # processes want the cores too; figures in ARCHITECTURE.md.
             self._env.setdefault("GOMP_SPINCOUNT", "2000")
+        # After a process that was killed, Python's resource tracker removes the semaphores of its pool, as it should,
+        # and warns of it on stderr: two lines in a log that may be JSON, about what the log says already.
+        warnings = self._env.get("PYTHONWARNINGS")
+        self._env["PYTHONWARNINGS"] = f"{warnings + ',' if warnings else ''}ignore:resource_tracker"
         if hub_name and not settings.served_name:
             self._env[f"{PREFIX}SERVED_NAME"] = hub_name  # the folder's name is a commit
         config = settings.engine_config(model)

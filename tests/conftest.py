@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -51,9 +52,35 @@ UNTRACED = (
 other processes. Tracing makes the former three times slower."""
 
 
+TOGETHER = (
+    "tests/crash/test_recovery.py",
+    "tests/deploy/test_figures.py",
+    "tests/deploy/test_proxies.py",
+    "tests/engine/test_parity.py",
+    "tests/engine/test_parity_smollm2.py",
+    "tests/service/test_adapters_api.py",
+    "tests/service/test_client.py",
+    "tests/service/test_load.py",
+    "tests/service/test_resident_limits.py",
+    "tests/service/test_slow_clients.py",
+    "tests/service/test_supervisor.py",
+    "tests/service/test_tenants.py",
+    "tests/service/test_tracing.py",
+    "tests/service/test_upload_limits.py",
+    "tests/service/test_usage_api.py",
+)
+"""Modules whose tests share a service or a model that takes seconds to start: one pytest worker runs them all, or each
+worker would start one. Other modules that belong together say so themselves (xdist_group)."""
+
+
 def pytest_itemcollected(item: pytest.Item) -> None:
     if item.nodeid.startswith(UNTRACED):
         item.add_marker(pytest.mark.no_cover)
+    module, _, test = item.nodeid.partition("::")
+    if module in TOGETHER:
+        # What is shared is one for each architecture in test_parity.py, which is the first parameter there.
+        architecture = re.search(r"\[([a-z]+\d?)\b", test) if module == "tests/engine/test_parity.py" else None
+        item.add_marker(pytest.mark.xdist_group(f"{module} {architecture[1] if architecture else ''}"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -28,7 +28,7 @@ import httpx
 
 from tests.crash import ledger as book
 from tests.crash.ledger import Adapter, Ledger, State
-from tests.crash.world import API, BASE, ENGINE, WORDS, Content, World, send
+from tests.crash.world import API, BASE, ENGINE, MERGER, WORDS, Content, World, send
 from tests.service.launch import PLAIN, wait_for
 
 BACK_S = 30.0
@@ -123,6 +123,8 @@ class Storm:
                 raise AssertionError(f"blobs: {self.world.blobs() ^ self._needed()}")
             if self.world.leftovers():
                 raise AssertionError(f"left behind: {self.world.leftovers()}")
+            if len(self.world.spools()) > self.world.api_workers + len(self.world.pids(MERGER)):
+                raise AssertionError(f"folders for uploads that nobody has: {self.world.spools()}")
 
     def _strike(self, kind: str, stop: threading.Event) -> None:
         """Kills, and waits until the service serves again. Traffic goes on meanwhile."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,18 +17,36 @@ import psutil
 import pytest
 
 from tests.crash.world import API, BASE, ENGINE, Content, World
+from tests.ports import unused_port
 from tests.service.launch import PLAIN, wait_for
 
 OUT_OF_MEMORY = 13
 """A token; a step that computes it fails."""
 
 
-@pytest.fixture
-def world(make_world: Callable[..., World]) -> World:
+@pytest.fixture(scope="module")
+def shared_world() -> Iterator[World]:
     options = {"step_s": 0.01, "out_of_memory": OUT_OF_MEMORY}
-    world = make_world("--max-sequences", "4", api_workers=2, engine=json.dumps(options))
-    world.start()
-    return world
+    with tempfile.TemporaryDirectory(prefix="lp-crash-") as folder:  # short, for the paths of sockets
+        world = World(
+            Path(folder) / "0", unused_port(), "--max-sequences", "4", api_workers=2, engine=json.dumps(options)
+        )
+        try:
+            world.start()
+            yield world
+        finally:
+            world.close()
+
+
+@pytest.fixture
+def world(shared_world: World) -> Iterator[World]:
+    """One service for all: each test has to leave it at work, as it found it."""
+    yield shared_world
+    assert shared_world.ready()
+    with httpx.Client(base_url=shared_world.url, timeout=60, **PLAIN) as http:
+        for entry in http.get("/v1/adapters").json()["data"]:
+            assert http.delete(f"/v1/adapters/{entry['name']}").status_code == 200
+    wait_for(lambda: shared_world.blobs() == set(), 30)
 
 
 class Asked:

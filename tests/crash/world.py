@@ -27,7 +27,7 @@ from tests.service.launch import PLAIN, UNSOUND, Launched, wait_for
 WORDS = 1000
 BASE = "base"
 WEIGHTS = "adapter_model.safetensors"
-ENGINE, API = "service.engine.process", "service.api_worker"
+ENGINE, API, MERGER = "service.engine.process", "service.api_worker", "service.merger"
 
 
 def make_base(folder: Path) -> Path:
@@ -194,6 +194,10 @@ class World:
         spool = [path for path in (self.data / "uploads").glob("*/*") if path.name != "lock"]
         stores = (self.data / "blobs", self.data / "cache" / "blobs")
         return [*spool, *(path for store in stores for path in store.glob("tmp/*"))]
+
+    def spools(self) -> list[Path]:
+        """Folders that uploads are received in: one for each API process and the merger, none of those that died."""
+        return [path for path in (self.data / "uploads").iterdir() if path.is_dir()]
 
     def answer(self, prompt: list[int], count: int, digest: str | None) -> str:
         """What the service has to answer with temperature 0."""

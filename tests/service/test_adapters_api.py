@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import random
 import socket
 import threading
 import time
@@ -619,71 +618,6 @@ def test_a_large_upload_is_not_held_in_memory(tmp_path: Path, free_port: Callabl
         with weights.open("rb") as stream:
             assert digest.hexdigest() == hashlib.file_digest(stream, "sha256").hexdigest()
         assert peak - before < 100e6
-    finally:
-        server.close()
-        engine.stop()
-
-
-def test_kill_at_random_moments(tmp_path: Path, peft: Path, free_port: Callable[[], int]) -> None:
-    """kill -9 in the middle of uploads, ten times: what was acknowledged is there, whole; nothing is half there."""
-    draw = random.Random(7)
-    data = tmp_path / "data"
-    engine = Engine(data)
-    server = Server(data, free_port())
-    acknowledged: dict[str, bytes] = {}
-    sent: dict[str, bytes] = {}
-    try:
-        for turn in range(10):
-            server.start()
-            stop = threading.Event()
-
-            def uploads(worker: int, turn: int = turn, stop: threading.Event = stop) -> None:
-                count = 0
-                while not stop.is_set():
-                    name = f"t{turn}-w{worker}-{count}"
-                    folder = vary(peft, tmp_path / name, turn * 10_000 + worker * 1000 + count)
-                    files = files_of(folder)
-                    sent[name] = dict(files)["weights"][1]
-                    try:
-                        response = httpx.post(f"{server.url}/v1/adapters", data={"name": name}, files=files, timeout=30)
-                    except httpx.TransportError:
-                        return
-                    assert response.status_code == 201, response.text
-                    acknowledged[name] = sent[name]
-                    count += 1
-
-            with ThreadPoolExecutor(3) as pool:
-                before = len(acknowledged)
-                running = [pool.submit(uploads, worker) for worker in range(3)]
-                if turn % 3:  # else soon after the start
-                    wait_until(lambda before=before: len(acknowledged) > before, 60)  # type: ignore[misc]
-                time.sleep(draw.uniform(0.0, 1.0))
-                server.kill()
-                stop.set()
-                for future in running:
-                    future.result()
-        server.start()
-        assert server.spooled() == []
-        assert len([*(data / "uploads").iterdir()]) == 1
-        assert len(acknowledged) >= 6
-        listed: list[dict[str, Any]] = []
-        after: dict[str, str] = {}
-        while True:
-            page = server.client.get("/v1/adapters", params={"limit": 100, **after}).json()
-            listed += page["data"]
-            after = {"after": page["last_id"]}
-            if not page["has_more"]:
-                break
-        names = {entry["name"] for entry in listed}
-        assert acknowledged.keys() <= names <= sent.keys()
-        needed: set[str] = set()
-        for name in names:  # the few that were committed but not acknowledged are whole as well
-            got = server.client.get(f"/v1/adapters/{name}/versions/1/files/adapter_model.safetensors")
-            assert got.content == sent[name]
-            version = server.client.get(f"/v1/adapters/{name}/versions/1").json()
-            needed |= {version["spec"]["sha256"], *(file["sha256"] for file in version["files"])}
-        assert server.blobs().keys() == needed
-        assert list((data / "blobs" / "tmp").iterdir()) == []
     finally:
         server.close()
         engine.stop()

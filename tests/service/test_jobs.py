@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from adapters.inspection import inspect_upload
 from adapters.manifest import Manifest
 from service.job_worker import import_modules
 from service.jobs import Workers, WorkersUnavailable
+from tests.service.launch import ROOT
 
 DIE = "__import__('os').kill(__import__('os').getpid(), 9)"
 
@@ -77,6 +81,32 @@ async def test_closing_does_not_wait_for_jobs(workers: Workers) -> None:
             return
         await asyncio.sleep(0.05)
     raise AssertionError("the worker is still there")
+
+
+@pytest.mark.parametrize(
+    "jobs", ["", "abs, -1", "eval, \"__import__('time').sleep(3600)\""], ids=["no", "idle", "hung"]
+)
+def test_nothing_of_the_pool_is_left_to_the_exit(jobs: str) -> None:
+    """An API process ends by a signal, with no handlers at exit: what is still held then, Python's resource tracker
+    finds and reports on stderr, which is where the log goes."""
+    script = f"""
+import asyncio, os, signal
+from service.jobs import Workers
+
+async def main():
+    workers = Workers(2)
+    await workers.run(abs, -1)
+    jobs = [asyncio.ensure_future(workers.run({jobs or "abs, -1"})) for _ in range({5 if jobs else 0})]
+    await asyncio.sleep(0.1)
+    await workers.close()
+    await asyncio.gather(*jobs, return_exceptions=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+asyncio.run(main())
+"""
+    # Until the tracker has ended too: it has the pipe as its stderr.
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (-signal.SIGTERM, "")
 
 
 def _alive(pid: int) -> bool:

@@ -36,7 +36,7 @@ def lines(text: str) -> list[dict[str, Any]]:
 def test_every_line_of_every_process_is_json(
     base_model_dir: Path, tmp_path: Path, free_port: Callable[[], int]
 ) -> None:
-    """Uploads, a completion, refusals, steps that fail, a merge, an engine that is killed, the end."""
+    """Uploads, a completion, refusals, steps that fail, a merge, processes that are killed, the end."""
     flags = "--model", str(base_model_dir), "--served-name", "base", "--simulated", ENGINE, "--log-format", "json"
     with Launched(tmp_path, free_port(), *flags, PYTHONWARNINGS="default") as service:
         service.wait_announced()
@@ -64,6 +64,14 @@ def test_every_line_of_every_process_is_json(
         service.child("service.engine.process").send_signal(signal.SIGKILL)
         wait_for(lambda: "starting another one" in service.log.read_text())
         wait_for(service.ready)
+        # Python's resource tracker cleans up after it, and has things to say.
+        api = service.child("service.api_worker")
+        left = [child for child in api.children() if "resource_tracker" in " ".join(child.cmdline())]
+        assert left
+        api.send_signal(signal.SIGKILL)
+        wait_for(lambda: service.log.read_text().count("starting another one") == 2)
+        wait_for(service.ready)
+        wait_for(lambda: not any(process.is_running() for process in left))
         service.process.terminate()
         assert service.process.wait(60) == 0
         text = service.log.read_text()
