@@ -19,10 +19,10 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 from benchmarks import report
-from benchmarks.timeline import H200_8B, H200_8B_NOW, Timeline, percentile
+from benchmarks.timeline import H100_8B, H200_8B, H200_8B_NOW, Timeline, percentile
 from service.engine.simulated import Options
 
-MACHINES = {"prototype's kernels": H200_8B, "first measured": H200_8B_NOW}
+MACHINES = {"prototype's kernels": H200_8B, "first measured": H200_8B_NOW, "H100, beside the engine": H100_8B}
 SLOTS = (64, 256)
 PROMPTS = (512, 1024, 2048)
 MORE_PROMPTS = (128,)

@@ -25,6 +25,9 @@ H200_8B = Options(step_s=0.0047, token_s=0.0000215, decode_token_s=0.000041)
 tokens 11 ms more; a decode step 4.7 ms with one sequence, 7.3 with 64, 15.2 with 256 (5.0, 8.5 and 15.2 there)."""
 H200_8B_NOW = Options(step_s=0.0056, token_s=0.0000215, decode_token_s=0.000147)
 """The same with the decode steps of the first measurement over HTTP: 5.6 ms alone, 15 ms with 64 distinct adapters."""
+H100_8B = Options(step_s=0.0062, token_s=0.0000158, decode_token_s=0.0000335, ahead=True)
+"""The same on an H100, by what its CUDA graphs take (benchmarks/RESULTS.md): 6.3 ms alone, 8.3 with 64, 13 with 205. It
+works beside the engine, as a GPU does: steps are launched before the one in progress ends."""
 ADAPTER_BYTES = 84_000_000
 
 
