@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import logging
 import os
@@ -71,8 +70,6 @@ def build_engine(
             loaded = load_model(config)
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise _no_memory(config) from error
-        if cuda and not config.eager:
-            importlib.import_module("torch._dynamo")  # takes seconds of its own
     pages, arena_bytes = share_memory(config, loaded, budget)
     manifest = loaded.manifest
 
