@@ -72,6 +72,8 @@ class Arena:
         self.ranks_np: NDArray[np.int32] = np.zeros((rows, targets), np.int32)
         self.offsets_np: NDArray[np.int64] = np.zeros((rows, targets, 2), np.int64)
         self.scales_np: NDArray[np.float32] = np.zeros((rows, targets), np.float32)
+        self.largest: NDArray[np.int32] = np.zeros(rows, np.int32)
+        """[rows] a row's largest rank in any target; 0 for a row without a block."""
         self.generation: NDArray[np.int64] = np.zeros(rows, np.int64)
         """[rows], bumped whenever a row's block leaves: what was prepared for another generation is stale."""
         self._cuda = self.data.device.type == "cuda"
@@ -133,6 +135,7 @@ class Arena:
             raise ValueError(f"row {row} or {region} is in use, or the region is not allocated")
         present = entries.ranks > 0
         self.ranks_np[row] = entries.ranks
+        self.largest[row] = entries.ranks.max(initial=0)
         self.offsets_np[row] = np.where(present[:, None], entries.offsets + region.offset // self.data.itemsize, 0)
         self.scales_np[row] = entries.scales
         self._regions[row] = region
@@ -146,6 +149,7 @@ class Arena:
             raise ValueError(f"row {row} holds no block")
         del self._row_of[region]
         self.ranks_np[row] = 0
+        self.largest[row] = 0
         self.offsets_np[row] = 0
         self.scales_np[row] = 0.0
         self.generation[row] += 1
@@ -195,6 +199,8 @@ class Arena:
                 raise RuntimeError(f"arena: row {row} names a region that is not allocated")
             self._check_row(row, region)
         pairs = ((self.ranks, self.ranks_np), (self.offsets, self.offsets_np), (self.scales, self.scales_np))
+        if not np.array_equal(self.largest, self.ranks_np.max(axis=1, initial=0)):
+            raise RuntimeError("arena: a row's largest rank is not that of its ranks")
         if not all(np.array_equal(device.cpu().numpy(), mirror) for device, mirror in pairs):
             raise RuntimeError("arena: the device's table differs from its mirror")
 

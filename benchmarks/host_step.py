@@ -47,7 +47,7 @@ class HostGraphs:
     """graphs.StepGraphs without its device: packs the LoRA plan for it, and knows the most probable tokens."""
 
     def __init__(self, sequences: int) -> None:
-        self._shape = PlanShape.bounded(2048 + sequences, sequences + 1, 1, 16)
+        self._shape = PlanShape.bounded(2048 + sequences, sequences + 1, 1, 16, 16)
         self._buffer = np.zeros(self._shape.size, dtype=np.int32)
         self._logits = torch.zeros(1, VOCABULARY)
         self._greedy = torch.zeros(sequences, dtype=torch.int64)

@@ -30,13 +30,19 @@ COLD_BYTES = 200 << 20
 a model. x, y, q are few bytes and stay warm, also as in a model, where the kernel before has just written them."""
 
 
-def replay_us(launch: Callable[[], None], per_replay: int, repeats: int = 11) -> float:
-    """Median time of one of the `per_replay` launches that `launch` makes, replayed as a CUDA graph."""
+LAUNCHES = 64
+
+
+def replay_us(launch: Callable[[], None], launches: int, repeats: int = 11) -> float:
+    """Median time of one of the `launches` that `launch` makes, replayed as a CUDA graph. A replay itself takes some
+    20 us, so a graph has at least LAUNCHES."""
     launch()
     torch.cuda.synchronize()
+    rounds = max(1, -(-LAUNCHES // launches))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        launch()
+        for _ in range(rounds):
+            launch()
     for _ in range(2):
         graph.replay()
     times = []
@@ -46,7 +52,7 @@ def replay_us(launch: Callable[[], None], per_replay: int, repeats: int = 11) ->
         graph.replay()
         end.record()
         end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / per_replay)
+        times.append(begin.elapsed_time(end) * 1e3 / (launches * rounds))
     return statistics.median(times)
 
 

@@ -67,7 +67,7 @@ class Case:
         """Captures the case's graph anew, with LoRA tiles of `block_m` entries, as the only one there is."""
         plan, variant = self.plans[name], None
         if plan is not None:
-            rank = self.graphs._kernels.max_rank(plan)
+            rank = self.graphs._kernels.ranks(plan).max()
             variant = next(v for v in self.places.variants if v and v.block_m == block_m and rank <= v.rank)
         graph = self.graphs._capture(self.places, variant, torch.cuda.graph_pool_handle())
         self.graphs._graphs = {(self.places.shape, variant): graph}

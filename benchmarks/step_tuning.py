@@ -19,7 +19,7 @@ import torch
 import triton
 
 from adapters.kernels import triton_lora, tuning
-from adapters.kernels.device_plan import rank_bucket
+from adapters.kernels.device_plan import WALKED, rank_bucket
 from adapters.kernels.tuning import ExpandConfig, ShrinkConfig
 from benchmarks.engine import driving
 from benchmarks.step_case import Case
@@ -103,7 +103,7 @@ def tune(case: Case, name: str, block_m: int, factor: float) -> dict[str, Shrink
     distinct = case.plans["distinct"]
     if distinct is None:
         raise ValueError("no adapters")
-    bucket = rank_bucket(case.graphs._kernels.max_rank(distinct))
+    bucket = rank_bucket(int(case.graphs._kernels.ranks(distinct).max()))
     entries = case.places.shape.tokens
     defaults = triton_lora.shrink_config, triton_lora.expand_config
     base = timed(case, "none", block_m)
@@ -128,7 +128,7 @@ def tune(case: Case, name: str, block_m: int, factor: float) -> dict[str, Shrink
         setting = f"{kernel}_config"
         chosen = getattr(triton_lora, setting)
         for candidate in candidates:
-            config = replace(candidate, block_r=min(bucket, 64))
+            config = candidate if bucket > WALKED else replace(candidate, block_r=bucket)
             setattr(triton_lora, setting, lambda *_, config=config: config)
             score = measured(config)
             if score < low * 0.98:  # the rest is noise

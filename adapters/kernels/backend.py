@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from adapters.arena import Arena
@@ -37,8 +39,10 @@ class TritonKernels:
             return
         # float32 has no tensor cores to fill, and its larger tiles spill registers.
         small = len(plan.tokens) <= DECODE_ENTRIES or self.arena.data.element_size() == 4
+        plan = covering(plan, tokens)
+        ranks = self.ranks(plan)
         STEP.plan = DevicePlan.from_plan(
-            covering(plan, tokens), self.max_rank(plan), self.arena.data.device, 16 if small else 64, covers=True
+            plan, int(ranks.max(initial=1)), self.arena.data.device, 16 if small else 64, covers=True, ranks=ranks
         )
 
     def use(self, plan: DevicePlan | None) -> None:
@@ -54,9 +58,9 @@ class TritonKernels:
             partials = triton_lora.shrink(x, targets, plan, self.arena)
             triton_lora.expand(y, partials, targets, site.offsets, site.widths, plan, self.arena, add=not plan.covers)
 
-    def max_rank(self, plan: LoraPlan) -> int:
-        """The largest rank that any target of the plan's rows has; at least 1."""
-        return max(1, int(self.arena.ranks_np[plan.seg_row].max(initial=0)))
+    def ranks(self, plan: LoraPlan) -> NDArray[np.int32]:
+        """[segments] the largest rank that each segment's row has in any target; 0 without an adapter."""
+        return np.where(plan.seg_row < 0, 0, self.arena.largest[plan.seg_row])
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, site: Site) -> Tensor:
         """Base product and deltas beside each other; their sum is left to the compiler, which folds it into the

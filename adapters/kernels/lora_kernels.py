@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["stride_split"], do_not_specialize_on_alignment=["num_tiles", "targets"])
+@triton.jit(do_not_specialize=["stride_split"], do_not_specialize_on_alignment=["num_blocks", "targets"])
 def shrink_kernel(
     x,
     data,
@@ -23,7 +23,8 @@ def shrink_kernel(
     tile_row,
     tile_start,
     tile_len,
-    num_tiles,
+    blocks,
+    num_blocks,
     partials,
     stride_x,
     stride_table,
@@ -36,15 +37,19 @@ def shrink_kernel(
     BK: tl.constexpr,
     SPLITS: tl.constexpr,
     VEC: tl.constexpr,
+    MOST_BLOCKS: tl.constexpr,
 ):
-    R_BLOCKS: tl.constexpr = (BUCKET + BR - 1) // BR
     K_SPLIT: tl.constexpr = ((K + BK - 1) // BK + SPLITS - 1) // SPLITS * BK
-    total = tl.load(num_tiles) * (NT * R_BLOCKS * SPLITS)
+    total = tl.load(num_blocks) * (NT * SPLITS)
     for item in range(tl.program_id(0), total, tl.num_programs(0)):
         split = item % SPLITS
-        r0 = (item // SPLITS) % R_BLOCKS * BR
-        j = (item // (SPLITS * R_BLOCKS)) % NT
-        tile = item // (SPLITS * R_BLOCKS * NT)
+        j = (item // SPLITS) % NT
+        tile = item // (SPLITS * NT)
+        r0 = 0
+        if BUCKET > BR:
+            block = tl.load(blocks + tile)
+            tile = block // MOST_BLOCKS
+            r0 = block % MOST_BLOCKS * BR
         row = tl.load(tile_row + tile).to(tl.int64)
         cell = row * stride_table + tl.load(targets + j)
         rank = tl.load(ranks + cell, mask=row >= 0, other=0)
@@ -82,6 +87,13 @@ def _sum_splits(partials, at, mask, stride_split, SPLITS: tl.constexpr):
     for split in tl.static_range(1, SPLITS):
         total += tl.load(partials + split * stride_split + at, mask=mask, other=0.0)
     return total
+
+
+@triton.jit
+def _put(delta, at, mask, ADD: tl.constexpr):
+    if ADD:
+        delta += tl.load(at, mask=mask, other=0.0)
+    tl.store(at, delta.to(at.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["stride_split", "wave"], do_not_specialize_on_alignment=["targets"])
@@ -151,7 +163,12 @@ def expand_kernel(
             b = data + tl.load(offsets + 2 * cell + 1) // VEC * VEC
             r = tl.arange(0, BR)
             s_at = ((start + rows) * (NT * BUCKET))[:, None] + (j * BUCKET + r)[None, :]
-            if BUCKET <= BR:
+            # The splits are summed once for all columns where the ranks fit one block. Where they do not, one block of
+            # all the chunk's columns walks the ranks, so that each sum of splits serves CHUNK columns.
+            narrow = True
+            if BUCKET > BR:
+                narrow = rank <= BR
+            if narrow:
                 s = _sum_splits(partials, s_at, live[:, None] & (r < rank)[None, :], splits_apart, SPLITS)
                 s = s.to(data.dtype.element_ty)
                 for n0 in range(column, tl.minimum(column + CHUNK, width), BN):
@@ -159,26 +176,18 @@ def expand_kernel(
                     inside = (n < width)[None, :]
                     bv = tl.load(b + (r * width)[:, None] + n[None, :], mask=(r < rank)[:, None] & inside, other=0.0)
                     delta = tl.dot(s, bv, input_precision="ieee") * factor[:, None]
-                    mask = live[:, None] & inside
-                    if ADD:
-                        delta += tl.load(y_at + n[None, :], mask=mask, other=0.0)
-                    tl.store(y_at + n[None, :], delta.to(y.dtype.element_ty), mask=mask)
+                    _put(delta, y_at + n[None, :], live[:, None] & inside, ADD)
             else:
-                for n0 in range(column, tl.minimum(column + CHUNK, width), BN):
-                    n = n0 + tl.arange(0, BN)
-                    inside = (n < width)[None, :]
-                    delta = tl.zeros([BM, BN], tl.float32)
-                    for r0 in range(0, rank, BR):
-                        used = r0 + r < rank
-                        s = _sum_splits(partials, s_at + r0, live[:, None] & used[None, :], splits_apart, SPLITS)
-                        at = ((r0 + r) * width)[:, None] + n[None, :]
-                        bv = tl.load(b + at, mask=used[:, None] & inside, other=0.0)
-                        delta = tl.dot(s.to(bv.dtype), bv, delta, input_precision="ieee")
-                    mask = live[:, None] & inside
-                    delta *= factor[:, None]
-                    if ADD:
-                        delta += tl.load(y_at + n[None, :], mask=mask, other=0.0)
-                    tl.store(y_at + n[None, :], delta.to(y.dtype.element_ty), mask=mask)
+                n = column + tl.arange(0, CHUNK)
+                inside = (n < width)[None, :]
+                delta = tl.zeros([BM, CHUNK], tl.float32)
+                for r0 in range(0, rank, BR):
+                    used = r0 + r < rank
+                    s = _sum_splits(partials, s_at + r0, live[:, None] & used[None, :], splits_apart, SPLITS)
+                    at = ((r0 + r) * width)[:, None] + n[None, :]
+                    bv = tl.load(b + at, mask=used[:, None] & inside, other=0.0)
+                    delta = tl.dot(s.to(bv.dtype), bv, delta, input_precision="ieee")
+                _put(delta * factor[:, None], y_at + n[None, :], live[:, None] & inside, ADD)
         elif not ADD:
             for n0 in range(column, tl.minimum(column + CHUNK, width), BN):
                 n = n0 + tl.arange(0, BN)

@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from adapters.kernels.device_plan import DevicePlan
+from adapters.kernels.device_plan import MOST_BLOCKS, DevicePlan, rank_block
 from adapters.kernels.lora_kernels import expand_kernel, shrink_kernel
 from adapters.kernels.tuning import ExpandConfig, ShrinkConfig, expand_config, shrink_config
 from adapters.site import Site
@@ -57,7 +57,11 @@ def shrink(
     config = config or shrink_config(shape.entries, plan.bucket, shape.block_m, x.element_size())
     splits = config.splits(k)
     partials = allocate_partials(plan, count, splits)
-    items = shape.tiles * count * -(-plan.bucket // config.block_r) * splits
+    if config.block_r < plan.bucket and (plan.blocks is None or config.block_r != rank_block(shape.block_m)):
+        raise ValueError(
+            f"block_r: {config.block_r} is neither the rank bucket {plan.bucket} nor a plan's block of ranks"
+        )
+    items = shape.tiles * shape.rank_blocks * count * splits
     grid = (min(items, config.programs * _multiprocessors(x.device)),)
     shrink_kernel[grid](
         x,
@@ -69,7 +73,8 @@ def shrink(
         plan.tile_row,
         plan.tile_start,
         plan.tile_len,
-        plan.wave_tiles[-1:],
+        plan.tile_row if plan.blocks is None else plan.blocks,  # in the first case not read
+        plan.wave_tiles[-1:] if plan.num_blocks is None else plan.num_blocks,
         partials,
         x.stride(0),
         tables.ranks.stride(0),
@@ -82,6 +87,7 @@ def shrink(
         BK=config.block_k,
         SPLITS=splits,
         VEC=16 // x.element_size(),
+        MOST_BLOCKS=MOST_BLOCKS,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

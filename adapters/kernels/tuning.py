@@ -12,6 +12,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from adapters.kernels.device_plan import WALKED, rank_block
+
 TUNED = Path(__file__).with_name("tuned.json")
 FEW = 8
 """Plans of at most so many entries leave most of the device idle: their items are smaller."""
@@ -19,7 +21,7 @@ FEW = 8
 
 @dataclass(frozen=True, slots=True)
 class ShrinkConfig:
-    """x [., k] A^T: an item is one tile, one target, `block_r` ranks and `share` elements of k."""
+    """x [., k] A^T: an item is one tile, one target, `block_r` ranks and `share` elements of k, or more."""
 
     block_r: int
     block_k: int
@@ -28,15 +30,18 @@ class ShrinkConfig:
     num_stages: int
     programs: int
     """Programs per multiprocessor at most; where there are fewer than items, each walks several."""
+    most_splits: int = 64
+    """Where ranks are walked in blocks, expand holds every split of a block in shared memory, several times over."""
 
     def splits(self, k: int) -> int:
         """Items among which k is divided."""
-        return max(1, k // max(self.share, self.block_k))
+        return max(1, min(self.most_splits, k // max(self.share, self.block_k)))
 
 
 @dataclass(frozen=True, slots=True)
 class ExpandConfig:
-    """s [., r] B: an item is one tile and `chunk` columns of one target, `block_n` at a time."""
+    """s [., r] B: an item is one tile and `chunk` columns of one target, `block_n` at a time; all of them at once for
+    more than `block_r` ranks, which are walked."""
 
     block_r: int
     block_n: int
@@ -78,9 +83,14 @@ def shrink_config(entries: int, bucket: int, block_m: int, element_size: int) ->
     tuned = _table().get(key("shrink", entries, bucket, block_m)) if element_size == 2 else None
     if tuned is not None:
         return ShrinkConfig(**tuned)
-    block_r = min(bucket, 64)
+    narrow = bucket <= WALKED
+    block_r = bucket if narrow else rank_block(block_m)
     if block_m > 16:
-        return ShrinkConfig(block_r, 128 // element_size, 1024, num_warps=4, num_stages=3, programs=4)
+        # Few splits: expand reads them all for each of many tokens.
+        share = 1024 if narrow else 2048
+        return ShrinkConfig(block_r, 128 // element_size, share, num_warps=4, num_stages=3, programs=8, most_splits=4)
+    if not narrow:
+        return ShrinkConfig(block_r, 256 // element_size, 1024, num_warps=2, num_stages=3, programs=32, most_splits=8)
     share = 256 if entries <= FEW else 512
     return ShrinkConfig(block_r, 256 // element_size, share, num_warps=4, num_stages=3, programs=32)
 
@@ -91,11 +101,12 @@ def expand_config(entries: int, bucket: int, block_m: int, element_size: int) ->
     tuned = _table().get(key("expand", entries, bucket, block_m)) if element_size == 2 else None
     if tuned is not None:
         return ExpandConfig(**tuned)
-    # Several blocks of ranks keep more in registers: these sizes compile without spills for sm_90.
-    large = bucket > 64
-    block_r = 32 if large else bucket
-    stages = 2 if large else 3
+    columns = 512 // element_size
+    if bucket > WALKED:
+        if block_m > 16:
+            return ExpandConfig(32, columns // 2, columns, num_warps=4, num_stages=2, programs=8)
+        return ExpandConfig(16, columns, columns, num_warps=4, num_stages=4, programs=32)
     if block_m > 16:
-        return ExpandConfig(block_r, 128, 512, 8 if large else 4, stages, 4)
-    block_n = 256 if block_r * element_size <= 32 else 128
-    return ExpandConfig(block_r, block_n, block_n if entries <= FEW else 4 * block_n, 4, stages, 32)
+        return ExpandConfig(bucket, 128, 512, num_warps=4, num_stages=3, programs=4)
+    block_n = 256 if bucket * element_size <= 32 else 128
+    return ExpandConfig(bucket, block_n, block_n if entries <= FEW else 4 * block_n, 4, 3, 32)

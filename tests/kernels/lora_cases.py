@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from adapters.plan import LoraPlan, Rows, build_plan
@@ -27,6 +28,10 @@ class Table:
     @property
     def max_rank(self) -> int:
         return max(1, int(self.ranks.max()))
+
+    def ranks_of(self, plan: LoraPlan) -> NDArray[np.int32]:
+        """[segments] the largest rank of each segment's row; 0 without an adapter."""
+        return np.where(plan.seg_row < 0, 0, self.ranks.cpu().numpy().max(axis=1)[plan.seg_row])
 
 
 def make_table(

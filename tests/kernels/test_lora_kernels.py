@@ -11,7 +11,15 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from adapters.kernels import ops, triton_lora
-from adapters.kernels.device_plan import DevicePlan, PlanShape, PlanSizeError, pack, rank_bucket
+from adapters.kernels.device_plan import (
+    MOST_BLOCKS,
+    DevicePlan,
+    PlanShape,
+    PlanSizeError,
+    pack,
+    rank_block,
+    rank_bucket,
+)
 from adapters.kernels.tuning import ExpandConfig, ShrinkConfig
 from adapters.plan import covering
 from tests.kernels.lora_cases import CASES, Case, error, expected, make_site, make_table, plan_of
@@ -68,7 +76,8 @@ def test_a_covering_plan_writes_deltas_and_zeros(case: Case) -> None:
     targets = triton_lora.target_tensor(site.targets, DEVICE)
     device_plan = DevicePlan.from_plan(covering(plan, tokens), table.max_rank, DEVICE, case.block_m, covers=True)
     bucket = device_plan.bucket
-    shrink = ShrinkConfig(min(bucket, 64), 64, 64, 4, 1, 4)
+    block_r = bucket if device_plan.blocks is None else rank_block(case.block_m)
+    shrink = ShrinkConfig(block_r, 64, 64, 4, 1, 4)
     expand = ExpandConfig(min(bucket, 32), 64, 128, 4, 1, 4)
     partials = triton_lora.shrink(x, targets, device_plan, table, shrink)
     delta = torch.empty_like(y)
@@ -92,11 +101,12 @@ def test_columns_of_a_target_that_an_adapter_leaves_out_stay_bit_for_bit() -> No
     assert not torch.equal(y[:, :32], before[:, :32])
 
 
-def test_one_buffer_serves_plan_after_plan_and_the_empty_one() -> None:
-    """What a CUDA graph does: launches stay as they are, only the buffer's contents change."""
+@pytest.mark.parametrize("largest", [33, 100])
+def test_one_buffer_serves_plan_after_plan_and_the_empty_one(largest: int) -> None:
+    """What a CUDA graph does: launches stay as they are, only the buffer's contents change. Ranks of 100 are walked."""
     site = make_site(96, (64, 32))
-    table = make_table([[8, 8], [33, 1], [0, 16]], [(96, 64), (96, 32)], torch.float32, DEVICE)
-    shape = PlanShape.bounded(entries=40, segments=12, waves=3, block_m=16)
+    table = make_table([[8, 8], [largest, 1], [0, 16]], [(96, 64), (96, 32)], torch.float32, DEVICE)
+    shape = PlanShape.bounded(entries=40, segments=12, waves=3, block_m=16, max_rank=largest)
     host = np.full(shape.size, -(2**31), dtype=np.int32)
     buffer = torch.empty(shape.size, dtype=torch.int32, device=DEVICE)
     device_plan = DevicePlan(shape, buffer, table.max_rank)
@@ -108,7 +118,7 @@ def test_one_buffer_serves_plan_after_plan_and_the_empty_one() -> None:
     ]
     for number, sequences in enumerate(steps):
         plan = plan_of(sequences)
-        pack(plan, shape, host)
+        pack(plan, shape, host, None if plan is None else table.ranks_of(plan))
         buffer.copy_(torch.from_numpy(host))
         x, y = inputs(sum(n for n, _ in sequences), 96, 96, torch.float32, seed=number)
         wanted = expected(y, x, site, plan, table)
@@ -131,21 +141,36 @@ def test_rows_of_x_and_y_may_be_apart() -> None:
 
 
 @pytest.mark.parametrize("splits", [1, 3, 8])
-@pytest.mark.parametrize("block_r", [16, 64])
-def test_every_configuration_gives_the_same_sum(splits: int, block_r: int) -> None:
+@pytest.mark.parametrize(
+    ("largest", "shrink_r", "expand_r"), [(64, 64, 16), (64, 64, 64), (100, 32, 16), (100, 32, 128)]
+)
+def test_every_configuration_gives_the_same_sum(splits: int, largest: int, shrink_r: int, expand_r: int) -> None:
     """Splits of k that are uneven or empty, and ranks in one block or several."""
     site = make_site(200, (64, 40))
-    table = make_table([[64, 64], [33, 5]], [(200, 64), (200, 40)], torch.float32, DEVICE)
+    table = make_table([[largest, 64], [33, 5]], [(200, 64), (200, 40)], torch.float32, DEVICE)
     plan = plan_of([(18, ((0, 1.0),)), (1, ((1, 1.0),))])
     assert plan is not None
     x, y = inputs(19, 200, 104, torch.float32)
     wanted = expected(y, x, site, plan, table)
-    device_plan = DevicePlan.from_plan(plan, 64, DEVICE)
+    device_plan = DevicePlan.from_plan(plan, largest, DEVICE, ranks=table.ranks_of(plan))
     targets = triton_lora.target_tensor(site.targets, DEVICE)
-    partials = triton_lora.shrink(x, targets, device_plan, table, ShrinkConfig(block_r, 32, 200 // splits, 4, 2, 1))
-    config = ExpandConfig(block_r, 16, 32, 4, 2, 1)
+    partials = triton_lora.shrink(x, targets, device_plan, table, ShrinkConfig(shrink_r, 32, 200 // splits, 4, 2, 1))
+    config = ExpandConfig(expand_r, 16, 32, 4, 2, 1)
     triton_lora.expand(y, partials, targets, site.offsets, site.widths, device_plan, table, config)
     assert error(y, wanted) < 1e-6
+
+
+@pytest.mark.parametrize(("largest", "block_r"), [(64, 32), (100, 64)])
+def test_a_block_of_ranks_that_is_not_the_plan_s_is_refused(largest: int, block_r: int) -> None:
+    table = make_table([[largest]], [(64, 32)], torch.float32, DEVICE)
+    plan = plan_of([(4, ((0, 1.0),))])
+    assert plan is not None
+    x, _ = inputs(4, 64, 32, torch.float32)
+    targets = triton_lora.target_tensor((0,), DEVICE)
+    with pytest.raises(ValueError, match=f"block_r: {block_r} "):
+        triton_lora.shrink(
+            x, targets, DevicePlan.from_plan(plan, largest, DEVICE), table, ShrinkConfig(block_r, 32, 64, 4, 2, 1)
+        )
 
 
 def test_wrong_dtype_and_wrong_layout_are_refused() -> None:
@@ -163,7 +188,7 @@ def test_wrong_dtype_and_wrong_layout_are_refused() -> None:
 
 def test_a_plan_that_does_not_fit_is_refused_before_anything_is_written() -> None:
     plan = plan_of([(40, ((0, 1.0),)), (1, ((1, 1.0),))])
-    shape = PlanShape.bounded(entries=40, segments=4, waves=1, block_m=16)
+    shape = PlanShape.bounded(entries=40, segments=4, waves=1, block_m=16, max_rank=16)
     out = np.full(shape.size, 7, dtype=np.int32)
     with pytest.raises(PlanSizeError, match="41 entries"):
         pack(plan, shape, out)
@@ -175,7 +200,7 @@ def test_a_plan_that_does_not_fit_is_refused_before_anything_is_written() -> Non
 def test_tiles_cover_every_entry_once_and_never_cross_a_segment() -> None:
     plan = plan_of([(33, ((4, 1.0),)), (16, ((2, 1.0),)), (1, ((9, 1.0), (2, 0.5))), (2, ())])
     assert plan is not None
-    shape = PlanShape.of(plan, 16)
+    shape = PlanShape.of(plan, 16, 64)
     out = np.empty(shape.size, dtype=np.int32)
     pack(plan, shape, out)
     part = {name: out[where] for name, where in shape.slices.items()}
@@ -188,6 +213,29 @@ def test_tiles_cover_every_entry_once_and_never_cross_a_segment() -> None:
         assert 1 <= length <= 16
         covered += range(start, start + length)
     assert covered == list(range(len(plan.tokens)))
+
+
+@pytest.mark.parametrize("block_m", [16, 64])
+def test_the_plan_lists_the_blocks_of_ranks_that_there_are(block_m: int) -> None:
+    """Of 3 segments of ranks 300, 0 (no adapter) and 32; without ranks, all that there could be."""
+    plan = plan_of([(33, ((4, 1.0),)), (2, ()), (1, ((2, 1.0),))])
+    assert plan is not None
+    plan = covering(plan, 36)
+    ranks = np.array([{4: 300, 2: 32, -1: 0}[row] for row in plan.seg_row.tolist()])
+    shape = PlanShape.of(plan, block_m, 300)
+    out = np.empty(shape.size, dtype=np.int32)
+    part = {name: out[where] for name, where in shape.slices.items()}
+    pack(plan, shape, out, ranks)
+    listed = [divmod(block, MOST_BLOCKS) for block in part["blocks"][: part["num_blocks"][0]].tolist()]
+    size = rank_block(block_m)
+    rank_of = dict(zip(plan.seg_row.tolist(), ranks.tolist(), strict=True))
+    assert listed == [
+        (tile, block) for tile, row in enumerate(part["tile_row"].tolist()) for block in range(-(-rank_of[row] // size))
+    ]
+    pack(plan, shape, out)
+    assert part["num_blocks"][0] == shape.tiles * (512 // size) == len(set(part["blocks"].tolist()))
+    pack(None, shape, out)
+    assert part["num_blocks"][0] == 0
 
 
 @pytest.mark.parametrize(("rank", "bucket"), [(1, 16), (16, 16), (17, 64), (100, 512), (512, 512)])
