@@ -88,11 +88,12 @@ def shrink_config(entries: int, bucket: int, block_m: int, element_size: int) ->
     if block_m > 16:
         # Few splits: expand reads them all for each of many tokens.
         share = 1024 if narrow else 2048
-        return ShrinkConfig(block_r, 128 // element_size, share, num_warps=4, num_stages=3, programs=8, most_splits=4)
-    if not narrow:
-        return ShrinkConfig(block_r, 256 // element_size, 1024, num_warps=2, num_stages=3, programs=32, most_splits=8)
-    share = 256 if entries <= FEW else 512
-    return ShrinkConfig(block_r, 256 // element_size, share, num_warps=4, num_stages=3, programs=32)
+        return ShrinkConfig(block_r, 128 // element_size, share, num_warps=4, num_stages=4, programs=8, most_splits=4)
+    if narrow:
+        share = 256 if entries <= FEW else 512
+        return ShrinkConfig(block_r, 256 // element_size, share, num_warps=4, num_stages=3, programs=32)
+    share = 512 if entries <= FEW else 1024
+    return ShrinkConfig(block_r, 256 // element_size, share, num_warps=2, num_stages=3, programs=32, most_splits=8)
 
 
 @lru_cache(maxsize=4096)
@@ -105,7 +106,7 @@ def expand_config(entries: int, bucket: int, block_m: int, element_size: int) ->
     if bucket > WALKED:
         if block_m > 16:
             return ExpandConfig(32, columns // 2, columns, num_warps=4, num_stages=2, programs=8)
-        return ExpandConfig(16, columns, columns, num_warps=4, num_stages=4, programs=32)
+        return ExpandConfig(16, columns, columns, num_warps=4, num_stages=3, programs=32)
     if block_m > 16:
         return ExpandConfig(bucket, 128, 512, num_warps=4, num_stages=3, programs=4)
     block_n = 256 if bucket * element_size <= 32 else 128

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from adapters.kernels import tuning
-from adapters.kernels.device_plan import RANK_BUCKETS
+from adapters.kernels.device_plan import RANK_BUCKETS, WALKED, rank_block
 from adapters.kernels.tuning import ExpandConfig, ShrinkConfig
 
 
@@ -52,6 +52,16 @@ def check(shrink: ShrinkConfig, expand: ExpandConfig, block_m: int, element_size
     assert expand.block_r * expand.block_n * expand.num_stages * element_size <= 227 << 10
 
 
+def check_walked(shrink: ShrinkConfig, expand: ExpandConfig, block_m: int, element_size: int) -> None:
+    """Where expand walks the ranks, all splits of a block and all of a chunk's columns lie in shared memory, also with
+    the inner size of a model of 72B."""
+    assert expand.chunk & (expand.chunk - 1) == 0
+    splits = max(shrink.splits(k) for k in (4096, 14336, 29568))
+    stage = splits * block_m * expand.block_r * 4 + expand.block_r * expand.chunk * element_size
+    assert stage * expand.num_stages <= 99 << 10
+    assert shrink.block_r == rank_block(block_m)
+
+
 @pytest.mark.parametrize("element_size", [2, 4])
 @pytest.mark.parametrize(("entries", "block_m"), [(1, 16), (8, 16), (64, 16), (512, 16), (513, 64), (8192, 64)])
 @pytest.mark.parametrize("bucket", RANK_BUCKETS)
@@ -59,6 +69,8 @@ def test_defaults_are_valid(table: Path, bucket: int, entries: int, block_m: int
     shrink = tuning.shrink_config(entries, bucket, block_m, element_size)
     expand = tuning.expand_config(entries, bucket, block_m, element_size)
     check(shrink, expand, block_m, element_size)
+    if bucket > WALKED:
+        check_walked(shrink, expand, block_m, element_size)
 
 
 @pytest.mark.parametrize(("entries", "block_m"), [(1, 16), (64, 16), (513, 64)])
@@ -67,3 +79,5 @@ def test_what_was_measured_is_valid(bucket: int, entries: int, block_m: int) -> 
     shrink = tuning.shrink_config(entries, bucket, block_m, 2)
     expand = tuning.expand_config(entries, bucket, block_m, 2)
     check(shrink, expand, block_m, 2)
+    if bucket > WALKED:
+        check_walked(shrink, expand, block_m, 2)
