@@ -23,7 +23,8 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
 
-from service.api.errors import FIELD_ERROR, shown
+from service.api.errors import FIELD_ERROR
+from service.api.failure import shown
 
 IGNORED = frozenset(
     {
