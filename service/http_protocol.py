@@ -34,7 +34,7 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from service.api.deps import WRITE
-from service.api.errors import ApiError
+from service.api.failure import ApiError
 from service.settings import Settings
 
 MIN_BODY_RATE = 500

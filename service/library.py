@@ -20,9 +20,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
-
-from fastapi import Request
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from adapters.blobs import Blobs, BlobStore
 from adapters.errors import AdapterMissing, BlobDamaged
@@ -30,7 +28,7 @@ from adapters.inspection import INDEX_NAME, Inspection, inspect_upload
 from adapters.manifest import Manifest
 from adapters.peft_config import CONFIG_NAME, MAX_CONFIG_BYTES
 from adapters.peft_format import MAX_INDEX_BYTES
-from service.api.errors import ApiError, shown
+from service.api.failure import ApiError, shown
 from service.engine.client import EngineClient
 from service.engine.errors import EngineError
 from service.engine.messages import Ready
@@ -44,6 +42,9 @@ from service.store.names import NAME_RULE, valid_name
 from service.store.records import File, NewVersion, Removed, Resolved, Version, engine_key
 from service.store.tables import DEFAULT_TENANT
 from service.uploads import FieldRule, Form, Spool, UploadedFile, safe_basename
+
+if TYPE_CHECKING:
+    from fastapi import Request  # the merger imports this module, and has none
 
 log = logging.getLogger(__name__)
 

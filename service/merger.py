@@ -27,7 +27,7 @@ from adapters.errors import AdapterRefused, LoraplexAdapterError, StoreUnavailab
 from adapters.merge_request import METHODS
 from adapters.peft_config import CONFIG_NAME
 from service import log
-from service.api.errors import ApiError
+from service.api.failure import ApiError
 from service.children import Child
 from service.engine.client import EngineClient
 from service.engine.errors import EngineError

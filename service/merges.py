@@ -20,7 +20,7 @@ import msgspec
 from adapters.manifest import Manifest
 from adapters.merge_plan import Forecast, forecast_merge
 from adapters.merge_request import MergeOptions
-from service.api.errors import ApiError, shown
+from service.api.failure import ApiError, shown
 from service.jobs import Workers
 from service.library import Library
 from service.merge_task import StoredSource

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from service.api.errors import ApiError
+from service.api.failure import ApiError
 from service.store.quotas import Room
 
 RETRY_AFTER_S = 2.0  # what a client is told to wait while there are too many uploads

@@ -21,19 +21,21 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
-from fastapi import Request
 from python_multipart import MultipartParser
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 
 from adapters.blobs import is_file_name
 from service.api.body import set_body_limit
-from service.api.errors import ApiError, shown
+from service.api.failure import ApiError, shown
 from service.store.quotas import UNLIMITED, Room
 from service.store.tables import DEFAULT_TENANT
 from service.upload_shares import Shares
+
+if TYPE_CHECKING:
+    from fastapi import Request  # the merger imports this module, and has none
 
 CHUNK = 1 << 20  # what is handed to the writing thread at once
 MAX_PARTS = 1024

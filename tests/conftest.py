@@ -46,10 +46,23 @@ UNTRACED = (
     "tests/engine/test_parity.py::test_with_only_20_pages",
     "tests/engine/test_parity.py::test_with_prefix_cache_hits_",
     "tests/engine/test_parity_smollm2.py",
+    "tests/kernels/test_draw.py::test_a_row_gives_",
+    "tests/kernels/test_draw.py::test_banned_",
+    "tests/kernels/test_draw.py::test_the_same_tokens_as_without_a_kernel[5000-",
+    "tests/kernels/test_draw.py::test_the_same_tokens_as_without_a_kernel[97-torch.bfloat16]",
+    "tests/kernels/test_draw.py::test_the_same_tokens_as_without_a_kernel[97-torch.float16]",
+    "tests/kernels/test_draw.py::test_ties_",
+    "tests/kernels/test_attention_kernels.py::test_a_uniform_backend_gives_every_token_the_same_bits_in_any_step[40]",
+    "tests/kernels/test_attention_kernels.py::test_decode_in_several_parts_gives_the_same[None-16]",
+    "tests/kernels/test_lora_kernels.py::test_a_covering_plan_writes_deltas_and_zeros[every token another adapter,",
+    "tests/kernels/test_lora_kernels.py::test_every_configuration_gives_the_same_sum[16-",
+    "tests/service/test_leases.py::test_services_share_a_limit",
+    "tests/service/test_load.py",
     "tests/service/test_openapi_fuzz.py",
+    "tests/service/test_real_engine.py",
 )
 """Tests whose code coverage is not traced: long plays of what other tests go through as well, and those that drive
-other processes. Tracing makes the former three times slower."""
+other processes. Tracing makes the former three times slower, also where a kernel runs in Triton's interpreter."""
 
 
 TOGETHER = (

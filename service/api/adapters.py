@@ -21,7 +21,8 @@ from starlette.requests import ClientDisconnect
 
 from service.api import auth
 from service.api.auth import Caller, CallerDep, allow
-from service.api.errors import ApiError, ClientGone, shown
+from service.api.errors import ClientGone
+from service.api.failure import ApiError, shown
 from service.api.schemas import Strict
 from service.engine.errors import EngineUnavailable
 from service.jobs import WorkersUnavailable

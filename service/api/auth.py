@@ -18,7 +18,8 @@ from fastapi.routing import APIRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service import log
-from service.api.errors import ApiError, as_api_error, shown, status_of
+from service.api.errors import as_api_error, status_of
+from service.api.failure import ApiError, shown
 from service.api.keyring import ADMIN, OPERATOR, SINGLE_USER, Caller, Keyring
 from service.limits import Limiter, LimitReached
 from service.store.audit import AuditLog

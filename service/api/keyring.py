@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from service.api.errors import ApiError
+from service.api.failure import ApiError
 from service.limits import TenantLimits
 from service.store.errors import CatalogueError
 from service.store.tables import DEFAULT_TENANT, DEFAULT_TENANT_NUMBER

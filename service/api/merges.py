@@ -19,7 +19,7 @@ from adapters.merge_request import MAX_SOURCES, METHODS, MIN_SHARD_BYTES
 from service.api import ranges
 from service.api.adapters import Limit, Route, _list_json, _matches
 from service.api.auth import CallerDep, allow
-from service.api.errors import ApiError, shown
+from service.api.failure import ApiError, shown
 from service.api.schemas import Model, Strict, _text
 from service.merges import Merges, Wanted
 from service.store.merges import Job, State

@@ -14,7 +14,8 @@ from starlette.responses import Response
 from service import log, tracing
 from service.api.auth import SINGLE_USER, Caller, CallerDep, Route, allow, caller_of, limit_error, reserve
 from service.api.deps import EventStream, Services, ServicesDep, unless_gone
-from service.api.errors import ApiError, as_api_error, invalid
+from service.api.errors import as_api_error
+from service.api.failure import ApiError, invalid
 from service.api.formats import DONE, ChatFormat, CompletionFormat, Format, error_event
 from service.api.generation import Generation, Job, Piece
 from service.api.prompts import capacity, chat_prompt, check_characters, check_ids, require_engine

@@ -10,7 +10,7 @@ from fastapi import APIRouter
 
 from service.api.auth import Route, allow
 from service.api.deps import Services, ServicesDep
-from service.api.errors import invalid
+from service.api.failure import invalid
 from service.api.schemas import ChatRequest, DetokenizeRequest, Message, TokenizeRequest
 from service.chat_template import ChatTemplateError
 from service.engine.errors import EngineUnavailable

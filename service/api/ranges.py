@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
 
-from service.api.errors import ApiError
+from service.api.failure import ApiError
 
 PART_BYTES = 8 << 20
 """What is asked of the store at once: a client may read as slowly as it likes, no connection to the store waits."""

@@ -12,7 +12,7 @@ from pydantic import Field, StrictBool, StrictInt, StrictStr
 
 from service.api.adapters import Lib, Limit, _list_json
 from service.api.auth import Guards, Route, about, allow
-from service.api.errors import ApiError, shown
+from service.api.failure import ApiError, shown
 from service.api.merges import MergesDep
 from service.api.schemas import Strict
 from service.limits import LIMITS

@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from service.api.auth import CallerDep, Route, allow
 from service.api.deps import ServicesDep
-from service.api.errors import ApiError, invalid
+from service.api.failure import ApiError, invalid
 from service.store.usage import COUNTS, GROUPS, HOUR_S, total
 
 router = APIRouter(tags=["usage"], route_class=Route)

@@ -19,6 +19,7 @@ import tokenizers
 from safetensors.numpy import load_file, save_file
 
 from service.settings import Settings
+from tests.service.launch import PLAIN
 from tests.soundness import check_engine, checking
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,7 +69,7 @@ class Server:
         if manifest is not None:
             self._options["manifest"] = str(manifest)
         self.url = f"http://127.0.0.1:{port}"
-        self.client = httpx.Client(base_url=self.url, timeout=60)
+        self.client = httpx.Client(base_url=self.url, timeout=60, **PLAIN)
         self._process: subprocess.Popen[bytes] | None = None
 
     @property

@@ -95,10 +95,9 @@ class Exchange:
         return self._handler.rfile.read(int(self.headers.get("content-length", 0)))
 
     def pieces(self, size: int = 1 << 20) -> Iterator[int]:
-        """Reads the body and forgets it; the sizes of its pieces."""
+        """Reads the body and forgets it; the sizes of its pieces, up to where the client breaks off."""
         left = int(self.headers.get("content-length", 0))
-        while left:
-            got = len(self._handler.rfile.read(min(size, left)))
+        while left and (got := len(self._handler.rfile.read(min(size, left)))):
             left -= got
             yield got
 

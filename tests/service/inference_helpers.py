@@ -24,6 +24,7 @@ from service.engine.simulated import expected
 from service.settings import Settings
 from service.tokenizer import Tokenizer
 from tests.ports import unused_port
+from tests.service.launch import PLAIN
 from tests.soundness import check_engine, checking
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,7 +44,7 @@ class InferenceServer:
         self.settings.run_dir.mkdir()
         self.tokenizer = Tokenizer.load(model)
         self.url = f"http://127.0.0.1:{port}"
-        self.http = httpx.Client(base_url=self.url, timeout=60)
+        self.http = httpx.Client(base_url=self.url, timeout=60, **PLAIN)
         self.openai = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
         self._engine_options = {"vocab_size": VOCABULARY} | (engine_options or {})
         self.environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

@@ -55,7 +55,7 @@ class Launched:
         self.data_dir = data_dir
         self.url = f"http://127.0.0.1:{port}"
         self.log = data_dir / "output.log"
-        self.http = httpx.Client(base_url=self.url, timeout=120.0, trust_env=False)
+        self.http = httpx.Client(base_url=self.url, timeout=120.0, **PLAIN)
         command = [*prefix, sys.executable, "-m", "service", "--port", str(port), "--data-dir", str(data_dir)]
         command += ["--integrity-s", "0", *flags]
         with self.log.open("w") as output:

@@ -38,7 +38,7 @@ class TenantServer(InferenceServer):
     def __init__(self, model: Path, **settings: Any) -> None:
         super().__init__(model, admin_key=ADMIN, **settings)
         self.http.headers["Authorization"] = f"Bearer {ADMIN}"
-        self.bare = httpx.Client(base_url=self.url, timeout=60)
+        self.bare = httpx.Client(base_url=self.url, timeout=60, **PLAIN)
 
     def stop(self) -> int:
         self.bare.close()
@@ -60,7 +60,8 @@ class TenantServer(InferenceServer):
         return text
 
     def client(self, key: str, url: str | None = None) -> httpx.Client:
-        return httpx.Client(base_url=url or self.url, headers={"Authorization": f"Bearer {key}"}, timeout=60)
+        headers = {"Authorization": f"Bearer {key}"}
+        return httpx.Client(base_url=url or self.url, headers=headers, timeout=60, **PLAIN)
 
     @contextlib.contextmanager
     def member(self, **fields: Any) -> Iterator[tuple[str, httpx.Client]]:

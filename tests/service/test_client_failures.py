@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import queue
 import re
 import subprocess
 import sys
@@ -262,10 +263,12 @@ def test_a_file_that_shrinks_while_it_is_sent(connect: Connect, tmp_path: Path) 
         if weights.stat().st_size > 1 << 20:
             weights.write_bytes(b"")
 
-    with scripted(lambda x: sum(x.pieces()) and None) as (url, _):
+    arrived: queue.SimpleQueue[int] = queue.SimpleQueue()
+    with scripted(lambda x: arrived.put(sum(x.pieces()))) as (url, _):
         both = connect(url)
         with pytest.raises(api.LocalFileError, match="became shorter"):
             both.do(both.client.adapters.upload("a", folder, progress=shrink))
+        assert arrived.get(timeout=60) < 4 << 20, "the server waits for more"
 
 
 MEMORY = """

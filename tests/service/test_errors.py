@@ -13,7 +13,8 @@ import pytest
 
 from adapters import errors as adapter_errors
 from adapters.residency import TooManyAdapters
-from service.api.errors import ApiError, as_api_error
+from service.api.errors import as_api_error
+from service.api.failure import ApiError
 from service.engine import errors as engine_errors
 from service.store import errors as store_errors
 from service.store import merges as store_merges

@@ -15,7 +15,7 @@ import numpy as np
 import peft
 import pytest
 
-from service.api.errors import shown
+from service.api.failure import shown
 
 from . import hostile
 from .hostile import CONFIG, Case, Q, call, cut, entry, header, post_json, raw, safetensors, upload, weights

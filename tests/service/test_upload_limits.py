@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from service.api.errors import ApiError
+from service.api.failure import ApiError
 from service.store.errors import QuotaReached
 from service.store.quotas import UNLIMITED, Room
 from service.upload_shares import FORM_BYTES, Shares

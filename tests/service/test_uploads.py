@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message
 
 from service import uploads
-from service.api.errors import ApiError
+from service.api.failure import ApiError
 from service.library import FIELDS
 from service.uploads import FieldRule, Form, Spool, safe_basename
 
