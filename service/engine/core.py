@@ -168,20 +168,21 @@ class Engine:
     # ------------------------------------------------------------ the step
 
     def step(self) -> bool:
-        """Run one step; False if nothing could run. Raises EngineBroken and IntegrityError: end the process.
+        """Run one step; False if nothing can be done before a message or the loader comes. Raises EngineBroken and
+        IntegrityError: end the process.
 
         Where the device works beside this process, this step is launched before the one before it is collected: all
         that Python does for a step is done while the device is busy with another. A sequence that turns out to have
         ended is then computed once more for nothing. Whoever calls this as soon as it returns keeps newcomers waiting
         for two steps; `spare` says for how long to listen to them first."""
         begin = self._clock()
-        self.residency.poll()
-        self.calls.answer(self._named)
+        self.advance_loads()
         batch = self.scheduler.schedule()
+        more = self.residency.poll()  # begins what was just asked for, before the device is busy with this step
         self._refuse_failed()
         before, self._flight = self._flight, None
         if not batch.items and before is None:
-            return False
+            return more
         after = failure = None
         if batch.items:
             started, began = time.monotonic(), self._clock()
@@ -205,6 +206,13 @@ class Engine:
                 self._land(after)
         self.step_started = None if self._flight is None else self._flight.started
         return True
+
+    def advance_loads(self) -> None:
+        """Takes what the loader has finished, answers who waits for it, and begins what comes next. step() does so; in
+        between it saves a load that goes from file to host memory to the device a step for each of its stages."""
+        self.residency.poll()
+        self.calls.answer(self._named)
+        self.residency.poll()
 
     @property
     def spare(self) -> float:

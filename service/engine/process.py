@@ -297,6 +297,7 @@ class EngineProcess:
         with contextlib.suppress(queue.Empty):
             while (spare := self.engine.spare) > 0.0:
                 self._handle(*self.inbox.get(timeout=spare))
+                self.engine.advance_loads()
                 self._postman.flush()
 
     def _handle(self, client: bytes, message: ToEngine | _Gone | _Loaded | _Stop) -> None:
@@ -304,7 +305,7 @@ class EngineProcess:
             log.warning("an API process has gone; its requests are aborted")
             self.engine.drop_client(client)
         elif isinstance(message, _Loaded):
-            pass  # the next step polls
+            pass  # whoever handles messages advances the loads
         elif isinstance(message, _Stop):
             if self._drain_until is None:
                 log.info("draining for at most %g s: %s", self._drain_s, message.reason)
@@ -351,7 +352,7 @@ def _process(config: EngineConfig, simulated_options: str | None) -> EngineProce
     options = msgspec.json.decode(simulated_options, type=simulated.Options)
     return EngineProcess(
         config,
-        lambda config, send, _: simulated.build_engine(config, send, options),
+        lambda config, send, wake: simulated.build_engine(config, send, options, wake=wake),
         client_timeout_s=options.client_timeout_s,
         drain_s=options.drain_s,
     )

@@ -9,6 +9,7 @@ real residency; only its loader and arena are simulated.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -300,8 +301,17 @@ class SimulatedArena:
 class SimulatedLoader:
     """tiers.Loader for which any adapter exists; reading one takes `options.load_s`."""
 
-    def __init__(self, arena: SimulatedArena, host_bytes: int, options: Options, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        arena: SimulatedArena,
+        host_bytes: int,
+        options: Options,
+        clock: Callable[[], float],
+        notify: Callable[[], None] | None = None,
+    ) -> None:
+        """notify: see loader.BlockLoader. To be left out where `clock` is of a time of its own."""
         self.host_bytes = host_bytes
+        self._notify = notify
         self._arena = arena
         self._options = options
         self._clock = clock
@@ -338,6 +348,10 @@ class SimulatedLoader:
 
     def _start(self, completion: Completion, seconds: float, device: Region | None = None) -> None:
         self._jobs.append((self._clock() + seconds, completion, device))
+        if self._notify is not None:
+            timer = threading.Timer(seconds, self._notify)
+            timer.daemon = True
+            timer.start()
 
 
 # ---------------------------------------------------------------- the engine
@@ -369,11 +383,13 @@ def build_engine(
     *,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
+    wake: Callable[[], None] | None = None,
 ) -> tuple[Engine, dict[str, str]]:
-    """A whole engine around the simulation, and the versions to report. `clock` and `sleep`: of a time of its own."""
+    """A whole engine around the simulation, and the versions to report. `clock` and `sleep`: of a time of its own.
+    `wake`: called whenever a load has come a stage further."""
     pool = PagePool(config.kv_pages or 1024, config.page_size, prefix_caching=config.prefix_caching)
     arena = SimulatedArena(config.arena_bytes or 64 * options.adapter_bytes, config.max_resident_adapters)
-    loader = SimulatedLoader(arena, config.host_cache_bytes or 4 * arena.capacity, options, clock)
+    loader = SimulatedLoader(arena, config.host_cache_bytes or 4 * arena.capacity, options, clock, wake)
     residency = Residency(arena, loader, clock=clock)
     limits = Limits(
         max_positions=config.max_positions or 4096,

@@ -189,6 +189,22 @@ def test_choices_of_one_prompt_compute_it_once() -> None:
     assert bench.engine.stats()["prefix_hit_tokens_total"] == 120
 
 
+def test_what_a_step_asks_of_the_loader_is_begun_in_that_step() -> None:
+    """An engine that has nothing to compute sleeps afterwards."""
+    bench = Bench(max_resident_adapters=1)
+    loader = bench.engine.residency._loader
+    for name in ("a", "b"):
+        bench.engine.handle(ME, LoadAdapter(name, name))
+        while name not in bench.replies:
+            bench.step()
+    assert bench.engine.residency.state("a") == "host"
+    request = bench.submit("r", [1, 2], adapters=(AdapterRef("a"),))
+    bench.step()
+    assert [completion.stage for _, completion, _ in loader._jobs] == ["copy"]
+    bench.finish()
+    bench.check(request, 0)
+
+
 def test_one_message_per_api_process_and_step() -> None:
     bench = Bench()
     bench.submit("a", [1], [2], n=2)

@@ -170,6 +170,32 @@ async def test_who_comes_while_the_device_is_busy_is_in_the_next_step(start: Sta
     assert min(rides) <= 1, rides
 
 
+async def test_a_load_takes_no_step_of_those_beside_it_for_each_of_its_stages(
+    start: Start, client: EngineClient
+) -> None:
+    """The device is busy with the same step from first to last: what comes next is begun when something has ended."""
+    start(Options(step_s=0.5, ahead=True))
+    await client.wait_ready(60)
+    steps: list[int] = []
+    async with client.submit(request("other", [1, 2, 3], sampling=ENDLESS)) as stream:
+        seen = 0
+
+        async def load(name: str) -> None:
+            before = seen
+            await client.load(name)
+            steps.append(seen - before)
+
+        waiting: list[asyncio.Task[None]] = []
+        async for _ in stream:
+            seen += 1
+            if seen in (4, 7, 10):
+                waiting.append(asyncio.create_task(load(f"adapter {seen}")))
+            if seen == 13:
+                break
+        await asyncio.gather(*waiting)
+    assert min(steps) == 0, steps
+
+
 async def test_a_slow_reader_loses_nothing_and_holds_little(start: Start, client: EngineClient) -> None:
     start()
     await client.wait_ready(60)
