@@ -75,7 +75,8 @@ def _run(
 ) -> int:
     # Imported late, so that --help and a wrong value answer at once.
     from service.gguf_model import ModelError
-    from service.supervisor import SILENT_S, StartError, Stopped, Supervisor
+    from service.startup_checks import StartError
+    from service.supervisor import SILENT_S, Stopped, Supervisor
 
     # Until the supervisor's loop takes over, SIGTERM ends the process the way Ctrl-C does.
     signal.signal(signal.SIGTERM, _interrupt)

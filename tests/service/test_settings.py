@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from service.settings import Settings, SettingsError, detect_device, parse_size
-from service.supervisor import StartError, check_address
+from service.startup_checks import StartError, check_address
 
 from .launch import run
 
