@@ -111,14 +111,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     """LORAPLEX_* variables of the developer's shell must not reach the code under test."""
-    for key in [key for key in os.environ if key.startswith("LORAPLEX_") and key != "LORAPLEX_TEST_CACHE"]:
+    for key in [key for key in os.environ if key.startswith("LORAPLEX_")]:
         monkeypatch.delenv(key)
 
 
 @pytest.fixture(scope="session")
 def model_data_dir() -> Path:
-    """The data folder whose models/ holds the embedded model: the project's own, or LORAPLEX_TEST_CACHE."""
-    return Path(os.environ.get("LORAPLEX_TEST_CACHE") or ROOT / "data").absolute()
+    """The data folder whose models/ holds the embedded model: the project's own, or TEST_DATA_DIR."""
+    return Path(os.environ.get("TEST_DATA_DIR") or ROOT / "data").absolute()
 
 
 @pytest.fixture(scope="session")
