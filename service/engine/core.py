@@ -483,6 +483,7 @@ class Engine:
             "preemptions_total": scheduler.preemptions,
             "steps_total": self._steps,
             "step_seconds_total": self._step_seconds,
+            "steps_late_total": self._patience.late,
             "generated_tokens_total": self._generated,
             "prefill_tokens_total": self._prefilled,
             "out_of_memory_total": self._out_of_memory,

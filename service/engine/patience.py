@@ -41,6 +41,8 @@ class Patience:
         self._least: dict[Kind, float] = {}
         self._host = 0.0
         self._deviation = 0.0
+        self.late = 0
+        """Steps behind which the next was launched too late: the device stood still in between."""
 
     @property
     def lead(self) -> float:
@@ -61,6 +63,7 @@ class Patience:
         """A step of this kind ended so long after it had begun, after the host had waited for it so long."""
         least = self._least.get(kind, seconds)
         if waited < LATE_S:
+            self.late += 1
             self._least[kind] = min(least, seconds) * HURRY
         else:
             self._least[kind] = min(seconds, least + RISE * (min(seconds, OUTLIER * least) - least))

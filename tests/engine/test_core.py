@@ -550,6 +550,7 @@ def test_stats_add_up() -> None:
     assert stats["generated_tokens_total"] == 5
     assert stats["prefill_tokens_total"] == 9
     assert stats["steps_total"] == 5
+    assert stats["steps_late_total"] == 0, "nothing is launched ahead"
     assert stats["kv_pages"] == 32
     assert stats["kv_pages_cached"] == 3
     assert all(isinstance(value, int | float) for value in stats.values())

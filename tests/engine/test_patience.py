@@ -49,6 +49,7 @@ def test_a_launch_that_was_late_makes_the_next_one_earlier_however_long_the_step
         assert patience.until(KIND, 0.0) + MARGIN_S < believed
         believed = patience.until(KIND, 0.0) + MARGIN_S
     assert believed < 0.001
+    assert patience.late == 30
 
 
 def test_the_host_gets_more_than_it_needs_on_average() -> None:

@@ -3,10 +3,13 @@ of PEFT itself in the same dtype, for every adapter, alone and mixed, cold and w
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
-from tests.engine.oracle import ARCHITECTURES, VOCABULARY, Oracle, recipes
+from tests.engine.oracle import ARCHITECTURES, HIGH_RANKS, VOCABULARY, Mix, Oracle, recipes
 from tests.engine.test_parity import MIXES, World, ask_all
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -50,17 +53,31 @@ WAYS = {
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("way", WAYS)
 def test_the_error_is_that_of_the_dtype(world, exact, tmp_path, dtype, way):
-    same = Oracle(world.base, world.adapters, dtype=getattr(torch, dtype), device=DEVICE)
     # Compiled layers and graphs cost half a minute an engine to prepare. The warm way computes its prompts in them too:
     # steps with prompt log-probabilities have no graph.
     fast = way == "warm" and (dtype == "bfloat16" or world.architecture == "llama")
-    engine = world.engine(tmp_path, device=DEVICE, dtype=dtype, eager=not fast, **({"max_sequences": 32} | WAYS[way]))
+    compare(world, exact, tmp_path, dtype, way, eager=not fast)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("way", ["mixed", "warm"])
+def test_the_highest_ranks_beside_low_ones(tmp_path, dtype, way):
+    """Batches in which kernels walk the ranks, in eager steps and in graphs."""
+    mixes: list[Mix] = [*MIXES, (("rank512", 0.5), ("rank512-patterns", -0.4)), (("rank256-rs", 1.0), ("rank1", 0.5))]
+    world = World("llama", tmp_path, HIGH_RANKS | recipes("llama"), mixes)
+    exact = Oracle(world.base, world.adapters, device=DEVICE)
+    compare(world, exact, tmp_path, dtype, way, eager=way == "mixed", arena_bytes=64 << 20)
+
+
+def compare(world: World, exact: Oracle, folder: Path, dtype: str, way: str, **options: Any) -> None:
+    same = Oracle(world.base, world.adapters, dtype=getattr(torch, dtype), device=DEVICE)
+    engine = world.engine(folder, device=DEVICE, dtype=dtype, **({"max_sequences": 32} | options | WAYS[way]))
     # Requests for prompt log-probabilities find nothing in the prefix cache, so the warm way asks without.
-    options = {} if way == "warm" else {"prompt_logprobs": VOCABULARY}
+    asked = {} if way == "warm" else {"prompt_logprobs": VOCABULARY}
     for _ in range(2 if way in ("warm", "evicted") else 1):
         for name in world.requests:
             engine.streams.pop((name, 0), None)
-            ask_all(engine, world, [name], **options)
+            ask_all(engine, world, [name], **asked)
             if way == "alone":
                 engine.run()
         engine.run()
