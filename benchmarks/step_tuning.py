@@ -19,7 +19,7 @@ import torch
 import triton
 
 from adapters.kernels import triton_lora, tuning
-from adapters.kernels.device_plan import WALKED, rank_bucket
+from adapters.kernels.device_plan import WALKED, rank_block, rank_bucket
 from adapters.kernels.tuning import ExpandConfig, ShrinkConfig
 from benchmarks.engine import driving
 from benchmarks.step_case import Case
@@ -62,7 +62,7 @@ EXPAND = {
         ExpandConfig(16, 64, 512, 4, 3, 8),
     ],
 }
-"""By entries of a tile; with the rank bucket as their block_r."""
+"""By entries of a tile; see `fitted`."""
 
 
 def main() -> None:
@@ -90,6 +90,16 @@ def main() -> None:
                 if args.save:
                     note = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
                     tuning.save(found, note | {"triton": triton.__version__})
+
+
+def fitted(candidate: ShrinkConfig | ExpandConfig, bucket: int, block_m: int) -> ShrinkConfig | ExpandConfig:
+    """The candidate for ranks of this class. Where they are walked, expand's blocks of ranks are its own and shrink's
+    those of the plan, and the splits few, as expand holds them all."""
+    if bucket <= WALKED:
+        return replace(candidate, block_r=bucket)
+    if isinstance(candidate, ShrinkConfig):
+        return replace(candidate, block_r=rank_block(block_m), most_splits=8 if block_m <= 16 else 4)
+    return candidate
 
 
 def timed(case: Case, kind: str, block_m: int) -> float:
@@ -128,7 +138,7 @@ def tune(case: Case, name: str, block_m: int, factor: float) -> dict[str, Shrink
         setting = f"{kernel}_config"
         chosen = getattr(triton_lora, setting)
         for candidate in candidates:
-            config = candidate if bucket > WALKED else replace(candidate, block_r=bucket)
+            config = fitted(candidate, bucket, block_m)
             setattr(triton_lora, setting, lambda *_, config=config: config)
             score = measured(config)
             if score < low * 0.98:  # the rest is noise
