@@ -31,6 +31,7 @@ a model. x, y, q are few bytes and stay warm, also as in a model, where the kern
 
 
 LAUNCHES = 64
+"""Kernels of a graph that is timed, at least."""
 
 
 def replay_us(launch: Callable[[], None], launches: int, repeats: int = 11) -> float:

@@ -176,7 +176,8 @@ class Engine:
         ended is then computed once more for nothing. Whoever calls this as soon as it returns keeps newcomers waiting
         for two steps; `spare` says for how long to listen to them first."""
         begin = self._clock()
-        self.advance_loads()
+        self.residency.poll()
+        self.calls.answer(self._named)
         batch = self.scheduler.schedule()
         more = self.residency.poll()  # begins what was just asked for, before the device is busy with this step
         self._refuse_failed()
@@ -208,8 +209,8 @@ class Engine:
         return True
 
     def advance_loads(self) -> None:
-        """Takes what the loader has finished, answers who waits for it, and begins what comes next. step() does so; in
-        between it saves a load that goes from file to host memory to the device a step for each of its stages."""
+        """Between two steps: takes what the loader has finished, answers who waits for it, and begins what comes next.
+        A load goes from file to host memory to the device: otherwise each of its stages would wait for a step."""
         self.residency.poll()
         self.calls.answer(self._named)
         self.residency.poll()

@@ -99,7 +99,8 @@ class Variant:
 VARIANTS = (Variant(16, 1, 16), Variant(64, 1, 16), Variant(512, 4, 16))
 """The last is for everything else: what it launches for nothing costs about 0.6 ms in 32 layers."""
 DECODE_VARIANTS = (*VARIANTS[:2], Variant(512, 1, 16), VARIANTS[2])
-"""Such a step takes a third of one with a prompt."""
+"""With one for high ranks without mixes: a step that only decodes takes a third of one with a prompt, so launches for
+nothing weigh more there."""
 LARGE_VARIANTS = (Variant(16, 1, 64), Variant(64, 1, 64), Variant(512, 4, 64))
 SAME_VARIANTS = (Variant(512, 1, 16), Variant(512, MAX_MIX, 16))
 """The deterministic engine's: they differ in launches that find nothing to do, and give every token the same bits."""

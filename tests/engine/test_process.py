@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -145,28 +145,35 @@ async def test_requests_stream_side_by_side(start: Start, client: EngineClient) 
     assert client.healthy
 
 
-async def test_who_comes_while_the_device_is_busy_is_in_the_next_step(start: Start, client: EngineClient) -> None:
-    """Its first token comes with the other's next but one: the step after the one in progress."""
-    start(Options(step_s=0.4, ahead=True))
-    await client.wait_ready(60)
-    rides: list[int] = []
+async def tokens_meanwhile(client: EngineClient, act: Callable[[str], Awaitable[object]]) -> list[int]:
+    """How many tokens a stream got from beginning to end of `act`, three times, each with a name of its own. The
+    stream's first steps are of a kind that is new, and launched when they can be."""
+    found: list[int] = []
     async with client.submit(request("other", [1, 2, 3], sampling=ENDLESS)) as stream:
         seen = 0
 
-        async def newcomer(name: str) -> None:
+        async def timed(name: str) -> None:
             before = seen
-            await collect(client, request(name, [4, 5], sampling=SamplingParams(temperature=0.0, max_tokens=1)))
-            rides.append(seen - before)
+            await act(name)
+            found.append(seen - before)
 
         waiting: list[asyncio.Task[None]] = []
         async for _ in stream:
             seen += 1
-            # The first of these makes a step of a kind that is new, and so is launched when it can be.
             if seen in (4, 8, 12):
-                waiting.append(asyncio.create_task(newcomer(f"newcomer {seen}")))
+                waiting.append(asyncio.create_task(timed(f"after {seen}")))
             if seen == 15:
                 break
         await asyncio.gather(*waiting)
+    return found
+
+
+async def test_who_comes_while_the_device_is_busy_is_in_the_next_step(start: Start, client: EngineClient) -> None:
+    """Its first token comes with the other's next but one: the step after the one in progress."""
+    start(Options(step_s=0.4, ahead=True))
+    await client.wait_ready(60)
+    one = SamplingParams(temperature=0.0, max_tokens=1)
+    rides = await tokens_meanwhile(client, lambda name: collect(client, request(name, [4, 5], sampling=one)))
     assert min(rides) <= 1, rides
 
 
@@ -176,23 +183,7 @@ async def test_a_load_takes_no_step_of_those_beside_it_for_each_of_its_stages(
     """The device is busy with the same step from first to last: what comes next is begun when something has ended."""
     start(Options(step_s=0.5, ahead=True))
     await client.wait_ready(60)
-    steps: list[int] = []
-    async with client.submit(request("other", [1, 2, 3], sampling=ENDLESS)) as stream:
-        seen = 0
-
-        async def load(name: str) -> None:
-            before = seen
-            await client.load(name)
-            steps.append(seen - before)
-
-        waiting: list[asyncio.Task[None]] = []
-        async for _ in stream:
-            seen += 1
-            if seen in (4, 7, 10):
-                waiting.append(asyncio.create_task(load(f"adapter {seen}")))
-            if seen == 13:
-                break
-        await asyncio.gather(*waiting)
+    steps = await tokens_meanwhile(client, client.load)
     assert min(steps) == 0, steps
 
 

@@ -13,6 +13,7 @@ from service.engine.attention_triton import SMALL_TILE, TILE, tiles
 from service.engine.budgets import STEP_SIZES
 from service.engine.build import MAX_ADAPTERS_PER_REQUEST, MAX_RANK
 from service.engine.graphs import (
+    DECODE_VARIANTS,
     LARGE_VARIANTS,
     SAME_VARIANTS,
     VARIANTS,
@@ -62,7 +63,7 @@ def test_usual_steps_fit_with_their_tiles(counts: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("shape", [Shape(1, 1), Shape(48, 48), Shape(576, 256, 36, 256), one_shape(64, 256)])
 def test_inputs_do_not_overlap_and_the_page_table_is_last(shape: Shape) -> None:
-    variants = {None, *VARIANTS, *LARGE_VARIANTS, *SAME_VARIANTS}
+    variants = {None, *DECODE_VARIANTS, *VARIANTS, *LARGE_VARIANTS, *SAME_VARIANTS}
     places = _Places(shape, 17, tuple(variants))
     parts = sorted(places.of.items(), key=lambda item: item[1].start)
     assert parts[-1][0] == "table"
@@ -83,6 +84,16 @@ def test_every_step_fits_the_one_shape_of_the_deterministic_engine(counts: tuple
     assert shape.fits(sum(counts), step)
     assert len(tiles(step, SMALL_TILE)[0]) <= shape.tiles
     assert shape.wanted == shape.tokens
+
+
+@pytest.mark.parametrize(
+    ("rank", "waves", "wanted"), [(16, 1, (16, 1)), (17, 1, (64, 1)), (100, 1, (512, 1)), (8, 2, (512, 4))]
+)
+def test_a_decode_step_launches_nothing_for_mixes_that_it_has_not(
+    rank: int, waves: int, wanted: tuple[int, int]
+) -> None:
+    found = next(variant for variant in DECODE_VARIANTS if rank <= variant.rank and waves <= variant.waves)
+    assert (found.rank, found.waves) == wanted
 
 
 def test_its_variants_hold_whatever_a_request_may_name() -> None:
