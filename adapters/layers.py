@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from adapters.kernels import tail
 from adapters.kernels.dense import PackedWeight, can_pack
 from adapters.manifest import Manifest
 from adapters.site import Site
@@ -30,23 +31,30 @@ class LoraHook(Protocol):
     fused: bool
     """The hook computes base product and deltas together (`linear`), where that is faster than one after the other."""
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, site: Site) -> Tensor:
-        """x [T, in] W0ᵀ + bias + deltas -> [T, out]; traceable by torch.compile. `targets`: int32, the site's."""
+    def linear(
+        self, x: Tensor, weight: Tensor, whole: Tensor | None, bias: Tensor | None, targets: Tensor, site: Site
+    ) -> Tensor:
+        """x [T, in] W0ᵀ + bias + deltas -> [T, out]; traceable by torch.compile. whole: the weight with its tail, if
+        it has one. `targets`: int32, the site's."""
 
     def __call__(self, y: Tensor, x: Tensor, site: Site) -> None:
         """y [T, out_features] += deltas of x [T, in_features], in place."""
 
 
 class LoraLinear(nn.Module):
-    """y = x W0ᵀ + b, plus the plan's deltas. W0 [out, in] is the model's own frozen parameter, never written."""
+    """y = x W0ᵀ + b, plus the plan's deltas. W0 [out, in] is the model's own frozen parameter, never written (its
+    tail, if it has one, is no part of it)."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, site: Site, hook: LoraHook) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, site: Site, hook: LoraHook, *, tails: bool = False) -> None:
+        """tails: the weight is one that tail.with_tail gave."""
         super().__init__()
-        self.packed = PackedWeight(weight) if can_pack(weight) else None
+        self.packed = PackedWeight(weight) if can_pack(weight) and not tails else None
         self.weight = None if self.packed else nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.site = site
         self.hook = hook
+        self.whole: Tensor | None
+        self.register_buffer("whole", tail.whole(weight, len(site.targets)) if tails else None, persistent=False)
         # A buffer: compiled code takes it as an input, so layers that differ in nothing else share their code.
         self.register_buffer(
             "targets", torch.tensor(site.targets, dtype=torch.int32, device=weight.device), persistent=False
@@ -65,7 +73,8 @@ class LoraLinear(nn.Module):
         if self.packed is not None:
             y = self.packed.product(rows, self.bias)
         elif self.hook.active and self.hook.fused:
-            y = self.hook.linear(rows, cast(Tensor, self.weight), self.bias, cast(Tensor, self.targets), self.site)
+            weight, targets = cast(Tensor, self.weight), cast(Tensor, self.targets)
+            y = self.hook.linear(rows, weight, self.whole, self.bias, targets, self.site)
         else:
             y = functional.linear(rows, cast(Tensor, self.weight), self.bias)
         if self.hook.active and not self.hook.fused:
@@ -122,10 +131,13 @@ class SharedSlice(nn.Module):
         return self._product[0].part(x, self.index)
 
 
-def install(model: nn.Module, manifest: Manifest, hook: LoraHook, *, fuse: bool = True) -> list[Site]:
-    """Replaces every linear of the manifest in place and returns the sites in model order."""
+def install(
+    model: nn.Module, manifest: Manifest, hook: LoraHook, *, fuse: bool = True, tails: bool = False
+) -> list[LoraLinear]:
+    """Replaces every linear of the manifest in place and returns what stands there, in model order. tails: weights have
+    spare columns (adapters/kernels/tail.py)."""
     index = {module.name: i for i, module in enumerate(manifest.linears)}
-    sites: list[Site] = []
+    installed: list[LoraLinear] = []
     done: set[str] = set()
     for name in index:
         if name in done:
@@ -144,23 +156,25 @@ def install(model: nn.Module, manifest: Manifest, hook: LoraHook, *, fuse: bool 
         )
         weight = linears[0].weight.data
         bias = None if linears[0].bias is None else linears[0].bias.data
-        if len(linears) > 1:
+        if tails:
+            weight = tail.with_tail([linear.weight.data for linear in linears])
+        elif len(linears) > 1:
             weight = torch.cat([linear.weight.data for linear in linears])
-            if bias is not None:
-                bias = torch.cat([linear.bias.data for linear in linears])
-        layer = LoraLinear(weight, bias, site, hook)
+        if len(linears) > 1 and bias is not None:
+            bias = torch.cat([linear.bias.data for linear in linears])
+        layer = LoraLinear(weight, bias, site, hook, tails=tails)
         if len(linears) == 1:
             setattr(parent, leaf, layer)
         else:
             product = SharedProduct(layer)
             for j, sibling in enumerate(group):
                 setattr(parent, sibling, SharedSlice(product, j))
-        sites.append(site)
+        installed.append(layer)
         done.update(f"{parent_name}.{leaf}" if parent_name else leaf for leaf in group)
     for module in manifest.modules:
         if module.kind == "output" and can_pack(model.get_parameter(f"{module.name}.weight")):
             model.set_submodule(module.name, PackedOutput(_linear(*_place(model, module.name))))
-    return sites
+    return installed
 
 
 def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -8,14 +8,25 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from adapters.arena import Arena
-from adapters.kernels import ops, triton_lora
+from adapters.kernels import ops, triton_lora, triton_tail
 from adapters.kernels.device_plan import DevicePlan
 from adapters.kernels.ops import STEP
+from adapters.kernels.tail import Placed
+from adapters.layers import LoraLinear
 from adapters.plan import LoraPlan, covering
 from adapters.site import Site
 
 DECODE_ENTRIES = 512
 """Plans of at most so many (token, adapter) pairs use small tiles: their time is that of reading factors."""
+LARGE_SEGMENTS = 48
+"""From so many tokens an adapter on, a step with prompts uses large LoRA tiles, or the tails."""
+TAIL_TILE = 64
+"""Tokens of a tile of adapters that stand in the tails."""
+
+
+def many_tokens_each(plan: LoraPlan) -> bool:
+    """Whether its adapters have many tokens each."""
+    return len(plan.tokens) >= LARGE_SEGMENTS * len(plan.seg_row)
 
 
 class TritonKernels:
@@ -23,31 +34,65 @@ class TritonKernels:
 
     fused = True
 
-    def __init__(self, arena: Arena, *, overlap: bool = True) -> None:
-        """overlap: LoRA runs on a side stream beside the base product."""
+    def __init__(self, arena: Arena, *, overlap: bool = True, tails: bool = False) -> None:
+        """overlap: LoRA runs on a side stream beside the base product. tails: where many tokens share few adapters,
+        one product does both (tail.py)."""
         self.arena = arena
         self.sites: list[Site] = []
         """Of the model, for `warm_up`."""
-        STEP.tables, STEP.plan = arena, None
+        self.tails = tails
+        self.tailed = False
+        """The step's adapters stand in the tails: read while layers are traced."""
+        STEP.tables, STEP.plan, STEP.tails = arena, None, None
         # Of high priority: its kernels are short, and what follows waits for them; the base product takes what is left.
         STEP.side = torch.cuda.Stream(arena.data.device, priority=-1) if overlap and arena.data.is_cuda else None
 
+    def bind(self, installed: list[LoraLinear], targets: int) -> None:
+        """The layers that will use it; targets: number of all target indices."""
+        self.sites = [layer.site for layer in installed]
+        if self.tails:
+            weights = [(layer.site, layer.whole) for layer in installed if layer.whole is not None]
+            STEP.tails = triton_tail.Tails(weights, targets, self.arena.data.device)
+
     def begin_step(self, plan: LoraPlan | None, tokens: int) -> None:
-        STEP.tables = self.arena
         if plan is None:
-            STEP.plan = None
+            self.use(None)
             return
         # float32 has no tensor cores to fill, and its larger tiles spill registers.
         small = len(plan.tokens) <= DECODE_ENTRIES or self.arena.data.element_size() == 4
+        few = many_tokens_each(plan)
         plan = covering(plan, tokens)
         ranks = self.ranks(plan)
-        STEP.plan = DevicePlan.from_plan(
-            plan, int(ranks.max(initial=1)), self.arena.data.device, 16 if small else 64, covers=True, ranks=ranks
+        placed = self.place(plan, ranks) if few else None
+        block_m = TAIL_TILE if placed else 16 if small else 64
+        self.use(
+            DevicePlan.from_plan(
+                plan,
+                int(ranks.max(initial=1)),
+                self.arena.data.device,
+                block_m,
+                covers=True,
+                ranks=ranks,
+                placed=placed,
+            )
         )
+        if placed:
+            self.stage()
 
     def use(self, plan: DevicePlan | None) -> None:
         """A plan that lies on the device already (a CUDA graph's own)."""
         STEP.tables, STEP.plan = self.arena, plan
+        self.tailed = plan is not None and plan.shape.tail
+
+    def place(self, plan: LoraPlan, ranks: NDArray[np.integer]) -> Placed | None:
+        """Where the plan's adapters stand in the tails; None if they cannot. What it says has to be launched: the next
+        answer counts on it."""
+        return STEP.tails.slots.place(plan, ranks, self.arena.generation) if STEP.tails else None
+
+    def stage(self) -> None:
+        """Copies to the tails what the step's plan lists; before its first product."""
+        if STEP.tails and STEP.plan:
+            STEP.tails.stage(STEP.plan, self.arena)
 
     def warm_up(self, plan: DevicePlan, tokens: int) -> None:
         """Launches the kernels of every kind of site once, so that they are compiled and loaded."""
@@ -55,6 +100,9 @@ class TritonKernels:
         for site in kinds.values():
             x, y = (self.arena.data.new_zeros(tokens, size) for size in (site.in_features, site.out_features))
             targets = triton_lora.target_tensor(site.targets, x.device)
+            if plan.shape.tail and STEP.tails:
+                triton_tail.shrink(x, targets, plan, self.arena, STEP.tails.counters)
+                continue
             partials = triton_lora.shrink(x, targets, plan, self.arena)
             triton_lora.expand(y, partials, targets, site.offsets, site.widths, plan, self.arena, add=not plan.covers)
 
@@ -62,9 +110,13 @@ class TritonKernels:
         """[segments] the largest rank that each segment's row has in any target; 0 without an adapter."""
         return np.where(plan.seg_row < 0, 0, self.arena.largest[plan.seg_row])
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, site: Site) -> Tensor:
+    def linear(
+        self, x: Tensor, weight: Tensor, whole: Tensor | None, bias: Tensor | None, targets: Tensor, site: Site
+    ) -> Tensor:
         """Base product and deltas beside each other; their sum is left to the compiler, which folds it into the
-        kernel that reads the result anyway."""
+        kernel that reads the result anyway. Or one product, with the tails."""
+        if self.tailed and whole is not None:
+            return ops.tail_linear(x, whole, bias, targets)
         y, delta = ops.lora_linear(x, weight, bias, targets, list(site.offsets), list(site.widths))
         return y + delta
 

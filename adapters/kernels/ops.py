@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from adapters.kernels import triton_lora
+from adapters.kernels import triton_lora, triton_tail
 from adapters.kernels.device_plan import DevicePlan
 from adapters.kernels.opaque import opaque
 from adapters.kernels.triton_lora import Tables
@@ -28,6 +28,8 @@ class Step:
     tables: Tables | None = None
     side: torch.cuda.Stream | None = None
     """Where LoRA runs beside the base product; None: one after the other."""
+    tails: triton_tail.Tails | None = None
+    """Of the model's weights, for plans with places in them."""
 
 
 STEP = Step()
@@ -62,3 +64,17 @@ def lora_linear(
     if side is not None and main is not None:
         main.wait_stream(side)
     return y, delta
+
+
+def _one(x: Tensor, weight: Tensor, *_: object) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@opaque(_one)
+def tail_linear(x: Tensor, whole: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    """x W0^T + bias + the step's deltas, [T, d], in one product over k and the tail. whole: [d, k + spare], W0 with its
+    tail, in which the adapters of the step's plan have been staged."""
+    plan, tables, tails = STEP.plan, STEP.tables, STEP.tails
+    if plan is None or tables is None or tails is None:
+        return functional.linear(x, whole[:, : x.shape[1]], bias)
+    return functional.linear(triton_tail.shrink(x, targets, plan, tables, tails.counters), whole, bias)

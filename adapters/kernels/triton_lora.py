@@ -62,7 +62,7 @@ def shrink(
             f"block_r: {config.block_r} is neither the rank bucket {plan.bucket} nor a plan's block of ranks"
         )
     items = shape.tiles * shape.rank_blocks * count * splits
-    grid = (min(items, config.programs * _multiprocessors(x.device)),)
+    grid = (min(items, config.programs * multiprocessors(x.device)),)
     shrink_kernel[grid](
         x,
         tables.data,
@@ -114,7 +114,7 @@ def expand(
     shape, vector = plan.shape, 16 // y.element_size()
     config = config or expand_config(shape.entries, plan.bucket, shape.block_m, y.element_size())
     chunks = sum(-(-width // config.chunk) for width in widths)
-    grid = (min(shape.tiles * chunks, config.programs * _multiprocessors(y.device)),)
+    grid = (min(shape.tiles * chunks, config.programs * multiprocessors(y.device)),)
     for wave in range(shape.waves):
         expand_kernel[grid](
             y,
@@ -167,7 +167,8 @@ def target_tensor(targets: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """Of the device; 2 for a CPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 

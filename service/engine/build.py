@@ -14,6 +14,8 @@ import transformers
 
 from adapters.arena import Arena
 from adapters.blobs import open_blobs
+from adapters.kernels import tail
+from adapters.layers import SHARED_INPUT
 from adapters.loader import BlockLoader
 from adapters.residency import Residency
 from adapters.slab import Slab
@@ -61,6 +63,10 @@ def build_engine(
         # Otherwise what steps of many sizes leave behind cannot be put together again.
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         compiled.use_cache_folder(Path(config.cache_dir) / "compiled")
+        if not config.deterministic:
+            # Of torch's two ways to the library the one that chooses better for few rows: 64 decoding sequences of an
+            # 8B model 6.1 ms instead of 6.4, 96 7.2 instead of 7.6, larger and smaller steps as before (H200).
+            torch.backends.cuda.preferred_blas_library("cublaslt")
     check_machine(config)
     budget = config.max_tokens_per_step or tokens_per_step(config.device, deterministic=config.deterministic)
     # Pinning 8 GiB takes 2 to 3 s, and no processor.
@@ -195,12 +201,19 @@ def _kernels(
         from service.engine.attention_triton import TritonPagedAttention
 
         attention = TritonPagedAttention(*size, uniform=config.deterministic)
-        return attention, TritonKernels(arena), draw_triton.draw
+        return attention, TritonKernels(arena, tails=_tails(config, loaded)), draw_triton.draw
     linears = loaded.manifest.linears
     kernels = ReferenceKernels(
         arena, [module.in_features for module in linears], [module.out_features for module in linears]
     )
     return PagedAttention(*size), kernels, draw.draw
+
+
+def _tails(config: EngineConfig, loaded: LoadedModel) -> bool:
+    """Whether base weights have spare columns. In the deterministic engine every step has the same products."""
+    if config.device == "cpu" or config.deterministic:
+        return False
+    return tail.can_have((module.in_features for module in loaded.manifest.linears), loaded.dtype)
 
 
 def _prepare(
@@ -237,7 +250,6 @@ def _prepare(
         device=loaded.device,
         deterministic=config.deterministic,
     )
-    kernels.sites = runner.sites  # type: ignore[attr-defined]
     with torch.inference_mode():
         compiled.compile_layers(loaded.model)
         try:
@@ -273,6 +285,8 @@ def share_memory(config: EngineConfig, loaded: LoadedModel, budget: int) -> tupl
     # Graphs keep theirs, of steps of up to so many tokens.
     activations += activations * min(budget, STEP_SIZES[-1]) // budget
     free, total = torch.cuda.mem_get_info()
+    if _tails(config, loaded):
+        free -= tail.spare_bytes(loaded.manifest, SHARED_INPUT, loaded.dtype.itemsize)
     usable = int(free - activations - CUDA_HEADROOM * total)
     if not arena_bytes:
         arena_bytes = int((usable - pages * each) * (1.0 if pages else CUDA_ARENA_SHARE))

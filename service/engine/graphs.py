@@ -25,7 +25,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from adapters.kernels.backend import TritonKernels
+from adapters.kernels import tail
+from adapters.kernels.backend import TAIL_TILE, TritonKernels, many_tokens_each
 from adapters.kernels.device_plan import DevicePlan, PlanShape, PlanSizeError, pack
 from adapters.plan import NOTHING, LoraPlan, covering
 from service.engine.attention import StepLayout
@@ -39,8 +40,6 @@ log = logging.getLogger(__name__)
 
 MIXED_SEQUENCES = 256
 """Most sequences of such a step."""
-LARGE_SEGMENTS = 48
-"""From so many tokens an adapter on, a step with prompts uses large LoRA tiles."""
 MAX_MIX = 8
 """Adapters of a request at most (build.MAX_ADAPTERS_PER_REQUEST)."""
 LATER = 1.02
@@ -94,6 +93,8 @@ class Variant:
     waves: int
     block_m: int
     """Entries of a tile."""
+    tail: bool = False
+    """Its adapters stand in the tails of the base weights (adapters/kernels/tail.py)."""
 
 
 VARIANTS = (Variant(16, 1, 16), Variant(64, 1, 16), Variant(512, 4, 16))
@@ -102,6 +103,8 @@ DECODE_VARIANTS = (*VARIANTS[:2], Variant(512, 1, 16), VARIANTS[2])
 """With one for high ranks without mixes: a step that only decodes takes a third of one with a prompt, so launches for
 nothing weigh more there."""
 LARGE_VARIANTS = (Variant(16, 1, 64), Variant(64, 1, 64), Variant(512, 4, 64))
+TAIL_VARIANTS = (Variant(16, 1, TAIL_TILE, tail=True), Variant(tail.RANKS, 1, TAIL_TILE, tail=True))
+"""For few adapters with many tokens each; the first that a step with prompts is tried with."""
 SAME_VARIANTS = (Variant(512, 1, 16), Variant(512, MAX_MIX, 16))
 """The deterministic engine's: they differ in launches that find nothing to do, and give every token the same bits."""
 
@@ -120,6 +123,7 @@ class _Places:
                 variant.waves,
                 variant.block_m,
                 variant.rank,
+                tail=variant.tail,
             )
             for variant in variants
             if variant is not None
@@ -211,7 +215,8 @@ class StepGraphs:
             self._places = [_Places(one_shape(max_sequences, max_tokens), self._pages, SAME_VARIANTS)]
         else:
             large = attention.block_m is None  # without tensor cores (float32) large tiles are worth nothing
-            decode, mixed = (None, *DECODE_VARIANTS), (None, *VARIANTS, *(LARGE_VARIANTS if large else ()))
+            tails = TAIL_VARIANTS if kernels.tails else ()
+            decode, mixed = (None, *DECODE_VARIANTS), (None, *tails, *VARIANTS, *(LARGE_VARIANTS if large else ()))
             self._places = [
                 _Places(shape, self._pages, mixed if shape.tiles else decode)
                 for shape in shapes(max_sequences, max_tokens)
@@ -309,15 +314,18 @@ class StepGraphs:
 
     def _write_plan(self, plan: LoraPlan, places: _Places, tokens: int) -> Variant | None:
         """The variant that it fits, after it has been written."""
-        block_m = 64 if len(plan.tokens) >= LARGE_SEGMENTS * len(plan.seg_row) else 16
+        block_m = 64 if many_tokens_each(plan) else 16
         plan = covering(plan, tokens)
         ranks = self._kernels.ranks(plan)
         rank = ranks.max(initial=0)
         fitting = [v for v in places.plans if rank <= v.rank and len(plan.waves) <= v.waves]
         for variant in sorted(fitting, key=lambda v: v.block_m != block_m):
             shape = places.plans[variant]
+            placed = None
+            if variant.tail and (variant.block_m != block_m or (placed := self._kernels.place(plan, ranks)) is None):
+                continue
             try:
-                pack(plan, shape, self._inputs.host[places.of["plan"]][: shape.size], ranks)
+                pack(plan, shape, self._inputs.host[places.of["plan"]][: shape.size], ranks, placed)
             except PlanSizeError:
                 continue
             return variant
@@ -351,6 +359,8 @@ class StepGraphs:
         wanted = part("wanted") if shape.wanted else None
 
         def step() -> None:
+            if variant is not None and variant.tail:
+                self._kernels.stage()
             logits = self._forward(part("ids"), part("positions"), wanted)
             draw_into(self._tokens[: len(logits)], logits, part("rules").view(-1, WIDTH))
             self._logits[: len(logits)].copy_(logits)

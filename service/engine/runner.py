@@ -13,6 +13,7 @@ from torch.nn import functional
 from adapters import layers
 from adapters.arena import Arena
 from adapters.kernels import reference
+from adapters.layers import LoraLinear
 from adapters.plan import LoraPlan
 from adapters.site import Site
 from service.engine import draw, sampler
@@ -37,23 +38,34 @@ class LoraKernels(Protocol):
     """What the runner needs of an implementation of the LoRA products; see layers.LoraHook."""
 
     fused: bool
+    tails: bool
+    """It wants weights with spare columns (adapters/kernels/tail.py)."""
+
+    def bind(self, installed: list[LoraLinear], targets: int) -> None:
+        """The layers that will use it; targets: number of all target indices."""
 
     def begin_step(self, plan: LoraPlan | None, tokens: int) -> None: ...
 
     def apply(self, y: Tensor, x: Tensor, site: Site) -> None: ...
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, site: Site) -> Tensor: ...
+    def linear(
+        self, x: Tensor, weight: Tensor, whole: Tensor | None, bias: Tensor | None, targets: Tensor, site: Site
+    ) -> Tensor: ...
 
 
 class ReferenceKernels:
     """adapters/kernels/reference.py behind the runner's interface."""
 
     fused = False
+    tails = False
 
     def __init__(self, arena: Arena, in_features: list[int], out_features: list[int]) -> None:
         self._arena = arena
         self._views = reference.ViewCache(arena, in_features, out_features)
         self._plan: reference.PreparedPlan | None = None
+
+    def bind(self, installed: list[LoraLinear], targets: int) -> None:
+        """Nothing to prepare."""
 
     def begin_step(self, plan: LoraPlan | None, tokens: int) -> None:
         self._plan = None if plan is None else reference.PreparedPlan(plan, self._arena, self._views)
@@ -62,7 +74,9 @@ class ReferenceKernels:
         if self._plan is not None:
             reference.apply(y, x, site, self._plan)
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, site: Site) -> Tensor:
+    def linear(
+        self, x: Tensor, weight: Tensor, whole: Tensor | None, bias: Tensor | None, targets: Tensor, site: Site
+    ) -> Tensor:
         y = functional.linear(x, weight, bias)
         self.apply(y, x, site)
         return y
@@ -74,8 +88,10 @@ class _Hook:
         self.fused = kernels.fused
         self.active = False
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, site: Site) -> Tensor:
-        return self.kernels.linear(x, weight, bias, targets, site)
+    def linear(
+        self, x: Tensor, weight: Tensor, whole: Tensor | None, bias: Tensor | None, targets: Tensor, site: Site
+    ) -> Tensor:
+        return self.kernels.linear(x, weight, whole, bias, targets, site)
 
     def __call__(self, y: Tensor, x: Tensor, site: Site) -> None:
         self.kernels.apply(y, x, site)
@@ -107,7 +123,9 @@ class Runner:
         self._kernels = kernels
         self.page_size = page_size
         self.hook = _Hook(kernels)
-        self.sites = layers.install(loaded.model, loaded.manifest, self.hook, fuse=fuse)
+        installed = layers.install(loaded.model, loaded.manifest, self.hook, fuse=fuse, tails=kernels.tails)
+        self.sites = [layer.site for layer in installed]
+        kernels.bind(installed, len(loaded.manifest.linears))
         self.graphs: StepGraphs | None = None
         """Set once captured."""
         self._drawn = torch.empty(0, dtype=torch.int64, device=loaded.device)
