@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from adapters.kernels import tail
-from adapters.kernels.backend import TAIL_TILE, TritonKernels, many_tokens_each
+from adapters.kernels.backend import TAIL_TILE, TAIL_TOKENS, TritonKernels, many_tokens_each
 from adapters.kernels.device_plan import DevicePlan, PlanShape, PlanSizeError, pack
 from adapters.plan import NOTHING, LoraPlan, covering
 from service.engine.attention import StepLayout
@@ -104,7 +104,7 @@ DECODE_VARIANTS = (*VARIANTS[:2], Variant(512, 1, 16), VARIANTS[2])
 nothing weigh more there."""
 LARGE_VARIANTS = (Variant(16, 1, 64), Variant(64, 1, 64), Variant(512, 4, 64))
 TAIL_VARIANTS = (Variant(16, 1, TAIL_TILE, tail=True), Variant(tail.RANKS, 1, TAIL_TILE, tail=True))
-"""For few adapters with many tokens each; the first that a step with prompts is tried with."""
+"""For few adapters with many tokens each; the first that a large step is tried with."""
 SAME_VARIANTS = (Variant(512, 1, 16), Variant(512, MAX_MIX, 16))
 """The deterministic engine's: they differ in launches that find nothing to do, and give every token the same bits."""
 
@@ -215,10 +215,12 @@ class StepGraphs:
             self._places = [_Places(one_shape(max_sequences, max_tokens), self._pages, SAME_VARIANTS)]
         else:
             large = attention.block_m is None  # without tensor cores (float32) large tiles are worth nothing
-            tails = TAIL_VARIANTS if kernels.tails else ()
-            decode, mixed = (None, *DECODE_VARIANTS), (None, *tails, *VARIANTS, *(LARGE_VARIANTS if large else ()))
+            decode, mixed = (None, *DECODE_VARIANTS), (None, *VARIANTS, *(LARGE_VARIANTS if large else ()))
+            tails = (None, *TAIL_VARIANTS, *mixed[1:]) if kernels.tails else mixed
             self._places = [
-                _Places(shape, self._pages, mixed if shape.tiles else decode)
+                _Places(
+                    shape, self._pages, (tails if shape.tokens >= TAIL_TOKENS else mixed) if shape.tiles else decode
+                )
                 for shape in shapes(max_sequences, max_tokens)
             ]
         self._tile = attention.block_m or TILE

@@ -120,7 +120,7 @@ class Runner:
         self._model = loaded.model
         self._device = loaded.device
         self._attention = attention
-        self._kernels = kernels
+        self.kernels = kernels
         self.page_size = page_size
         self.hook = _Hook(kernels)
         installed = layers.install(loaded.model, loaded.manifest, self.hook, fuse=fuse, tails=kernels.tails)
@@ -206,7 +206,7 @@ class Runner:
         for the i-th token that the launch before has drawn."""
         Current.backend = self._attention
         self._attention.begin_step(layout)
-        self._kernels.begin_step(plan, len(ids))
+        self.kernels.begin_step(plan, len(ids))
         self.hook.active = plan is not None
         ids_, positions_, wanted_ = (to_device(array, self._device) for array in (ids, positions, wanted))
         if ids.min(initial=0) < 0:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from adapters.arena import Arena
+from adapters.kernels.backend import TAIL_TOKENS
 from adapters.kernels.device_plan import RANK_BUCKETS
 from adapters.manifest import Manifest
 from adapters.plan import LoraPlan, Rows, build_plan
@@ -42,8 +43,13 @@ def warm_up(runner: Runner, arena: Arena, manifest: Manifest, graphs: StepGraphs
         if row is None:
             log.warning("the arena is too small for an adapter of rank %d: LoRA is not warmed up", RANK_BUCKETS[0])
         else:
+            kernels = runner.kernels
+            tails, kernels.tails = kernels.tails, False
             for tokens in sizes:
                 _step(runner, min(tokens, budget), ((row, 1.0),))
+            kernels.tails = tails
+            if tails:
+                _step(runner, min(TAIL_TOKENS, budget), ((row, 1.0),))
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     log.info("warmed up in %.1f s", time.perf_counter() - begin)
