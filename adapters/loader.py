@@ -190,9 +190,8 @@ class BlockLoader:
             if job.host is not None:
                 begin = job.host.offset
                 with info.path.open("rb", buffering=0) as file:
-                    file.seek(info.payload_offset)
                     memory = self._slab.memory[begin : begin + info.nbytes]
-                    read_payload(file, memory, info.checksums, digest)
+                    read_payload(file.fileno(), info.payload_offset, memory, info.checksums, digest)
             elif job.device is not None:
                 self._stream(digest, info, job.device, job.after)
         except (FileNotFoundError, BlobDamaged) as error:
@@ -239,10 +238,9 @@ class BlockLoader:
 
     def _stream(self, digest: str, info: BlockInfo, device: Region, after: Fence | None) -> None:
         with info.path.open("rb", buffering=0) as file:
-            file.seek(info.payload_offset)
             if not self._cuda:
                 target = self._arena_array()[device.offset : device.offset + info.nbytes]
-                read_payload(file, target.data, info.checksums, digest)
+                read_payload(file.fileno(), info.payload_offset, target.data, info.checksums, digest)
                 return
             self._wait_for(after)
             # Two halves: one is filled while the other is copied.
@@ -254,7 +252,8 @@ class BlockLoader:
                     if event is not None:
                         event.synchronize()
                     memory = self._bounce.memory[half : half + count]
-                    read_payload(file, memory, checksum_of(info.checksums, index), digest)
+                    expected = checksum_of(info.checksums, index)
+                    read_payload(file.fileno(), info.payload_offset + begin, memory, expected, digest)
                     destination = self._arena.bytes[device.offset + begin : device.offset + begin + count]
                     destination.copy_(self._bounce.tensor[half : half + count], non_blocking=True)
                     copied[index % 2] = event = torch.cuda.Event(blocking=True)
