@@ -20,7 +20,7 @@ import tempfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import BufferedReader, RawIOBase
+from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -101,7 +101,7 @@ def layout(spec: AdapterSpec, digest: str, manifest: Manifest) -> BlockHeader:
         b_offset = _aligned(a_offset + target.rank * target.a.shape[1] * itemsize, TENSOR_ALIGNMENT)
         position = _aligned(b_offset + target.rank * target.b.shape[0] * itemsize, TENSOR_ALIGNMENT)
         entries.append(BlockEntry(target.index, target.rank, target.scale, a_offset // itemsize, b_offset // itemsize))
-    unknown = bytes(_CHECKSUM_BYTES * -(-position // CHECKED_BYTES))
+    unknown = bytes(_CHECKSUM_BYTES * pieces_of(position))
     return BlockHeader(digest, manifest.fingerprint, manifest.dtype, LAYOUT_VERSION, position, unknown, tuple(entries))
 
 
@@ -166,17 +166,20 @@ def read_header(path: Path) -> tuple[BlockHeader, int]:
     return header, start
 
 
-def read_payload(stream: RawIOBase | BufferedReader, memory: memoryview, expected: bytes, digest: str) -> None:
-    """Fills `memory` from the stream's position on, and checks it: the next bytes of the payload of block `digest`,
-    from a multiple of CHECKED_BYTES to another or to its end, and `expected` their checksums.
+def read_payload(
+    descriptor: int, position: int, memory: memoryview, expected: bytes, digest: str, *, following: int = 0
+) -> None:
+    """Fills `memory` from this position of the file on, and checks it: bytes of the payload of block `digest`, from a
+    multiple of CHECKED_BYTES to another or to its end, and `expected` their checksums. The payload has `following`
+    bytes more. Threads may share the descriptor.
 
     BlobDamaged if they cannot be read, end too early or differ: `memory` then holds nothing of use."""
     done = 0
     with unreadable_is_damaged(digest):
         while done < len(memory):
-            count = stream.readinto(memory[done:])
+            count = os.preadv(descriptor, [memory[done:]], position + done)
             if not count:
-                raise BlobDamaged(digest, f"its block file ends {len(memory) - done} bytes too early")
+                raise BlobDamaged(digest, f"its block file ends {len(memory) - done + following} bytes too early")
             done += count
     if checksums(memory) != expected:
         raise BlobDamaged(digest, "the payload of its block file is damaged")
@@ -186,12 +189,22 @@ def verify_block(path: Path) -> BlockHeader:
     """Reads the whole file; gives its header. BlobDamaged if it is not what `pack` wrote; FileNotFoundError."""
     header, start = read_header(path)
     buffer = memoryview(bytearray(min(CHECKED_BYTES, header.payload_bytes)))
-    with path.open("rb", buffering=0) as stream:
-        stream.seek(start)
-        for number, begin in enumerate(range(0, header.payload_bytes, CHECKED_BYTES)):
-            piece = buffer[: header.payload_bytes - begin]
-            read_payload(stream, piece, checksum_of(header.checksums, number), header.digest)
+    with path.open("rb", buffering=0) as file:
+        for number in range(pieces_of(header.payload_bytes)):
+            begin, end = piece_at(number, header.payload_bytes)
+            expected = checksum_of(header.checksums, number)
+            read_payload(file.fileno(), start + begin, buffer[: end - begin], expected, header.digest)
     return header
+
+
+def pieces_of(nbytes: int) -> int:
+    """How many pieces, each with a checksum, a payload of this size has."""
+    return -(-nbytes // CHECKED_BYTES)
+
+
+def piece_at(number: int, nbytes: int) -> tuple[int, int]:
+    """Where the piece with this number, from 0, begins and ends in a payload of `nbytes`."""
+    return number * CHECKED_BYTES, min((number + 1) * CHECKED_BYTES, nbytes)
 
 
 def checksum_of(sums: bytes, piece: int) -> bytes:

@@ -1,8 +1,8 @@
 """Moves blocks between the tiers, on threads of its own: blob files -> block file -> host slab -> arena.
 
 Three threads, so that nothing quick waits behind something slow: packing (waits for a worker process), files (headers
-and payloads), device copies. Requests and results go through SimpleQueues; whoever asks never waits. What to move and
-where is decided elsewhere (adapters/residency.py).
+and payloads, with the threads of adapters/payload_reader.py), device copies. Requests and results go through
+SimpleQueues; whoever asks never waits. What to move and where is decided elsewhere (adapters/residency.py).
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from adapters.errors import (
 from adapters.keys import digest_of
 from adapters.manifest import Manifest
 from adapters.packer import Packer
+from adapters.payload_reader import PayloadReader
 from adapters.regions import Region
 from adapters.slab import Slab
 from adapters.tiers import BlockInfo, Completion, Fence, RowEntries, Stage
@@ -93,6 +94,7 @@ class BlockLoader:
         self._files: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._copies: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._closing = threading.Event()
+        self._reader = PayloadReader()
         self._threads = [
             threading.Thread(target=self._serve, args=(jobs, work), name=f"loraplex-{name}", daemon=True)
             for name, jobs, work in (
@@ -144,6 +146,7 @@ class BlockLoader:
         for thread in self._threads:
             thread.join(timeout=30)
         if not any(thread.is_alive() for thread in self._threads):
+            self._reader.close()
             self._slab.close()
             self._bounce.close()
 
@@ -189,10 +192,7 @@ class BlockLoader:
                 raise AdapterUnavailable(digest, "its block file was built again and differs")
             if job.host is not None:
                 begin = job.host.offset
-                with info.path.open("rb", buffering=0) as file:
-                    file.seek(info.payload_offset)
-                    memory = self._slab.memory[begin : begin + info.nbytes]
-                    read_payload(file, memory, info.checksums, digest)
+                self._reader.read(info, self._slab.memory[begin : begin + info.nbytes], digest)
             elif job.device is not None:
                 self._stream(digest, info, job.device, job.after)
         except (FileNotFoundError, BlobDamaged) as error:
@@ -238,12 +238,11 @@ class BlockLoader:
         return Completion("copy", job.digest)
 
     def _stream(self, digest: str, info: BlockInfo, device: Region, after: Fence | None) -> None:
+        if not self._cuda:
+            target = self._arena_array()[device.offset : device.offset + info.nbytes]
+            self._reader.read(info, target.data, digest)
+            return
         with info.path.open("rb", buffering=0) as file:
-            file.seek(info.payload_offset)
-            if not self._cuda:
-                target = self._arena_array()[device.offset : device.offset + info.nbytes]
-                read_payload(file, target.data, info.checksums, digest)
-                return
             self._wait_for(after)
             # Two halves: one is filled while the other is copied.
             copied: list[torch.cuda.Event | None] = [None, None]
@@ -254,7 +253,8 @@ class BlockLoader:
                     if event is not None:
                         event.synchronize()
                     memory = self._bounce.memory[half : half + count]
-                    read_payload(file, memory, checksum_of(info.checksums, index), digest)
+                    expected = checksum_of(info.checksums, index)
+                    read_payload(file.fileno(), info.payload_offset + begin, memory, expected, digest)
                     destination = self._arena.bytes[device.offset + begin : device.offset + begin + count]
                     destination.copy_(self._bounce.tensor[half : half + count], non_blocking=True)
                     copied[index % 2] = event = torch.cuda.Event(blocking=True)

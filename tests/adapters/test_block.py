@@ -290,7 +290,7 @@ def test_what_the_disk_cannot_read_is_damaged(tmp_path: Path) -> None:
     with pytest.raises(BlobDamaged, match="cannot be read"):
         read_header(path)
     with path.open("rb", buffering=0) as stream, pytest.raises(BlobDamaged, match="cannot be read"):
-        read_payload(stream, memoryview(bytearray(16)), bytes(4), "0" * 64)
+        read_payload(stream.fileno(), 0, memoryview(bytearray(16)), bytes(4), "0" * 64)
 
 
 def test_no_block(tmp_path: Path) -> None:

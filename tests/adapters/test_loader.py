@@ -90,6 +90,12 @@ class InThread:
 Make = Callable[..., Engine]
 
 
+@pytest.fixture(autouse=True)
+def _many_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Payloads of several pieces are read by four threads, whatever the machine has."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
+
+
 @pytest.fixture
 def make(tmp_path: Path) -> Iterator[Make]:
     engines: list[Engine] = []
@@ -454,3 +460,55 @@ def test_a_wake_up_call_that_fails_does_not_stop_the_loader(make: Make, tmp_path
     adapter = store_adapter(engine.store, engine.manifest, tmp_path, seed=0)
     engine.residency.release(engine.lease(adapter))
     assert len(calls) >= 3
+
+
+@pytest.mark.parametrize("host_bytes", [0, 1 << 20])
+def test_closing_waits_for_the_block_that_is_being_read_and_tells_nobody(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host_bytes: int
+) -> None:
+    """Into the slab, which is given back then, and into the arena; another block waits behind it."""
+    monkeypatch.setattr(block, "CHECKED_BYTES", 1024)
+    engine = make(host_bytes=host_bytes)
+    digests = [store_adapter(engine.store, engine.manifest, tmp_path, seed, 8).digest for seed in (0, 2)]
+    infos = []
+    for digest in digests:
+        pack(digest, engine.store, engine.manifest, engine.cache)
+        engine.loader.prepare(digest)
+        assert engine.woken.acquire(timeout=SECONDS)
+        infos += [completion.info for completion in engine.loader.completions()]
+    all_read, may_go_on, order, preadv = threading.Barrier(5), threading.Event(), [], os.preadv
+
+    def held(descriptor: int, buffers: list[memoryview], position: int) -> int:
+        if not may_go_on.is_set():
+            all_read.wait(SECONDS)
+            assert may_go_on.wait(SECONDS)
+        count = preadv(descriptor, buffers, position)
+        order.append("written")
+        return count
+
+    monkeypatch.setattr(os, "preadv", held)
+    for digest, info in zip(digests, infos, strict=True):
+        assert info is not None
+        if host_bytes:
+            engine.loader.read(digest, info, Region(0, info.nbytes))
+        else:
+            engine.loader.stream(digest, info, Region(0, info.nbytes), None)
+    all_read.wait(SECONDS)
+
+    def close() -> None:
+        engine.loader.close()
+        order.append("closed")
+
+    closing = threading.Thread(target=close)
+    closing.start()
+    assert engine.loader._closing.wait(SECONDS)
+    # Long enough for closing to end too early, if that were possible.
+    closing.join(0.3)
+    may_go_on.set()
+    closing.join(SECONDS)
+    pieces = -(-infos[0].nbytes // 1024)
+    assert pieces >= 8
+    assert order == ["written"] * pieces + ["closed"], "the one behind it is not begun"
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("loraplex-")]
+    assert list(engine.loader.completions()) == []
+    assert not engine.woken.acquire(blocking=False)
