@@ -69,6 +69,27 @@ def test_the_highest_ranks_beside_low_ones(tmp_path, dtype, way):
     compare(world, exact, tmp_path, dtype, way, eager=way == "mixed", arena_bytes=64 << 20)
 
 
+@pytest.mark.parametrize("way", ["mixed", "warm"])
+def test_adapters_in_the_tails_of_base_weights(monkeypatch, tmp_path, way):
+    """In steps of any size, eager and in graphs (else steps of 768 tokens use them)."""
+    from adapters.kernels import backend, ops
+    from service.engine import graphs
+
+    monkeypatch.setattr(backend, "TAIL_TOKENS", 2)
+    monkeypatch.setattr(graphs, "TAIL_TOKENS", 2)
+    monkeypatch.setattr(backend, "LARGE_SEGMENTS", 1)
+    placed = []
+    place = backend.TritonKernels.place
+    monkeypatch.setattr(
+        backend.TritonKernels, "place", lambda self, *plan: placed.append(place(self, *plan)) or placed[-1]
+    )
+    world = World("llama", tmp_path, recipes("llama"), MIXES)
+    exact = Oracle(world.base, world.adapters, device=DEVICE)
+    compare(world, exact, tmp_path, "bfloat16", way, eager=way == "mixed", max_sequences=4)
+    assert sum(p is not None for p in placed) > 20
+    assert ops.STEP.tails is not None
+
+
 def compare(world: World, exact: Oracle, folder: Path, dtype: str, way: str, **options: Any) -> None:
     same = Oracle(world.base, world.adapters, dtype=getattr(torch, dtype), device=DEVICE)
     engine = world.engine(folder, device=DEVICE, dtype=dtype, **({"max_sequences": 32} | options | WAYS[way]))
