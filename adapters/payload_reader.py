@@ -10,7 +10,7 @@ from adapters.block import checksum_of, piece_at, pieces_of, read_payload
 from adapters.tiers import BlockInfo
 
 MOST_READERS = 4
-"""Reading 84 MB from the page cache and adding them up takes one thread some 29 ms beside an H100. Were it a quarter of
+"""Reading 84 MB from the page cache and adding them up takes one thread some 29 ms beside an H200. Were it a quarter of
 that, it would be less than a step or two; more threads would crowd the step's."""
 CORES_PER_READER = 2
 """The other cores are for the step and the API's processes: two cores have one reader, eight have four."""
