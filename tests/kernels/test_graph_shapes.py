@@ -16,9 +16,11 @@ from service.engine.graphs import (
     DECODE_VARIANTS,
     LARGE_VARIANTS,
     SAME_VARIANTS,
+    TAIL_VARIANTS,
     VARIANTS,
     Shape,
     _Places,
+    candidates,
     decode_sizes,
     one_shape,
     shapes,
@@ -63,7 +65,7 @@ def test_usual_steps_fit_with_their_tiles(counts: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("shape", [Shape(1, 1), Shape(48, 48), Shape(576, 256, 36, 256), one_shape(64, 256)])
 def test_inputs_do_not_overlap_and_the_page_table_is_last(shape: Shape) -> None:
-    variants = {None, *DECODE_VARIANTS, *VARIANTS, *LARGE_VARIANTS, *SAME_VARIANTS}
+    variants = {None, *DECODE_VARIANTS, *VARIANTS, *LARGE_VARIANTS, *SAME_VARIANTS, *TAIL_VARIANTS}
     places = _Places(shape, 17, tuple(variants))
     parts = sorted(places.of.items(), key=lambda item: item[1].start)
     assert parts[-1][0] == "table"
@@ -92,8 +94,28 @@ def test_every_step_fits_the_one_shape_of_the_deterministic_engine(counts: tuple
 def test_a_decode_step_launches_nothing_for_mixes_that_it_has_not(
     rank: int, waves: int, wanted: tuple[int, int]
 ) -> None:
-    found = next(variant for variant in DECODE_VARIANTS if rank <= variant.rank and waves <= variant.waves)
+    found = candidates(DECODE_VARIANTS, rank, waves, 64)[0]
     assert (found.rank, found.waves) == wanted
+
+
+@pytest.mark.parametrize(
+    ("rank", "waves", "block_m", "wanted"),
+    [
+        (16, 1, 64, [(16, 64, True), (64, 64, True), (16, 64, False), (16, 16, False), (64, 64, False)]),
+        (16, 1, 16, [(16, 16, False), (16, 64, False), (64, 16, False)]),
+        (30, 1, 64, [(64, 64, True), (64, 64, False), (64, 16, False), (512, 64, False)]),
+        (65, 1, 64, [(512, 64, False), (512, 16, False)]),
+        (16, 2, 64, [(512, 64, False), (512, 16, False)]),
+        (16, 5, 64, []),
+    ],
+)
+def test_a_step_with_prompts_tries_the_tails_first_then_the_least_class_of_ranks(
+    rank: int, waves: int, block_m: int, wanted: list[tuple[int, int, bool]]
+) -> None:
+    found = candidates((*LARGE_VARIANTS, *VARIANTS, *TAIL_VARIANTS), rank, waves, block_m)
+    assert [(v.rank, v.block_m, v.tail) for v in found][: len(wanted) or None] == wanted
+    if rank > 64 or waves > 1:
+        assert len(found) == len(wanted)
 
 
 def test_its_variants_hold_whatever_a_request_may_name() -> None:
