@@ -82,6 +82,7 @@ class TritonKernels:
         )
         if placed:
             self.stage()
+            self.launched()
 
     def use(self, plan: DevicePlan | None) -> None:
         """A plan that lies on the device already (a CUDA graph's own)."""
@@ -89,11 +90,16 @@ class TritonKernels:
         self.tailed = plan is not None and plan.shape.tail
 
     def place(self, plan: LoraPlan, ranks: NDArray[np.integer]) -> Placed | None:
-        """Where the plan's adapters stand in the tails; None if they cannot. What it says has to be launched: the next
-        answer counts on it."""
+        """Where the plan's adapters stand in the tails; None if they cannot. `launched` is told once the step is on
+        its way."""
         if STEP.tails is None or not self.tails:
             return None
         return STEP.tails.slots.place(plan, ranks, self.arena.generation)
+
+    def launched(self) -> None:
+        """The step that was placed last is on its way: the device will have what it stages."""
+        if STEP.tails:
+            STEP.tails.slots.launched()
 
     def stage(self) -> None:
         """Copies to the tails what the step's plan lists; before its first product."""

@@ -307,6 +307,7 @@ class StepGraphs:
         if ids.min() < 0:
             fill_pending(inputs.device[of["ids"]][: len(ids)], drawn)
         graph.replay()
+        self._kernels.launched()
         return self._logits[: len(wanted)], self._tokens[: len(wanted)]
 
     def _fitting(

@@ -59,6 +59,7 @@ class World:
 
     def product(self, plan: LoraPlan, device_plan: DevicePlan, x: Tensor) -> Tensor:
         self.tails.stage(device_plan, self.table)
+        self.tails.slots.launched()
         rows = triton_tail.shrink(x, self.targets, device_plan, self.table, self.tails.counters)
         named = torch.from_numpy(plan.tokens).long()
         assert torch.equal(rows[named, : x.shape[1]], x[named])
@@ -172,11 +173,14 @@ class Rows:
         self.slots = Slots()
         self.generation = np.zeros(100, np.int64)
 
-    def place(self, *rows: tuple[int, int]) -> tail.Placed | None:
+    def place(self, *rows: tuple[int, int], launched: bool = True) -> tail.Placed | None:
         plan = plan_of([(50, ((row, 1.0),)) for row, _ in sorted(rows)])
         assert plan is not None
         ranks = np.array([rank for _, rank in sorted(rows)], np.int32)
-        return self.slots.place(plan, ranks, self.generation)
+        placed = self.slots.place(plan, ranks, self.generation)
+        if launched:
+            self.slots.launched()
+        return placed
 
 
 def staged(placed: tail.Placed | None) -> list[int]:
@@ -217,6 +221,15 @@ def test_a_row_with_another_block_is_staged_again() -> None:
     rows.place((1, 16), (2, 16))
     rows.generation[1] += 1
     assert staged(rows.place((1, 30), (2, 16))) == [1]
+
+
+def test_after_a_step_that_failed_everything_is_staged_again() -> None:
+    rows = Rows()
+    rows.place((1, 16), (2, 16))
+    assert staged(rows.place((1, 16), launched=False)) == [], "nothing was to be staged"
+    assert staged(rows.place((2, 16), (3, 16), launched=False)) == [3]
+    assert staged(rows.place((1, 16), (3, 16))) == [1, 3]
+    assert staged(rows.place((2, 16), (3, 16))) == [2]
 
 
 def test_mixes_have_no_place() -> None:

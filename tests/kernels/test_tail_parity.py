@@ -65,3 +65,27 @@ def test_tokens_and_distributions_are_peft_s(staged: list[int], tmp_path: Path) 
     assert sum(staged) > 6, "no adapter was staged again"
     assert staged.count(0) > len(staged) / 2, "adapters were staged in steps that had them"
     engine.close()
+
+
+def test_what_a_failed_step_did_not_stage_the_next_one_does(
+    staged: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World("llama", tmp_path, {name: recipes("llama")[name] for name in ("rank16", "rank8-rs")}, [])
+    engine = world.engine(tmp_path, max_tokens_per_step=64, prefix_caching=False)
+    stage = TritonKernels.stage
+
+    def failing(self: TritonKernels) -> None:
+        monkeypatch.setattr(TritonKernels, "stage", stage)
+        raise torch.OutOfMemoryError("as if the device had none left")
+
+    ask_all(engine, world, ["rank8-rs"], max_tokens=2)
+    engine.run()
+    monkeypatch.setattr(TritonKernels, "stage", failing)
+    ask_all(engine, world, ["rank16"], max_tokens=2)
+    engine.run()
+    assert engine.refused
+    engine.refused.clear()
+    ask_all(engine, world, ["rank16", "rank8-rs"], max_tokens=2)
+    engine.run()
+    check_all(engine, world, ["rank16", "rank8-rs"])
+    engine.close()
