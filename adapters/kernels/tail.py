@@ -77,8 +77,8 @@ class Placed:
 
 
 class Slots:
-    """Which adapters are staged. The device follows in the order of steps: one that was placed is either `launched` next,
-    or has failed, and then nobody knows what stands there."""
+    """Which adapters are staged. The device follows in the order of steps: one that was placed is either `launched`
+    next, or has failed, and then nobody knows what stands there."""
 
     def __init__(self) -> None:
         self._known = True

@@ -344,6 +344,9 @@ class EngineProcess:
 
 def _process(config: EngineConfig, simulated_options: str | None) -> EngineProcess:
     if simulated_options is None:
+        if config.device == "cuda" and not config.deterministic:
+            # As build_engine would ask for later, but torch warns of its function at every start.
+            os.environ.setdefault("TORCH_BLAS_PREFER_CUBLASLT", "1")
         from service.engine.build import build_engine  # torch: only here
 
         return EngineProcess(config, build_engine)
