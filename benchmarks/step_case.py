@@ -58,7 +58,7 @@ class Case:
                 for i, (b, n) in enumerate(zip(begins, counts, strict=True))
             ]
             self.plans[name] = build_plan(spans)
-        found = graphs._fitting(len(self.ids), self.layout, self.wanted)
+        found = next(graphs.fitting(len(self.ids), self.layout, self.wanted), None)
         if found is None:
             raise ValueError(f"{decoding} decoding and {sum(prompts)} tokens of prompts fit no graph")
         self.places = found[0]

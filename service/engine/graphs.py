@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -106,7 +106,13 @@ LARGE_VARIANTS = (Variant(16, 1, 64), Variant(64, 1, 64), Variant(512, 4, 64))
 TAIL_VARIANTS = (Variant(16, 1, TAIL_TILE, tail=True), Variant(tail.RANKS, 1, TAIL_TILE, tail=True))
 """For few adapters with many tokens each; the first that a large step is tried with. There is no other one with large
 tiles for ranks to 16 there: from 768 tokens on those of 16 are as fast (1,024: 27.9 ms and 27.7, 2,048 alike, H200)."""
-SAME_VARIANTS = (Variant(512, 1, 16), Variant(512, MAX_MIX, 16))
+MANY_VARIANT = Variant(512, MAX_MIX, 16)
+"""For mixes of more adapters than the others hold. Each of its graphs has twice their launches, so few shapes have one,
+and a step with such a mix takes the next of those: at most some ms longer, where launched kernel by kernel it takes 26
+to 75 ms."""
+MANY_DECODING, MANY_TOKENS = 64, 640
+"""The first shapes that have one, of steps that decode and of those with prompts; so have the largest."""
+SAME_VARIANTS = (Variant(512, 1, 16), MANY_VARIANT)
 """The deterministic engine's: they differ in launches that find nothing to do, and give every token the same bits."""
 
 
@@ -115,6 +121,26 @@ def candidates(variants: Iterable[Variant], rank: int, waves: int, block_m: int)
     wanted, then the smallest class of ranks, then tiles of the size that is wanted."""
     fitting = [v for v in variants if rank <= v.rank and waves <= v.waves and (not v.tail or v.block_m == block_m)]
     return sorted(fitting, key=lambda v: (not v.tail, v.rank, v.block_m != block_m, v.waves))
+
+
+def variants_of_shapes(
+    max_sequences: int, max_tokens: int, *, large: bool, tails: bool
+) -> dict[Shape, tuple[Variant | None, ...]]:
+    """What is captured for each shape, in the order of `shapes`; None is a step without LoRA. large: large tiles are
+    worth something. tails: the base weights have spare columns."""
+    found: dict[Shape, tuple[Variant | None, ...]] = {}
+    every = shapes(max_sequences, max_tokens)
+    for shape in every:
+        alike = [other.tokens for other in every if bool(other.tiles) == bool(shape.tiles)]
+        first = min((size for size in alike if size >= (MANY_TOKENS if shape.tiles else MANY_DECODING)), default=0)
+        many = (MANY_VARIANT,) if shape.tokens in (first, alike[-1]) else ()
+        if not shape.tiles:
+            found[shape] = (None, *DECODE_VARIANTS, *many)
+        elif tails and shape.tokens >= TAIL_TOKENS:
+            found[shape] = (None, *TAIL_VARIANTS, *VARIANTS, *LARGE_VARIANTS[1:], *many)
+        else:
+            found[shape] = (None, *VARIANTS, *(LARGE_VARIANTS if large else ()), *many)
+    return found
 
 
 class _Places:
@@ -223,14 +249,8 @@ class StepGraphs:
             self._places = [_Places(one_shape(max_sequences, max_tokens), self._pages, SAME_VARIANTS)]
         else:
             large = attention.block_m is None  # without tensor cores (float32) large tiles are worth nothing
-            decode, mixed = (None, *DECODE_VARIANTS), (None, *VARIANTS, *(LARGE_VARIANTS if large else ()))
-            tails = (None, *TAIL_VARIANTS, *VARIANTS, *LARGE_VARIANTS[1:]) if kernels.tails else mixed
-            self._places = [
-                _Places(
-                    shape, self._pages, (tails if shape.tokens >= TAIL_TOKENS else mixed) if shape.tiles else decode
-                )
-                for shape in shapes(max_sequences, max_tokens)
-            ]
+            every = variants_of_shapes(max_sequences, max_tokens, large=large, tails=kernels.tails)
+            self._places = [_Places(shape, self._pages, those) for shape, those in every.items()]
         self._tile = attention.block_m or TILE
         self._inputs = _Inputs(max(places.size for places in self._places), device)
         self._graphs: dict[tuple[Shape, Variant | None], torch.cuda.CUDAGraph] = {}
@@ -275,19 +295,16 @@ class StepGraphs:
         next replay, which is queued behind whatever was queued to read them."""
         if self.deterministic:
             layout, plan = replace(layout, num_decode=0), plan or NOTHING
-        found = self._fitting(len(ids), layout, wanted)
-        if found is None:
+        for places, seqs, rows in self.fitting(len(ids), layout, wanted):  # noqa: B007 - used after the loop
+            variant = None if plan is None else self._write_plan(plan, places, len(ids))
+            if plan is None or variant is not None:
+                break
+        else:
             return None
-        places, seqs, rows = found
-        inputs, of = self._inputs, places.of
-        variant = None
-        if plan is not None:
-            variant = self._write_plan(plan, places, len(ids))
-            if variant is None:
-                return None
         graph = self._graphs.get((places.shape, variant))
         if graph is None:
             return None
+        inputs, of = self._inputs, places.of
         inputs.fill(of["ids"], ids, 0)
         inputs.fill(of["positions"], positions, 0)
         inputs.fill(of["slots"], layout.slots, -1)
@@ -310,18 +327,17 @@ class StepGraphs:
         self._kernels.launched()
         return self._logits[: len(wanted)], self._tokens[: len(wanted)]
 
-    def _fitting(
+    def fitting(
         self, tokens: int, layout: StepLayout, wanted: NDArray[np.int64]
-    ) -> tuple[_Places, NDArray[np.int32], NDArray[np.int32]] | None:
-        """The smallest shape, with the sequence and the first row of each tile of prompts."""
+    ) -> Iterator[tuple[_Places, NDArray[np.int32], NDArray[np.int32]]]:
+        """Shapes that a step fits, the smallest first, with the sequence and the first row of each tile of prompts."""
         decoding = layout.num_decode == tokens == len(wanted)
         seqs, rows = tiles(layout, self._tile)
         for places in self._places:
             shape = places.shape
             mixed = len(seqs) <= shape.tiles and len(wanted) <= shape.wanted
             if shape.fits(tokens, layout) and (decoding or mixed):
-                return places, seqs, rows
-        return None
+                yield places, seqs, rows
 
     def _write_plan(self, plan: LoraPlan, places: _Places, tokens: int) -> Variant | None:
         """The variant that it fits, after it has been written."""

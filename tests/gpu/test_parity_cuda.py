@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engine.oracle import ARCHITECTURES, HIGH_RANKS, VOCABULARY, Mix, Oracle, recipes
+from tests.engine.oracle import ARCHITECTURES, HIGH_RANKS, VOCABULARY, Mix, Oracle, Recipe, recipes
 from tests.engine.test_parity import MIXES, World, ask_all
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -62,9 +62,16 @@ def test_the_error_is_that_of_the_dtype(world, exact, tmp_path, dtype, way):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("way", ["mixed", "warm"])
 def test_the_highest_ranks_beside_low_ones(tmp_path, dtype, way):
-    """Batches in which kernels walk the ranks, in eager steps and in graphs."""
-    mixes: list[Mix] = [*MIXES, (("rank512", 0.5), ("rank512-patterns", -0.4)), (("rank16", 0.5), ("rank512", -0.3))]
-    world = World("llama", tmp_path, HIGH_RANKS | recipes("llama"), mixes)
+    """Batches in which kernels walk the ranks, and a mix of more adapters than most graphs hold, in eager steps and in
+    graphs."""
+    mixes: list[Mix] = [
+        *MIXES,
+        (("rank512", 0.5), ("rank512-patterns", -0.4)),
+        (("rank16", 0.5), ("rank512", -0.3)),
+        (("rank16", 0.4), ("rank2", 0.5), ("rank512", -0.3), ("rank3", 0.6), ("rank8-rs", 0.2), ("rank5", -0.7)),
+    ]
+    small = {"rank2": Recipe(2), "rank3": Recipe(3), "rank5": Recipe(5)}
+    world = World("llama", tmp_path, HIGH_RANKS | small | recipes("llama"), mixes)
     exact = Oracle(world.base, world.adapters, device=DEVICE)
     compare(world, exact, tmp_path, dtype, way, eager=way == "mixed", arena_bytes=64 << 20)
 

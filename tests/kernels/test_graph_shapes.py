@@ -24,6 +24,7 @@ from service.engine.graphs import (
     decode_sizes,
     one_shape,
     shapes,
+    variants_of_shapes,
 )
 
 
@@ -116,6 +117,30 @@ def test_a_step_with_prompts_tries_the_tails_first_then_the_least_class_of_ranks
     assert [(v.rank, v.block_m, v.tail) for v in found][: len(wanted) or None] == wanted
     if rank > 64 or waves > 1:
         assert len(found) == len(wanted)
+
+
+@pytest.mark.parametrize(("most", "budget"), [(1, 768), (48, 2048), (64, 1000), (256, 2048), (300, 2048)])
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("tails", [False, True])
+def test_every_mix_has_a_graph_not_much_larger_than_its_step(
+    most: int, budget: int, *, large: bool, tails: bool
+) -> None:
+    every = variants_of_shapes(most, budget, large=large, tails=large and tails)
+    assert list(every) == shapes(most, budget)
+    for kind in (False, True):
+        alike = [shape for shape in every if bool(shape.tiles) == kind]
+        for shape in alike:
+            for rank in (1, 64, MAX_RANK):
+                for waves in range(1, MAX_ADAPTERS_PER_REQUEST + 1):
+                    serving = next(
+                        other
+                        for other in alike
+                        if other.tokens >= shape.tokens
+                        and candidates([v for v in every[other] if v is not None], rank, waves, 64)
+                    )
+                    assert waves > 4 or serving == shape
+    many = [shape for shape, those in every.items() if any(v is not None and v.waves > 4 for v in those)]
+    assert len(many) <= 4, "each costs a start twice what others do"
 
 
 def test_its_variants_hold_whatever_a_request_may_name() -> None:
