@@ -63,11 +63,15 @@ def build_engine(
         # Otherwise what steps of many sizes leave behind cannot be put together again.
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         compiled.use_cache_folder(Path(config.cache_dir) / "compiled")
-        if not config.deterministic and torch.backends.cuda.preferred_blas_library() != torch._C._BlasBackend.Cublaslt:
-            # Of torch's two ways to the library the one that chooses better for few rows: 64 decoding sequences of an
-            # 8B model 6.1 ms instead of 6.4, 96 7.2 instead of 7.6, larger and smaller steps as before (H200).
-            torch.backends.cuda.preferred_blas_library("cublaslt")
     check_machine(config)
+    if (
+        cuda
+        and not config.deterministic
+        and torch.backends.cuda.preferred_blas_library() != torch._C._BlasBackend.Cublaslt
+    ):
+        # Of torch's two ways to the library the one that chooses better for few rows: 64 decoding sequences of an
+        # 8B model 6.1 ms instead of 6.4, 96 7.2 instead of 7.6, larger and smaller steps as before (H200).
+        torch.backends.cuda.preferred_blas_library("cublaslt")
     budget = config.max_tokens_per_step or tokens_per_step(config.device, deterministic=config.deterministic)
     # Pinning 8 GiB takes 2 to 3 s, and no processor.
     with ThreadPoolExecutor(1) as beside:
