@@ -64,14 +64,8 @@ def build_engine(
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         compiled.use_cache_folder(Path(config.cache_dir) / "compiled")
     check_machine(config)
-    if (
-        cuda
-        and not config.deterministic
-        and torch.backends.cuda.preferred_blas_library() != torch._C._BlasBackend.Cublaslt
-    ):
-        # Of torch's two ways to the library the one that chooses better for few rows: 64 decoding sequences of an
-        # 8B model 6.1 ms instead of 6.4, 96 7.2 instead of 7.6, larger and smaller steps as before (H200).
-        torch.backends.cuda.preferred_blas_library("cublaslt")
+    if cuda and not config.deterministic:
+        prefer_cublaslt()
     budget = config.max_tokens_per_step or tokens_per_step(config.device, deterministic=config.deterministic)
     # Pinning 8 GiB takes 2 to 3 s, and no processor.
     with ThreadPoolExecutor(1) as beside:
@@ -137,6 +131,14 @@ def build_engine(
         config.max_resident_adapters,
     )
     return engine, {"torch": str(torch.__version__), "transformers": transformers.__version__}
+
+
+def prefer_cublaslt() -> None:
+    """Of torch's two ways to cuBLAS the one that chooses better for few rows: 64 decoding sequences of an 8B model 6.1 ms
+    instead of 6.4, 96 7.2 instead of 7.6, larger and smaller steps as before (H200). The engine's process has asked
+    torch for it already, by its environment."""
+    if torch.backends.cuda.preferred_blas_library() != torch._C._BlasBackend.Cublaslt:
+        torch.backends.cuda.preferred_blas_library("cublaslt")
 
 
 def check_machine(config: EngineConfig) -> None:
