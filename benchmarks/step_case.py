@@ -12,7 +12,8 @@ from adapters.plan import build_plan
 from benchmarks.engine import Driver
 from service.engine.attention import StepLayout
 from service.engine.draw import WIDTH
-from service.engine.graphs import StepGraphs, Variant
+from service.engine.graph_shapes import Variant
+from service.engine.graphs import StepGraphs
 
 
 class Case:

@@ -107,7 +107,9 @@ class TritonKernels:
             STEP.tails.stage(STEP.plan, self.arena)
 
     def warm_up(self, plan: DevicePlan, tokens: int) -> None:
-        """Launches the kernels of every kind of site once, so that they are compiled and loaded."""
+        """Launches the kernels of every kind of site once, so that they are compiled and loaded. plan: an empty one."""
+        if plan.shape.tail and STEP.tails:
+            STEP.tails.stage(plan, self.arena)
         kinds = {(site.in_features, site.widths): site for site in self.sites}
         for site in kinds.values():
             x, y = (self.arena.data.new_zeros(tokens, size) for size in (site.in_features, site.out_features))

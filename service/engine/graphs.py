@@ -1,11 +1,11 @@
 """CUDA graphs of steps: one launch instead of a thousand.
 
-A graph is captured for a shape and a LoRA variant. In the shapes called decode every sequence has one token; in the
-others, up to so many tokens of prompts and decoding sequences come together, in any division. It ends with the draw of
-each sequence's next token. Inputs lie at fixed places in one int32 buffer per shape, so a step is one copy from pinned
-memory and one replay. What a smaller batch leaves empty is told on the device: tokens with slot -1 (no KV entry is
-written), sequences beyond the count of those that decode, tiles of sequence -1, and the LoRA plan's own lengths.
-Batches that fit no graph run without one.
+A graph is captured for a shape and a LoRA variant (graph_shapes.py). In the shapes called decode every sequence has
+one token; in the others, up to so many tokens of prompts and decoding sequences come together, in any division. It ends
+with the draw of each sequence's next token. Inputs lie at fixed places in one int32 buffer per shape, so a step is one
+copy from pinned memory and one replay. What a smaller batch leaves empty is told on the device: tokens with slot -1 (no
+KV entry is written), sequences beyond the count of those that decode, tiles of sequence -1, and the LoRA plan's own
+lengths. Batches that fit no graph run without one.
 
 The deterministic engine has one shape for all steps, and LoRA in all of them: every product has the same size in every
 step, so the library computes it by the same kernel, and each row of it in the same order.
@@ -16,8 +16,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,122 +25,29 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from adapters.kernels import tail
-from adapters.kernels.backend import TAIL_TILE, TAIL_TOKENS, TritonKernels, many_tokens_each
+from adapters.kernels.backend import TritonKernels, many_tokens_each
 from adapters.kernels.device_plan import DevicePlan, PlanShape, PlanSizeError, pack
 from adapters.plan import NOTHING, LoraPlan, covering
 from service.engine.attention import StepLayout
-from service.engine.attention_triton import SMALL_TILE, TILE, StepArrays, TritonPagedAttention, tiles
-from service.engine.budgets import STEP_SIZES
+from service.engine.attention_triton import TILE, StepArrays, TritonPagedAttention, tiles
 from service.engine.draw import WIDTH
 from service.engine.draw_triton import draw_into
+from service.engine.graph_shapes import (
+    SAME_VARIANTS,
+    Shape,
+    Variant,
+    candidates,
+    one_shape,
+    variants_of_shapes,
+)
 from service.engine.transfer import fill_pending
 
 log = logging.getLogger(__name__)
 
-MIXED_SEQUENCES = 256
-"""Most sequences of such a step."""
-MAX_MIX = 8
-"""Adapters of a request at most (build.MAX_ADAPTERS_PER_REQUEST)."""
 LATER = 1.02
 """A size whose steps take so many times what a larger one's do is left out: the library has chosen a bad kernel for
 its products, as cuBLAS does for 448 tokens of an 8B model (steps of 18.3 ms, and 15.2 for 512)."""
 _ALIGN = 16
-
-
-def decode_sizes(max_sequences: int) -> list[int]:
-    """Numbers of decoding sequences that graphs are captured for, ascending: every batch pads by less than a quarter
-    or 16."""
-    wanted = [1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 128, 160, 192, 224, *range(256, max_sequences, 64), max_sequences]
-    return sorted({min(size, max_sequences) for size in wanted})
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """What one set of graphs has room for."""
-
-    tokens: int
-    sequences: int
-    tiles: int = 0
-    """Of prompts; 0: every sequence decodes."""
-    wanted: int = 0
-    """Tokens whose logits are computed; 0: all."""
-
-    def fits(self, tokens: int, layout: StepLayout) -> bool:
-        return tokens <= self.tokens and len(layout.context_lens) <= self.sequences
-
-
-def shapes(max_sequences: int, max_tokens: int) -> list[Shape]:
-    """All, in the order in which a batch looks for one that fits."""
-    decode = [Shape(size, size) for size in decode_sizes(max_sequences)]
-    sequences = min(max_sequences, MIXED_SEQUENCES)
-    mixed = [Shape(size, sequences, max(16, size // 16), sequences) for size in STEP_SIZES if size <= max_tokens]
-    return decode + mixed
-
-
-def one_shape(max_sequences: int, max_tokens: int) -> Shape:
-    """The deterministic engine's: no step is too large for it."""
-    sequences = min(max_sequences, max_tokens)
-    return Shape(max_tokens, sequences, sequences + max_tokens // SMALL_TILE, max_tokens)
-
-
-@dataclass(frozen=True, slots=True)
-class Variant:
-    """A LoRA plan that a graph can serve."""
-
-    rank: int
-    """Largest."""
-    waves: int
-    block_m: int
-    """Entries of a tile."""
-    tail: bool = False
-    """Its adapters stand in the tails of the base weights (adapters/kernels/tail.py)."""
-
-
-VARIANTS = (Variant(16, 1, 16), Variant(64, 1, 16), Variant(512, 4, 16))
-"""The last is for everything else: what it launches for nothing costs about 0.6 ms in 32 layers."""
-DECODE_VARIANTS = (*VARIANTS[:2], Variant(512, 1, 16), VARIANTS[2])
-"""With one for high ranks without mixes: a step that only decodes takes a third of one with a prompt, so launches for
-nothing weigh more there."""
-LARGE_VARIANTS = (Variant(16, 1, 64), Variant(64, 1, 64), Variant(512, 4, 64))
-TAIL_VARIANTS = (Variant(16, 1, TAIL_TILE, tail=True), Variant(tail.RANKS, 1, TAIL_TILE, tail=True))
-"""For few adapters with many tokens each; the first that a large step is tried with. There is no other one with large
-tiles for ranks to 16 there: from 768 tokens on those of 16 are as fast (1,024: 27.9 ms and 27.7, 2,048 alike, H200)."""
-MANY_VARIANT = Variant(512, MAX_MIX, 16)
-"""For mixes of more adapters than the others hold. Each of its graphs has twice their launches, so few shapes have one,
-and a step with such a mix takes the next of those: at most some ms longer, where launched kernel by kernel it takes 26
-to 75 ms."""
-MANY_DECODING, MANY_TOKENS = 64, 640
-"""The first shapes that have one, of steps that decode and of those with prompts; so have the largest."""
-SAME_VARIANTS = (Variant(512, 1, 16), MANY_VARIANT)
-"""The deterministic engine's: they differ in launches that find nothing to do, and give every token the same bits."""
-
-
-def candidates(variants: Iterable[Variant], rank: int, waves: int, block_m: int) -> list[Variant]:
-    """Those that can serve a plan of such a largest rank and so many waves, best first: the tails where large tiles are
-    wanted, then the smallest class of ranks, then tiles of the size that is wanted."""
-    fitting = [v for v in variants if rank <= v.rank and waves <= v.waves and (not v.tail or v.block_m == block_m)]
-    return sorted(fitting, key=lambda v: (not v.tail, v.rank, v.block_m != block_m, v.waves))
-
-
-def variants_of_shapes(
-    max_sequences: int, max_tokens: int, *, large: bool, tails: bool
-) -> dict[Shape, tuple[Variant | None, ...]]:
-    """What is captured for each shape, in the order of `shapes`; None is a step without LoRA. large: large tiles are
-    worth something. tails: the base weights have spare columns."""
-    found: dict[Shape, tuple[Variant | None, ...]] = {}
-    every = shapes(max_sequences, max_tokens)
-    for shape in every:
-        alike = [other.tokens for other in every if bool(other.tiles) == bool(shape.tiles)]
-        first = min((size for size in alike if size >= (MANY_TOKENS if shape.tiles else MANY_DECODING)), default=0)
-        many = (MANY_VARIANT,) if shape.tokens in (first, alike[-1]) else ()
-        if not shape.tiles:
-            found[shape] = (None, *DECODE_VARIANTS, *many)
-        elif tails and shape.tokens >= TAIL_TOKENS:
-            found[shape] = (None, *TAIL_VARIANTS, *VARIANTS, *LARGE_VARIANTS[1:], *many)
-        else:
-            found[shape] = (None, *VARIANTS, *(LARGE_VARIANTS if large else ()), *many)
-    return found
 
 
 class _Places:

@@ -80,10 +80,10 @@ def test_the_highest_ranks_beside_low_ones(tmp_path, dtype, way):
 def test_adapters_in_the_tails_of_base_weights(monkeypatch, tmp_path, way):
     """In steps of any size, eager and in graphs (else steps of 768 tokens use them)."""
     from adapters.kernels import backend, ops
-    from service.engine import graphs
+    from service.engine import graph_shapes
 
     monkeypatch.setattr(backend, "TAIL_TOKENS", 2)
-    monkeypatch.setattr(graphs, "TAIL_TOKENS", 2)
+    monkeypatch.setattr(graph_shapes, "TAIL_TOKENS", 2)
     monkeypatch.setattr(backend, "LARGE_SEGMENTS", 1)
     placed = []
     place = backend.TritonKernels.place

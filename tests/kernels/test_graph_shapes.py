@@ -12,20 +12,20 @@ from service.engine.attention import StepLayout
 from service.engine.attention_triton import SMALL_TILE, TILE, tiles
 from service.engine.budgets import STEP_SIZES
 from service.engine.build import MAX_ADAPTERS_PER_REQUEST, MAX_RANK
-from service.engine.graphs import (
+from service.engine.graph_shapes import (
     DECODE_VARIANTS,
     LARGE_VARIANTS,
     SAME_VARIANTS,
     TAIL_VARIANTS,
     VARIANTS,
     Shape,
-    _Places,
     candidates,
     decode_sizes,
     one_shape,
     shapes,
     variants_of_shapes,
 )
+from service.engine.graphs import _Places
 
 
 def layout(*counts: int) -> StepLayout:
