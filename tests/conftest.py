@@ -158,3 +158,14 @@ def s3() -> Iterator[S3]:
 def free_port() -> Callable[[], int]:
     """Gives TCP ports of 127.0.0.1 that nothing listens on."""
     return unused_port
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """torch.empty gives NaN: what a kernel leaves unwritten, or reads unwritten, shows."""
+    import torch  # most modules do without
+
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)

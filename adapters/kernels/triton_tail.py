@@ -14,7 +14,6 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from adapters.arena import Arena
 from adapters.kernels import tail
 from adapters.kernels.device_plan import DevicePlan
 from adapters.kernels.tail import RANKS, SLOTS
@@ -53,19 +52,19 @@ class Tails:
         self._places, self._widths = places.to(device), widths.to(device)
         self._pieces = torch.tensor(pieces, dtype=torch.int32).to(device)
 
-    def stage(self, plan: DevicePlan, arena: Arena | Tables) -> None:
+    def stage(self, plan: DevicePlan, tables: Tables) -> None:
         """Copies what the plan lists; to be launched before the step's first product."""
-        vector = 16 // arena.data.element_size()
-        stage_kernel[(4 * multiprocessors(arena.data.device),)](
-            arena.data,
-            arena.ranks,
-            arena.offsets,
+        vector = 16 // tables.data.element_size()
+        stage_kernel[(4 * multiprocessors(tables.data.device),)](
+            tables.data,
+            tables.ranks,
+            tables.offsets,
             self._places,
             self._widths,
             self._pieces,
             len(self._pieces),
             plan.staged,
-            arena.ranks.stride(0),
+            tables.ranks.stride(0),
             SLOTS=SLOTS,
             RANKS=RANKS,
             BN=PIECE,

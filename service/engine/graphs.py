@@ -70,6 +70,7 @@ class _Places:
             if variant is not None
         }
         """All at the same place."""
+        self.waves = max(variant.waves for variant in self.plans)
         lengths = {
             **dict.fromkeys(("ids", "positions", "slots"), shape.tokens),
             "contexts": shape.sequences,
@@ -248,6 +249,8 @@ class StepGraphs:
 
     def _write_plan(self, plan: LoraPlan, places: _Places, tokens: int) -> Variant | None:
         """The variant that it fits, after it has been written."""
+        if len(plan.waves) > places.waves:
+            return None
         block_m = 64 if many_tokens_each(plan) else 16
         plan = covering(plan, tokens)
         ranks = self._kernels.ranks(plan)

@@ -45,9 +45,11 @@ def warm_up(runner: Runner, arena: Arena, manifest: Manifest, graphs: StepGraphs
         else:
             kernels = runner.kernels
             tails, kernels.tails = kernels.tails, False
-            for tokens in sizes:
-                _step(runner, min(tokens, budget), ((row, 1.0),))
-            kernels.tails = tails
+            try:
+                for tokens in sizes:
+                    _step(runner, min(tokens, budget), ((row, 1.0),))
+            finally:
+                kernels.tails = tails
             if tails:
                 _step(runner, min(TAIL_TOKENS, budget), ((row, 1.0),))
     if torch.cuda.is_available():

@@ -31,15 +31,6 @@ LLAMA = [
 """(widths, k) of the sites of a Llama-3.1-8B layer."""
 
 
-@pytest.fixture
-def poisoned_memory() -> Iterator[None]:
-    """torch.empty gives NaN: what a kernel leaves unwritten, or reads unwritten, shows."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", lora_cases.CASES, ids=str)

@@ -29,15 +29,6 @@ LIMIT = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
 DTYPES = list(LIMIT) if DEVICE.type == "cuda" else [torch.float32]  # numpy, of the interpreter, has no bfloat16
 
 
-@pytest.fixture
-def poisoned_memory() -> Iterator[None]:
-    """torch.empty gives NaN: what a kernel leaves unwritten, or reads unwritten, shows."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 class World:
     """One site of random weights, its tail, and a table of adapters."""
 
