@@ -75,6 +75,9 @@ def test_keys(connect: Connect, tenants: TenantServer) -> None:
     with pytest.raises(api.Forbidden) as forbidden:
         member.all(member.client.tenants.list())
     assert forbidden.value.code == "admin_only"
+    wait_for(
+        lambda: admin.do(keys.get(name, made.id)).last_used_at
+    )  # entered some time after the request, and once a minute
     (listed,) = admin.all(keys.list(name))
     assert listed == admin.do(keys.get(name, made.id))
     assert (listed.id, listed.scopes) == (made.id, made.scopes)
