@@ -13,7 +13,7 @@ import json
 import multiprocessing
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -21,7 +21,9 @@ from multiprocessing.synchronize import Event
 from typing import Any
 
 
-async def complete(port: int, body: dict[str, Any], times: list[float], key: str = "") -> None:
+async def complete(
+    port: int, body: dict[str, Any], times: list[float], key: str = "", headers: Mapping[str, str] | None = None
+) -> None:
     """`times`: when it was sent, then when each event came, or the answer where body has no `stream`. RuntimeError if
     it fails."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
@@ -30,6 +32,7 @@ async def complete(port: int, body: dict[str, Any], times: list[float], key: str
         head = "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nConnection: close"
         if key:
             head += f"\r\nAuthorization: Bearer {key}"
+        head += "".join(f"\r\n{name}: {value}" for name, value in (headers or {}).items())
         writer.write(f"{head}\r\nContent-Length: {len(payload)}\r\n\r\n".encode() + payload)
         times.append(time.perf_counter())
         status = await reader.readline()

@@ -7,7 +7,9 @@ both. Launched when the device is nearly through, it takes all of them along:
 
 Both are learned from the steps there were. Too early costs a newcomer its place in a step, too late costs everybody the
 device's idle time, so both are taken from the safe side: the least that such steps took, and three deviations more than
-the host needs on average.
+the host needs on average. A time is believed once two steps have shown it, for one can be longer by anything: the first
+replay of a CUDA graph was seen to take twice as long as the next. A launch that was late takes belief away: behind the
+next step of that kind nothing is waited for, which shows how long it really takes.
 """
 
 from __future__ import annotations
@@ -21,8 +23,6 @@ RISE = 1 / 16
 """Share of what a step took longer than was believed that is believed from now on."""
 OUTLIER = 1.5
 """It counts as at most so many times what was believed (a pause of the host, a compilation)."""
-HURRY = 0.9
-"""What remains of a belief that made a launch late."""
 FORGET = 1 / 16
 """Share of what the host needed otherwise than was believed that is believed from now on."""
 PROMPTS, SEQUENCES = 64, 16
@@ -39,6 +39,8 @@ def kind_of(prompts: int, sequences: int) -> Kind:
 class Patience:
     def __init__(self) -> None:
         self._least: dict[Kind, float] = {}
+        self._once: dict[Kind, float] = {}
+        """Where it is not believed yet: a first step took so long, or so long was believed before a late launch."""
         self._host = 0.0
         self._deviation = 0.0
         self.late = 0
@@ -61,9 +63,13 @@ class Patience:
 
     def took(self, kind: Kind, seconds: float, waited: float) -> None:
         """A step of this kind ended so long after it had begun, after the host had waited for it so long."""
-        least = self._least.get(kind, seconds)
+        least = self._least.get(kind)
         if waited < LATE_S:
             self.late += 1
-            self._least[kind] = min(least, seconds) * HURRY
-        else:
+            self._once[kind] = min(self._least.pop(kind, seconds), seconds)
+        elif least is not None:
             self._least[kind] = min(seconds, least + RISE * (min(seconds, OUTLIER * least) - least))
+        elif kind in self._once:
+            self._least[kind] = min(self._once.pop(kind), seconds)
+        else:
+            self._once[kind] = seconds
