@@ -53,6 +53,8 @@ class LayerShape:
     scaling: float
     window: int | None
     """Sliding window: a query at position p sees keys at positions > p - window."""
+    softcap: float | None = None
+    """Scores are softcap · tanh(score / softcap) (Gemma 2)."""
 
 
 class Attention(Protocol):
@@ -63,10 +65,18 @@ class Attention(Protocol):
     def begin_step(self, layout: StepLayout) -> None: ...
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, scaling: float, window: int | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        scaling: float,
+        window: int | None,
+        softcap: float | None = None,
     ) -> Tensor:
         """q [T, query_heads, head_dim], k and v [T, kv_heads, head_dim] -> [T, query_heads, head_dim], contiguous; k
-        and v are written to their slots of the caches first."""
+        and v are written to their slots of the caches first. scaling, window, softcap: of LayerShape."""
 
 
 class PagedAttention:
@@ -99,7 +109,15 @@ class PagedAttention:
             self._decode_pages = int(-(-layout.context_lens[:n].max() // self.page_size))
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, scaling: float, window: int | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        scaling: float,
+        window: int | None,
+        softcap: float | None = None,
     ) -> Tensor:
         if self._begun is not None:
             for cache in (k_cache, v_cache):
@@ -109,16 +127,24 @@ class PagedAttention:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         n = self.layout.num_decode
         if n:
-            out[:n] = self._decode(q[:n], k_cache, v_cache, scaling, window)
+            out[:n] = self._decode(q[:n], k_cache, v_cache, scaling, window, softcap)
         start = n
         for s in range(n, len(self.layout.query_lens)):
             end = start + int(self.layout.query_lens[s])
             q_, k_, v_ = (t[start:end] for t in (q, k, v))
-            out[start:end] = self._chunk(s, q_, k_, v_, k_cache, v_cache, scaling, window)
+            out[start:end] = self._chunk(s, q_, k_, v_, k_cache, v_cache, scaling, window, softcap)
             start = end
         return out
 
-    def _decode(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scaling: float, window: int | None) -> Tensor:
+    def _decode(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
         """All decoding sequences at once, padded to the longest; the heads of a KV group are the query rows."""
         n, length = len(q), self._decode_pages * self.page_size
         pages = self._tables[:n, : self._decode_pages].reshape(-1)
@@ -133,7 +159,7 @@ class PagedAttention:
             mask = self._decode_masks[window] = visible[:, None, None, :]
         grouped = q.reshape(n, k.shape[1], -1, q.shape[2])
         mask = mask.expand(n, 1, grouped.shape[2], length)
-        return functional.scaled_dot_product_attention(grouped, k, v, mask, scale=scaling).reshape(q.shape)
+        return scaled_attention(grouped, k, v, mask, scaling, softcap).reshape(q.shape)
 
     def _chunk(
         self,
@@ -145,6 +171,7 @@ class PagedAttention:
         v_cache: Tensor,
         scaling: float,
         window: int | None,
+        softcap: float | None,
     ) -> Tensor:
         """One sequence's prefill chunk against its own context."""
         context = int(self.layout.context_lens[s])
@@ -156,10 +183,24 @@ class PagedAttention:
             self._chunk_masks[key] = chunk_mask(len(q), context, window, self.device)
         mask = self._chunk_masks[key]
         q4, k4, v4 = (t.transpose(0, 1)[None] for t in (q, k, v))
-        out = functional.scaled_dot_product_attention(
-            q4, k4, v4, mask, is_causal=mask is None, scale=scaling, enable_gqa=k.shape[1] != q.shape[1]
+        return scaled_attention(q4, k4, v4, mask, scaling, softcap)[0].transpose(0, 1)
+
+
+def scaled_attention(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scaling: float, softcap: float | None = None
+) -> Tensor:
+    """q [n, heads, T, head_dim], k and v [n, kv_heads, S, head_dim] -> q's shape. visible: True where a query may look,
+    to be broadcast to [n, heads, T, S]; None: T = S and a query sees its own key and those before it."""
+    group = q.shape[1] // k.shape[1]
+    if softcap is None:
+        return functional.scaled_dot_product_attention(
+            q, k, v, visible, is_causal=visible is None, scale=scaling, enable_gqa=group > 1
         )
-        return out[0].transpose(0, 1)
+    if visible is None:
+        visible = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    k, v = (t.repeat_interleave(group, 1) for t in (k, v))
+    scores = softcap * torch.tanh((q @ k.mT).float() * (scaling / softcap))
+    return scores.masked_fill(~visible, -torch.inf).softmax(-1).to(v.dtype) @ v
 
 
 def allocate_cache(
@@ -197,13 +238,20 @@ def _like_q(q: Tensor, *_: object) -> Tensor:
 
 @opaque(_like_q, mutates=("k_cache", "v_cache"))
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, scaling: float, window: int | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
 ) -> Tensor:
     """Attention.attend of the current backend, opaque to torch.compile: it reads the step's layout when it runs, so
     one compiled layer, or one captured CUDA graph, serves every batch."""
     if Current.backend is None:
         raise RuntimeError("no attention backend is attached")
-    return Current.backend.attend(q, k, v, k_cache, v_cache, scaling, window)
+    return Current.backend.attend(q, k, v, k_cache, v_cache, scaling, window, softcap)
 
 
 def attach(modules: list[nn.Module], shapes: list[LayerShape], backend: Attention) -> None:
@@ -216,6 +264,7 @@ def attach(modules: list[nn.Module], shapes: list[LayerShape], backend: Attentio
         module.register_buffer("loraplex_v", v_cache, persistent=False)
         module.loraplex_scaling = shape.scaling  # type: ignore[assignment]
         module.loraplex_window = shape.window  # type: ignore[assignment]
+        module.loraplex_softcap = shape.softcap  # type: ignore[assignment]
 
 
 def attention(
@@ -223,7 +272,8 @@ def attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: q [1, heads, T, d], k, v [1, kv_heads, T, d] -> ([1, T, heads, d], None)."""
     q, k, v = (t[0].transpose(0, 1) for t in (q, k, v))
-    rest = (module.loraplex_k, module.loraplex_v, module.loraplex_scaling, module.loraplex_window)
+    caches = (module.loraplex_k, module.loraplex_v)
+    rest = (*caches, module.loraplex_scaling, module.loraplex_window, module.loraplex_softcap)
     if torch.compiler.is_compiling() or Current.backend is None:
         return attend(q, k, v, *rest)[None], None
     return Current.backend.attend(q, k, v, *rest)[None], None  # an operator's call costs tens of microseconds
@@ -242,6 +292,7 @@ class Probe:
         where = f"attention layer {len(self.calls)} ({type(module).__name__})"
         scaling = kwargs.pop("scaling", None)
         window = kwargs.pop("sliding_window", None)
+        softcap = kwargs.pop("softcap", None)
         if kwargs.pop("dropout", 0.0) or kwargs.pop("is_causal", True) is False:
             raise UnsupportedModel(f"{where}: only causal attention without dropout is served")
         if getattr(module, "is_causal", True) is False:
@@ -259,10 +310,10 @@ class Probe:
             head_dim=q.shape[-1],
             scaling=float(q.shape[-1] ** -0.5 if scaling is None else scaling),
             window=window,
+            softcap=None if softcap is None else float(softcap),
         )
         self.calls.append((module, shape))
-        out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, scale=shape.scaling)
-        return out.transpose(1, 2), None
+        return scaled_attention(q, k, v, None, shape.scaling, shape.softcap).transpose(1, 2), None
 
 
 def register(function: Any = attention) -> None:

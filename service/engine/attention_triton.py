@@ -137,13 +137,29 @@ class TritonPagedAttention:
         self.step = StepArrays.from_layout(layout, self.device, self.block_m)
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, scaling: float, window: int | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        scaling: float,
+        window: int | None,
+        softcap: float | None = None,
     ) -> Tensor:
         """q [T, query_heads, head_dim], k and v [T, kv_heads, head_dim] -> [T, query_heads, head_dim]; k and v are
         written to their slots first."""
         kv_write(k, v, k_cache, v_cache, self.step.slots)
         return paged_attention(
-            q, k_cache, v_cache, self.step, scale=scaling, window=window, side=self._side, uniform=self.uniform
+            q,
+            k_cache,
+            v_cache,
+            self.step,
+            scale=scaling,
+            window=window,
+            softcap=softcap,
+            side=self._side,
+            uniform=self.uniform,
         )
 
 

@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
@@ -35,6 +36,14 @@ SMALL: dict[str, Any] = {
 ARCHITECTURES: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**SMALL, head_dim=16),
     "qwen3": Qwen3Config(**SMALL, head_dim=16),
+    "gemma2": Gemma2Config(
+        **SMALL,
+        head_dim=16,
+        sliding_window=16,
+        query_pre_attn_scalar=16,
+        attn_logit_softcapping=2.0,  # so low that it changes tokens
+        final_logit_softcapping=5.0,
+    ),
     "gemma3": Gemma3TextConfig(
         **SMALL,
         head_dim=16,
@@ -93,7 +102,7 @@ def make_base(architecture: str, folder: Path) -> Path:
     model = AutoModelForCausalLM.from_config(ARCHITECTURES[architecture])
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
-            torch.nn.init.normal_(parameter, mean=0.0 if architecture == "gemma3" else 1.0, std=0.1)
+            torch.nn.init.normal_(parameter, mean=0.0 if architecture in ("gemma2", "gemma3") else 1.0, std=0.1)
         elif "proj" in name:
             torch.nn.init.normal_(parameter, std=0.15)
     model.save_pretrained(folder)

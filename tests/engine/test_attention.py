@@ -11,12 +11,14 @@ from service.engine.attention import Current, LayerShape, PagedAttention, StepLa
 PAGE = 8
 
 
-def oracle(q, k, v, window, scaling):
+def oracle(q, k, v, window, scaling, softcap):
     """Causal attention of whole sequences, float64: q [T, heads, d], k and v [T, kv_heads, d]."""
     q, k, v = (t.double() for t in (q, k, v))
     group = q.shape[1] // k.shape[1]
     k, v = (t.repeat_interleave(group, 1) for t in (k, v))
     scores = torch.einsum("qhd,khd->hqk", q, k) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     position = torch.arange(len(q))
     hidden = position[None] > position[:, None]
     if window is not None:
@@ -24,12 +26,14 @@ def oracle(q, k, v, window, scaling):
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
 
 
-@pytest.mark.parametrize("window", [None, 1, 5, 16, 1000])
+@pytest.mark.parametrize(
+    ("window", "softcap"), [(None, None), (1, None), (5, None), (16, None), (1000, None), (None, 1.5), (5, 1.5)]
+)
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 2, 16), (3, 3, 20), (8, 1, 64)])
-def test_chunks_and_decodes_of_many_sequences_equal_whole_sequences(window, heads, kv_heads, head_dim):
+def test_chunks_and_decodes_of_many_sequences_equal_whole_sequences(window, softcap, heads, kv_heads, head_dim):
     generator = torch.Generator().manual_seed(heads * 100 + head_dim)
     lengths = [1, 7, 8, 9, 41, 30]
-    shape = LayerShape(0, heads, kv_heads, head_dim, 0.37, window)
+    shape = LayerShape(0, heads, kv_heads, head_dim, 0.37, window, softcap)
     pages_each = -(-max(lengths) // PAGE)
     backend = PagedAttention([shape], len(lengths) * pages_each, PAGE, torch.float32, torch.device("cpu"))
     for cache in backend.tensors[0]:
@@ -39,7 +43,7 @@ def test_chunks_and_decodes_of_many_sequences_equal_whole_sequences(window, head
     data = [
         tuple(torch.randn(n, h, head_dim, generator=generator) for h in (heads, kv_heads, kv_heads)) for n in lengths
     ]
-    expected = [oracle(*each, window, 0.37) for each in data]
+    expected = [oracle(*each, window, 0.37, softcap) for each in data]
     done = [0] * len(lengths)
     while any(d < n for d, n in zip(done, lengths, strict=True)):
         counts = [min(int(rng.integers(1, 12)), n - d) for d, n in zip(done, lengths, strict=True)]
@@ -60,7 +64,7 @@ def test_chunks_and_decodes_of_many_sequences_equal_whole_sequences(window, head
             )
         )
         packed = (torch.cat([data[i][j][p] for i, p in zip(active, positions, strict=True)]) for j in range(3))
-        out = backend.attend(*packed, *backend.tensors[0], 0.37, window)
+        out = backend.attend(*packed, *backend.tensors[0], 0.37, window, softcap)
         start = 0
         for i, p in zip(active, positions, strict=True):
             torch.testing.assert_close(out[start : start + len(p)].double(), expected[i][p], atol=1e-5, rtol=1e-5)
@@ -77,8 +81,9 @@ def test_a_plain_causal_mask_is_left_to_the_kernel():
     assert mask.tolist() == [[False, False, True, True, False], [False, False, False, True, True]]
 
 
-def test_a_sequence_that_overflows_harms_neither_its_neighbour_nor_the_next_owner_of_its_pages():
-    shape = LayerShape(0, 2, 1, 8, 0.3, None)
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_a_sequence_that_overflows_harms_neither_its_neighbour_nor_the_next_owner_of_its_pages(softcap):
+    shape = LayerShape(0, 2, 1, 8, 0.3, None, softcap)
     backend = PagedAttention([shape], 3, PAGE, torch.float32, torch.device("cpu"))
 
     def step(pages, values):
@@ -92,7 +97,7 @@ def test_a_sequence_that_overflows_harms_neither_its_neighbour_nor_the_next_owne
             )
         )
         v = torch.tensor(values)[:, None, None].expand(-1, 1, 8)
-        return backend.attend(torch.ones(len(pages), 2, 8), v, v, *backend.tensors[0], 0.3, None)
+        return backend.attend(torch.ones(len(pages), 2, 8), v, v, *backend.tensors[0], 0.3, None, softcap)
 
     assert step([0, 1], [float("nan"), 3.0])[1].unique().tolist() == [3.0]
     for bad in (float("inf"), float("-inf"), float("nan"), 3e38, -3e38):
@@ -105,7 +110,7 @@ def test_a_sequence_that_overflows_harms_neither_its_neighbour_nor_the_next_owne
                 num_decode=0,
             )
         )
-        backend.attend(*(torch.full((PAGE, h, 8), bad) for h in (2, 1, 1)), *backend.tensors[0], 0.3, None)
+        backend.attend(*(torch.full((PAGE, h, 8), bad) for h in (2, 1, 1)), *backend.tensors[0], 0.3, None, softcap)
         assert step([0], [5.0]).unique().tolist() == [5.0]
 
 
@@ -145,7 +150,7 @@ def test_the_operator_is_registered_truthfully():
     before, Current.backend = Current.backend, attention
     try:
         q, k, v = torch.randn(5, 4, 16), torch.randn(5, 2, 16), torch.randn(5, 2, 16)
-        arguments = (q, k, v, *attention.tensors[0], 0.25, None)
+        arguments = (q, k, v, *attention.tensors[0], 0.25, None, 1.5)
         torch.library.opcheck(attend.default, arguments, test_utils=("test_schema", "test_faketensor"))
     finally:
         Current.backend = before

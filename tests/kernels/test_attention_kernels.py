@@ -125,13 +125,14 @@ def test_kv_write_touches_its_slots_only(heads: int, head_dim: int) -> None:
         assert torch.equal(cache.view(40, heads, head_dim), wanted)
 
 
-def test_the_backend_over_two_steps() -> None:
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_the_backend_over_two_steps(softcap: float | None) -> None:
     """A prompt in two chunks, then a token of it beside a new prompt, through begin_step and attend."""
-    shape = LayerShape(layer=0, query_heads=4, kv_heads=2, head_dim=32, scaling=0.2, window=None)
+    shape = LayerShape(0, 4, 2, 32, 0.2, None, softcap)
     backend = TritonPagedAttention([shape], pages=6, page_size=8, dtype=torch.float32, device=DEVICE)
     generator = torch.Generator().manual_seed(3)
     q, k, v = (torch.randn(30, h, 32, generator=generator).to(DEVICE) for h in (4, 2, 2))
-    case = Case("", [], head_dim=32)
+    case = Case("", [], head_dim=32, softcap=softcap)
     table = np.array([[4, 0, 3]], dtype=np.int32)
 
     def layout(begin: int, end: int) -> StepLayout:
@@ -147,14 +148,16 @@ def test_the_backend_over_two_steps() -> None:
     wanted = attend(case, q[:21].cpu(), k[:21].cpu(), v[:21].cpu(), 0.2)
     for begin, end in ((0, 12), (12, 20), (20, 21)):
         backend.begin_step(layout(begin, end))
-        out = backend.attend(q[begin:end], k[begin:end], v[begin:end], *backend.tensors[0], 0.2, None)
+        out = backend.attend(q[begin:end], k[begin:end], v[begin:end], *backend.tensors[0], 0.2, None, softcap)
         assert error(out, wanted[begin:end]) < 1e-6
 
 
-@pytest.mark.parametrize("window", [None, 40])
-def test_a_uniform_backend_gives_every_token_the_same_bits_in_any_step(window: int | None) -> None:
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (40, None), (40, 1.5)])
+def test_a_uniform_backend_gives_every_token_the_same_bits_in_any_step(
+    window: int | None, softcap: float | None
+) -> None:
     """A sequence of 150 tokens whole, in chunks with a stranger beside it, and token by token at its end."""
-    shape = LayerShape(0, 4, 2, 32, 0.2, window)
+    shape = LayerShape(0, 4, 2, 32, 0.2, window, softcap)
     backend = TritonPagedAttention([shape], 32, 16, torch.float16, DEVICE, uniform=True)
     length = 150
     generator = torch.Generator().manual_seed(3)
@@ -180,7 +183,7 @@ def test_a_uniform_backend_gives_every_token_the_same_bits_in_any_step(window: i
             backend.begin_step(layout)
             more = [torch.randn(strange, *t.shape[1:], device=DEVICE).to(t.dtype) for t in heads]
             q, k, v = (torch.cat((m, t[begin:end])) for m, t in zip(more, heads, strict=True))
-            outs.append(backend.attend(q, k, v, *backend.tensors[0], 0.2, window)[strange:])
+            outs.append(backend.attend(q, k, v, *backend.tensors[0], 0.2, window, softcap)[strange:])
         return torch.cat(outs)
 
     whole = attended((0, length, 0))
