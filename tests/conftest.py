@@ -46,6 +46,7 @@ UNTRACED = (
     "tests/engine/test_parity.py::test_with_only_20_pages",
     "tests/engine/test_parity.py::test_with_prefix_cache_hits_",
     "tests/engine/test_parity_smollm2.py",
+    "tests/kernels/test_compiled_parity.py",
     "tests/kernels/test_draw.py::test_a_row_gives_",
     "tests/kernels/test_draw.py::test_banned_",
     "tests/kernels/test_draw.py::test_the_same_tokens_as_without_a_kernel[5000-",
