@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 
@@ -17,15 +18,16 @@ from adapters.blobs import open_blobs
 from adapters.kernels import tail
 from adapters.layers import SHARED_INPUT
 from adapters.loader import BlockLoader
+from adapters.manifest import Manifest
 from adapters.residency import Residency
 from adapters.slab import Slab
 from service.engine import attention, compiled, draw
-from service.engine.attention import Attention, LayerShape, PagedAttention
+from service.engine.attention import Attention, LayerShape, PagedAttention, StepLayout
 from service.engine.budgets import STEP_SIZES, prefill_tokens_per_step, tokens_per_step
 from service.engine.config import EngineConfig
 from service.engine.core import Engine
 from service.engine.draw import Draw
-from service.engine.errors import CannotStart
+from service.engine.errors import CannotStart, UnsupportedModel
 from service.engine.invariance import check_products
 from service.engine.kv_cache import PagePool
 from service.engine.messages import FromEngine, Limits
@@ -43,6 +45,8 @@ CUDA_HEADROOM = 0.06
 CUDA_ARENA_SHARE = 0.4
 """Of what the model leaves free. The rest is KV cache."""
 CUDA_HOST_CACHE_BYTES = 8 << 30
+TRIED = 16
+"""Tokens of the step that shows whether a model works with LoRA layers in it."""
 
 
 def build_engine(
@@ -105,6 +109,8 @@ def build_engine(
     runner = Runner(loaded, backend, kernels, config.page_size, draw=drawing, ahead=config.ahead)
     if cuda and not config.eager:
         _prepare(config, loaded, runner, backend, kernels, arena, budget, limits.max_positions)
+    else:
+        _try_out(runner, manifest, pages * config.page_size)
     multiprocessors = torch.cuda.get_device_properties(loaded.device).multi_processor_count if cuda else 0
     engine = Engine(
         config,
@@ -220,6 +226,25 @@ def _tails(config: EngineConfig, loaded: LoadedModel) -> bool:
     if config.device == "cpu" or config.deterministic:
         return False
     return tail.can_have((module.in_features for module in loaded.manifest.linears), loaded.dtype)
+
+
+def _try_out(runner: Runner, manifest: Manifest, slots: int) -> None:
+    """A step of a few tokens, for a model whose code wants more of its linears than their products. Raises
+    UnsupportedModel."""
+    tokens = min(TRIED, slots, manifest.max_positions)
+    pages = -(-tokens // runner.page_size)
+    layout = StepLayout(
+        slots=np.arange(tokens),
+        query_lens=np.array([tokens], dtype=np.int32),
+        context_lens=np.array([tokens], dtype=np.int32),
+        page_table=np.arange(pages, dtype=np.int32)[None],
+        num_decode=int(tokens == 1),
+    )
+    try:
+        runner.forward(np.zeros(tokens, dtype=np.int64), np.arange(tokens), layout, None, np.array([tokens - 1]))
+    except (AttributeError, TypeError, ValueError) as error:
+        what = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise UnsupportedModel(f"{manifest.architecture}: a step fails with LoRA layers in it ({what})") from error
 
 
 def _prepare(

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from adapters.manifest import Manifest, Module
 from service.engine import attention
 from service.engine.attention import LayerShape
 from service.engine.config import EngineConfig
-from service.engine.errors import UnsupportedModel
+from service.engine.errors import CannotStart, UnsupportedModel
 from service.engine.fingerprint import fingerprint, former_fingerprints
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PROBED = 16
+"""Tokens of the pass that finds out what a model does; different ones, so that experts would share them out."""
+_OWN_ATTENTION = "its attention does not go through transformers' common interface"
 ROTARY_BY_LENGTH = {"dynamic": "max_position_embeddings", "longrope": "original_max_position_embeddings"}
 """Rotary scalings whose frequencies depend on the longest sequence of the batch, and the length up to which they
 do not."""
@@ -39,25 +44,45 @@ class LoadedModel:
 def load_model(config: EngineConfig) -> LoadedModel:
     """Loads config.model_path onto config.device.
 
-    Raises UnsupportedModel with the reason when the model cannot be served exactly."""
+    Raises UnsupportedModel with the reason when the model cannot be served exactly, CannotStart when transformers does
+    not load it."""
     device = torch.device(config.device)
-    hf_config = AutoConfig.from_pretrained(config.model_path, trust_remote_code=False)
+    with _said_in_one_line(config):
+        hf_config = AutoConfig.from_pretrained(config.model_path, trust_remote_code=False)
     dtype = _dtype(config, hf_config)
     if getattr(hf_config, "quantization_config", None):
         raise UnsupportedModel("quantization_config: quantised checkpoints are not served yet")
     max_positions = _max_positions(config, hf_config)
     attention.register()
-    # Said outright: by default transformers asks about code, and takes pickles where it finds nothing else.
-    model = AutoModelForCausalLM.from_pretrained(
-        config.model_path,
-        dtype=dtype,
-        attn_implementation=attention.NAME,
-        device_map={"": device},
-        trust_remote_code=False,
-        use_safetensors=True,
-    )
+    with _said_in_one_line(config):
+        # Said outright: by default transformers asks about code, and takes pickles where it finds nothing else.
+        model = AutoModelForCausalLM.from_pretrained(
+            config.model_path,
+            dtype=dtype,
+            attn_implementation=attention.NAME,
+            device_map={"": device},
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
     folder = Path(config.model_path)
     return describe(model, device, dtype, max_positions, fingerprint(folder), former_fingerprints(folder))
+
+
+@contextmanager
+def _said_in_one_line(config: EngineConfig) -> Iterator[None]:
+    """What transformers does not load, as CannotStart."""
+    try:
+        yield
+    except KeyError as error:
+        if error.args != (attention.NAME,):
+            raise
+        raise UnsupportedModel(f"{Path(config.model_path).name}: {_OWN_ATTENTION}") from error
+    except (ValueError, OSError) as error:
+        first = str(error).strip().partition("\n")[0]
+        raise CannotStart(
+            f"{Path(config.model_path).name}: transformers does not load it: {first}",
+            "a model is a folder with config.json and *.safetensors of an architecture that transformers itself knows",
+        ) from error
 
 
 def describe(
@@ -70,6 +95,8 @@ def describe(
 ) -> LoadedModel:
     """Freezes and probes a causal language model that is already on its device."""
     model.eval().requires_grad_(False)
+    if (experts := _experts(model)) is not None:
+        raise UnsupportedModel(f"{type(model).__name__}: a mixture of experts ({experts}) is not served yet")
     if "logits_to_keep" not in inspect.signature(model.forward).parameters:
         raise UnsupportedModel(f"{type(model).__name__}: forward has no logits_to_keep")
     model.config._attn_implementation = attention.NAME
@@ -124,7 +151,7 @@ def _max_positions(config: EngineConfig, hf_config: Any) -> int:
 
 
 def _probe(model: PreTrainedModel, device: torch.device) -> list[tuple[nn.Module, LayerShape]]:
-    """One forward pass over two tokens that notes every attention call."""
+    """One forward pass over PROBED tokens that notes every attention call, and what the linears see."""
     text = model.config.get_text_config()
     types = set(getattr(text, "layer_types", None) or ["full_attention"])
     if types - {"full_attention", "sliding_attention"}:
@@ -132,16 +159,23 @@ def _probe(model: PreTrainedModel, device: torch.device) -> list[tuple[nn.Module
     probe = attention.Probe()
     attention.register(probe)
     try:
-        with torch.inference_mode():
-            ids = torch.zeros(1, 2, dtype=torch.long, device=device)
+        with torch.inference_mode(), _all_tokens_in_every_linear(model):
+            positions = torch.arange(PROBED, device=device)[None]
             model(
-                input_ids=ids,
-                position_ids=torch.arange(2, device=device)[None],
+                input_ids=positions % cast(nn.Embedding, model.get_input_embeddings()).num_embeddings,
+                position_ids=positions,
                 use_cache=False,
-                logits_to_keep=torch.tensor([1], device=device),
+                logits_to_keep=torch.tensor([PROBED - 1], device=device),
             )
+    except (UnsupportedModel, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever code of 200 architectures raises that is called in another way than it knows
+        what = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise UnsupportedModel(f"{type(model).__name__}: {PROBED} tokens do not go through it ({what})") from error
     finally:
         attention.register()
+    if not probe.calls:
+        raise UnsupportedModel(f"{type(model).__name__}: {_OWN_ATTENTION}")
     modules = [id(module) for module, _ in probe.calls]
     if len(modules) != text.num_hidden_layers or len(set(modules)) != len(modules):
         raise UnsupportedModel(
@@ -154,6 +188,40 @@ def _probe(model: PreTrainedModel, device: torch.device) -> list[tuple[nn.Module
             if (kind == "sliding_attention") != (shape.window is not None):
                 raise UnsupportedModel(f"layer {shape.layer}: {kind}, but its attention call has window {shape.window}")
     return probe.calls
+
+
+@contextmanager
+def _all_tokens_in_every_linear(model: PreTrainedModel) -> Iterator[None]:
+    """Refuses a forward pass in which a linear sees other rows than the tokens: LoRA's plan is by the step's tokens."""
+    output = model.get_output_embeddings()
+
+    def check(name: str, x: Tensor) -> None:
+        if x.shape.numel() != PROBED * x.shape[-1]:
+            raise UnsupportedModel(
+                f"{type(model).__name__}: {name} is called with {list(x.shape)} for {PROBED} tokens; served are only "
+                "models whose linears see all tokens of a step"
+            )
+
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args, name=name: check(name, args[0]))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not output
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _experts(model: PreTrainedModel) -> str | None:
+    """The first parameter that holds the weights of several linears, as transformers keeps those of experts."""
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.modules.conv._ConvNd):
+            for leaf, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() == 3 and min(parameter.shape) > 1:
+                    return f"{name}.{leaf} {list(parameter.shape)}"
+    return None
 
 
 def _modules(model: PreTrainedModel) -> list[Module]:

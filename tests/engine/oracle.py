@@ -17,6 +17,7 @@ from transformers import (
     MistralConfig,
     Phi3Config,
     PreTrainedConfig,
+    Qwen2Config,
     Qwen3Config,
 )
 
@@ -35,6 +36,7 @@ SMALL: dict[str, Any] = {
 }
 ARCHITECTURES: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**SMALL, head_dim=16),
+    "qwen2": Qwen2Config(**SMALL),  # q, k and v have biases
     "qwen3": Qwen3Config(**SMALL, head_dim=16),
     "gemma2": Gemma2Config(
         **SMALL,
@@ -102,7 +104,8 @@ def make_base(architecture: str, folder: Path) -> Path:
     model = AutoModelForCausalLM.from_config(ARCHITECTURES[architecture])
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
-            torch.nn.init.normal_(parameter, mean=0.0 if architecture in ("gemma2", "gemma3") else 1.0, std=0.1)
+            about_zero = architecture.startswith("gemma") or name.endswith("bias")
+            torch.nn.init.normal_(parameter, mean=0.0 if about_zero else 1.0, std=0.1)
         elif "proj" in name:
             torch.nn.init.normal_(parameter, std=0.15)
     model.save_pretrained(folder)

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from service.engine.config import EngineConfig
+from service.engine.errors import CannotStart
 from service.engine.model import load_model
 from tests.engine.oracle import ARCHITECTURES
 
@@ -50,7 +51,7 @@ def test_code_beside_a_model_of_a_known_kind_is_not_run(tmp_path: Path) -> None:
 
 def test_a_model_that_needs_its_own_code_is_refused(tmp_path: Path) -> None:
     ran = tmp_path / "ran"
-    with pytest.raises(ValueError, match="code"):
+    with pytest.raises(CannotStart, match="code"):
         load(hostile(tmp_path / "model", ran, "of-its-own"))
     assert not ran.exists()
 
@@ -61,6 +62,6 @@ def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
     for path in folder.glob("*.safetensors"):
         path.unlink()
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"model.norm.weight": Touch(ran)}))
-    with pytest.raises(OSError, match="safetensors"):
+    with pytest.raises(CannotStart, match="safetensors"):
         load(folder)
     assert not ran.exists()
