@@ -39,13 +39,20 @@ def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> None:
     torch._dynamo.config.specialize_float = True
     shapes.use_duck_shape = False
     decoder = model.get_decoder()
-    layers = decoder.layers
-    if not isinstance(layers, nn.ModuleList):
-        raise TypeError(f"{type(decoder).__name__}.layers is {type(layers).__name__}, expected a ModuleList")
+    layers = _layers(model, decoder)
+    if not layers:
+        log.warning("%s: no list of layers was found; they run uncompiled", type(decoder).__name__)
     for layer in layers:
         layer.compile(dynamic=True, backend=backend)
     if isinstance(getattr(decoder, "norm", None), nn.Module):
         decoder.norm.compile(dynamic=True, backend=backend)
+
+
+def _layers(model: PreTrainedModel, decoder: nn.Module) -> list[nn.Module]:
+    """The decoder's own list of as many modules as the model has layers; most call it `layers`, some `h`."""
+    count = model.config.get_text_config().num_hidden_layers
+    lists = [child for child in decoder.children() if isinstance(child, nn.ModuleList) and len(child) == count]
+    return list(lists[0]) if lists else []
 
 
 def undo(model: PreTrainedModel) -> None:
