@@ -39,7 +39,7 @@ from service.engine.messages import (
     decode_from_engine,
     encode,
 )
-from service.engine.process import Postman
+from service.engine.process import IDLE_S, OVERDUE, Postman, check_at
 from service.engine.simulated import Options, expected
 from tests.soundness import check_engine, checking
 
@@ -451,6 +451,14 @@ def test_the_io_thread_may_have_ended_before_it_is_woken_up_for_it(address: str)
     postman._closing = True
     postman.join()
     postman.close()
+
+
+def test_the_books_are_checked_where_nobody_is_about_to_come() -> None:
+    assert check_at(100.0, 0.0, 30.0) == 130.0
+    assert check_at(100.0, 129.9, 30.0) == 129.9 + IDLE_S, "whoever was just answered may go on"
+    assert check_at(100.0, 100.0 + 31 * OVERDUE, 30.0) == 100.0 + 30 * OVERDUE, "in any rest, if no long one came"
+    assert check_at(100.0, 100.2, 0.25) == 100.45
+    assert check_at(100.0, 105.0, 0.0) == 100.0, "at once and always"
 
 
 async def test_an_idle_engine_stops_at_once(start: Start, client: EngineClient) -> None:
