@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Annotated, Any, TypeVar
+from typing import Annotated
 
 import structlog
 from fastapi import Depends, Request
@@ -18,6 +17,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import log
+from service.api.departure import Departure
 from service.api.errors import ClientGone, as_api_error
 from service.engine.client import EngineClient
 from service.metrics import Metrics
@@ -27,8 +27,6 @@ from service.store.usage import UsageTable
 from service.tokenizer import Tokenizer
 from service.tracing import Traces
 from service.usage import UsageRecorder
-
-T = TypeVar("T")
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 _access = log.get("service.access")
@@ -72,38 +70,13 @@ async def get_services(request: Request) -> Services:
 ServicesDep = Annotated[Services, Depends(get_services)]
 
 
-async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled as soon as the client closes the connection (ClientGone). The body must
-    have been read."""
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_gone(request.receive))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientGone
-        return task.result()
-    finally:
-        await _cancelled(task, gone)
-
-
-async def _gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _cancelled(*tasks: asyncio.Future[Any]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-
-
 class EventStream(Response):
     """Server-sent events, written as the generator makes them. When the client leaves, the generator is closed at once.
 
     Starlette's StreamingResponse notices a client that left only when it next writes.
     """
 
-    def __init__(self, events: AsyncGenerator[bytes, None], headers: Mapping[str, str]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], headers: Mapping[str, str], departure: Departure) -> None:
         # no-transform and X-Accel-Buffering keep proxies from gathering events.
         super().__init__(
             None,
@@ -113,18 +86,16 @@ class EventStream(Response):
         )
         del self.headers["content-length"]
         self._events = events
+        self._departure = departure
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        writing = asyncio.ensure_future(self._write(send, scope.get("extensions", {}).get(WRITE)))
-        gone = asyncio.ensure_future(_gone(receive))
         try:
-            await asyncio.wait({writing, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not writing.done():
-                scope["state"]["disconnected"] = True
-                return
-            writing.result()
+            with self._departure.interrupts():
+                await self._write(send, scope.get("extensions", {}).get(WRITE))
+        except ClientGone:
+            scope["state"]["disconnected"] = True
         finally:
-            await _cancelled(writing, gone)
+            self._departure.close()
             await self._events.aclose()
 
     async def _write(self, send: Send, write: Callable[[bytes], Awaitable[None]] | None) -> None:

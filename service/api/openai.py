@@ -13,7 +13,8 @@ from starlette.responses import Response
 
 from service import log, tracing
 from service.api.auth import SINGLE_USER, Caller, CallerDep, Route, allow, caller_of, limit_error, reserve
-from service.api.deps import EventStream, Services, ServicesDep, unless_gone
+from service.api.departure import Departure
+from service.api.deps import EventStream, Services, ServicesDep
 from service.api.errors import as_api_error
 from service.api.failure import ApiError, invalid
 from service.api.formats import DONE, ChatFormat, CompletionFormat, Format, error_event
@@ -293,19 +294,24 @@ async def _respond(
         named = state["named"] = services.metrics.named.request(caller.tenant, target.account)
     generation = Generation(job, services.engine, services.tokenizer, _Observers(services.metrics, meter, named))
     meter.tokens = generation.usage
+    departure = Departure(request.receive)
     if not body.stream:
         try:
-            await unless_gone(request, _gather(generation, answer))
+            with departure.interrupts():
+                await _gather(generation, answer)
         finally:
+            departure.close()
             _account(services, state, generation, meter)
         return Response(answer.whole(generation.usage), 200, headers, "application/json")
     try:
         # The status is not sent before the engine has taken the request, so that a full queue is a 429.
-        first = await unless_gone(request, generation.__anext__())
+        with departure.interrupts():
+            first = await generation.__anext__()
     except BaseException:
+        departure.close()
         _account(services, state, generation, meter)
         raise
-    return EventStream(_events(services, state, generation, meter, first, answer, with_usage), headers)
+    return EventStream(_events(services, state, generation, meter, first, answer, with_usage), headers, departure)
 
 
 @dataclass(slots=True)
