@@ -28,7 +28,6 @@ from service.engine.config import EngineConfig
 from service.engine.core import Engine
 from service.engine.draw import Draw
 from service.engine.errors import CannotStart, UnsupportedModel
-from service.engine.invariance import check_products
 from service.engine.kv_cache import PagePool
 from service.engine.messages import FromEngine, Limits
 from service.engine.model import LoadedModel, load_model
@@ -108,7 +107,9 @@ def build_engine(
     )
     runner = Runner(loaded, backend, kernels, config.page_size, draw=drawing, ahead=config.ahead)
     if cuda and not config.eager:
-        _prepare(config, loaded, runner, backend, kernels, arena, budget, limits.max_positions)
+        from service.engine.prepare import prepare  # Triton comes with torch for CUDA only
+
+        prepare(config, loaded, runner, backend, kernels, arena, budget, limits.max_positions)
     else:
         _try_out(runner, manifest, pages * config.page_size)
     multiprocessors = torch.cuda.get_device_properties(loaded.device).multi_processor_count if cuda else 0
@@ -245,56 +246,6 @@ def _try_out(runner: Runner, manifest: Manifest, slots: int) -> None:
     except (AttributeError, TypeError, ValueError) as error:
         what = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise UnsupportedModel(f"{manifest.architecture}: a step fails with LoRA layers in it ({what})") from error
-
-
-def _prepare(
-    config: EngineConfig,
-    loaded: LoadedModel,
-    runner: Runner,
-    backend: Attention,
-    kernels: LoraKernels,
-    arena: Arena,
-    budget: int,
-    max_positions: int,
-) -> None:
-    """Compiles and captures all that the GPU path uses. A model whose layers do not compile is served uncompiled."""
-    import torch._dynamo.exc
-    import torch._inductor.exc
-
-    from service.engine.graphs import StepGraphs
-    from service.engine.warmup import warm_up
-
-    def set_active(active: bool) -> None:
-        runner.hook.active = active
-
-    graphs = StepGraphs(
-        runner.logits,
-        backend,  # type: ignore[arg-type]
-        kernels,  # type: ignore[arg-type]
-        set_active,
-        max_sequences=config.max_sequences,
-        max_tokens=budget,
-        max_positions=max_positions,
-        page_size=config.page_size,
-        vocabulary=loaded.manifest.vocab_size,
-        dtype=loaded.dtype,
-        device=loaded.device,
-        deterministic=config.deterministic,
-    )
-    with torch.inference_mode():
-        compiled.compile_layers(loaded.model)
-        try:
-            warm_up(runner, arena, loaded.manifest, graphs, budget)
-        except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError):
-            log.warning("this model's layers do not compile; they run uncompiled", exc_info=True)
-            compiled.undo(loaded.model)
-            warm_up(runner, arena, loaded.manifest, graphs, budget)
-    if config.deterministic:
-        check_products(loaded.model, budget)
-    torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info()
-    log.info("%.1f of %.1f GiB of the device are left for the steps that have no graph", free / 2**30, total / 2**30)
-    runner.graphs = graphs
 
 
 def page_bytes(shapes: list[LayerShape], page_size: int, dtype: torch.dtype) -> int:

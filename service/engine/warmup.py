@@ -21,7 +21,6 @@ from adapters.manifest import Manifest
 from adapters.plan import LoraPlan, Rows, build_plan
 from adapters.tiers import RowEntries
 from service.engine.attention import StepLayout
-from service.engine.graphs import StepGraphs
 from service.engine.runner import Runner
 
 log = logging.getLogger(__name__)
@@ -32,10 +31,9 @@ TOKENS = (600, 1, 9)
 which size it lays out its loops, so it is no small one. Attention has tiles of its own for up to 16 queries."""
 
 
-def warm_up(runner: Runner, arena: Arena, manifest: Manifest, graphs: StepGraphs | None, budget: int) -> None:
-    """Runs dummy steps of up to `budget` tokens, then captures the graphs, which compiles the kernels for all ranks."""
+def warm_up(runner: Runner, arena: Arena, manifest: Manifest, budget: int, *, deterministic: bool) -> None:
+    """Runs dummy steps of up to `budget` tokens. Kernels for higher ranks are compiled when graphs are captured."""
     begin = time.perf_counter()
-    deterministic = graphs is not None and graphs.deterministic
     sizes = (budget,) if deterministic else TOKENS
     for tokens in () if deterministic else sizes:
         _step(runner, min(tokens, budget), None)
@@ -55,8 +53,6 @@ def warm_up(runner: Runner, arena: Arena, manifest: Manifest, graphs: StepGraphs
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     log.info("warmed up in %.1f s", time.perf_counter() - begin)
-    if graphs is not None:
-        graphs.capture()
 
 
 @contextmanager
