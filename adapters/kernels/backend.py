@@ -82,7 +82,7 @@ class TritonKernels:
         )
         if placed:
             self.stage()
-            self.launched()
+            self.launched(placed)
 
     def use(self, plan: DevicePlan | None) -> None:
         """A plan that lies on the device already (a CUDA graph's own)."""
@@ -96,10 +96,10 @@ class TritonKernels:
             return None
         return STEP.tails.slots.place(plan, ranks, self.arena.generation)
 
-    def launched(self) -> None:
-        """The step that was placed last is on its way: the device will have what it stages."""
+    def launched(self, placed: Placed | None) -> None:
+        """A step with these places, or without any, is on its way: the device will have what it stages."""
         if STEP.tails:
-            STEP.tails.slots.launched()
+            STEP.tails.slots.launched(placed)
 
     def stage(self) -> None:
         """Copies to the tails what the step's plan lists; before its first product."""

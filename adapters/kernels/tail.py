@@ -77,21 +77,21 @@ class Placed:
 
 
 class Slots:
-    """Which adapters are staged. The device follows in the order of steps: one that was placed is either `launched`
-    next, or has failed, and then nobody knows what stands there."""
+    """Which adapters are staged. The device follows in the order of steps: what was placed is either `launched` before
+    anything else is placed, or its step has failed, and then nobody knows what stands there."""
 
     def __init__(self) -> None:
-        self._known = True
-        """What was to be staged has been launched."""
+        self._waiting: Placed | None = None
+        """Was to be staged, and is not known to have been launched."""
         self._held: dict[int, tuple[int, int, int]] = {}
         """Arena row -> first slot, slots, the row's generation; the one used last stands last."""
 
     def place(self, plan: LoraPlan, ranks: NDArray[np.integer], generation: NDArray[np.integer]) -> Placed | None:
         """None if the plan's adapters do not fit, or are mixed. ranks [segments]: the largest of each segment's adapter
         in any target; generation [arena rows]: what changes when a row gets another block."""
-        if not self._known:
+        if self._waiting is not None:
             self._held.clear()
-            self._known = True
+            self._waiting = None
         if len(plan.waves) > 1 or len(plan.seg_row) > SLOTS + 1:
             return None
         wanted = {
@@ -114,12 +114,14 @@ class Slots:
             self._insert(missing, wanted, generation)
         first = {row: self._held[row][0] * GRANULE for row in wanted}
         columns = np.array([first.get(row, 0) for row in plan.seg_row.tolist()], dtype=np.int32)
-        self._known = not missing
-        return Placed(columns, tuple((row, first[row]) for row in missing))
+        placed = Placed(columns, tuple((row, first[row]) for row in missing))
+        self._waiting = placed if missing else None
+        return placed
 
-    def launched(self) -> None:
-        """The step that was placed last is on its way, with what it stages."""
-        self._known = True
+    def launched(self, placed: Placed | None) -> None:
+        """A step is on its way, with what it stages; None for one without places, which says nothing of those."""
+        if placed is self._waiting:
+            self._waiting = None
 
     def _insert(self, rows: Sequence[int], wanted: dict[int, int], generation: NDArray[np.integer]) -> bool:
         """Gives each a place of its own, that of those used least recently; False if the wanted ones leave no room."""

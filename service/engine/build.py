@@ -226,6 +226,10 @@ def _tails(config: EngineConfig, loaded: LoadedModel) -> bool:
     """Whether base weights have spare columns. In the deterministic engine every step has the same products."""
     if config.device == "cpu" or config.deterministic:
         return False
+    from adapters.kernels.backend import TAIL_TOKENS
+
+    if (config.max_tokens_per_step or tokens_per_step(config.device)) < TAIL_TOKENS:
+        return False
     return tail.can_have((module.in_features for module in loaded.manifest.linears), loaded.dtype)
 
 
@@ -293,7 +297,7 @@ def measure_activations(loaded: LoadedModel, tokens: int, sequences: int) -> int
     try:
         logits = loaded.model(
             input_ids=torch.zeros(1, tokens, dtype=torch.long, device=device),
-            position_ids=torch.arange(tokens, device=device)[None],
+            position_ids=torch.arange(tokens, device=device)[None] % loaded.manifest.max_positions,
             use_cache=False,
             logits_to_keep=torch.arange(min(sequences, tokens), device=device),
         ).logits[0]

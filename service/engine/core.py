@@ -269,13 +269,13 @@ class Engine:
             state = seq.state
             if state is _FINISHED:
                 continue
+            if result is not None and result.token_id < 0:  # before its pages can be found by others
+                self._refuse((seq.client, seq.request_id), "not_finite", NOT_FINITE)
+                continue
             # If a page has become full. One that was preempted meanwhile has no pages.
             if seq.num_computed % size < item.count and state is _RUNNING:
                 self.pool.commit(seq)
             if result is None:
-                continue
-            if result.token_id < 0:
-                self._refuse((seq.client, seq.request_id), "not_finite", NOT_FINITE)
                 continue
             tokens, token = seq.tokens, result.token_id
             if tokens[-1] == PENDING:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from adapters.kernels.backend import TritonKernels, many_tokens_each
 from adapters.kernels.device_plan import DevicePlan, PlanShape, PlanSizeError, pack
+from adapters.kernels.tail import Placed
 from adapters.plan import NOTHING, LoraPlan, covering
 from service.engine.attention import StepLayout
 from service.engine.attention_triton import TILE, StepArrays, TritonPagedAttention, tiles
@@ -204,7 +205,7 @@ class StepGraphs:
         if self.deterministic:
             layout, plan = replace(layout, num_decode=0), plan or NOTHING
         for places, seqs, rows in self.fitting(len(ids), layout, wanted):  # noqa: B007 - used after the loop
-            variant = None if plan is None else self._write_plan(plan, places, len(ids))
+            variant, placed = (None, None) if plan is None else self._write_plan(plan, places, len(ids))
             if plan is None or variant is not None:
                 break
         else:
@@ -232,7 +233,7 @@ class StepGraphs:
         if ids.min() < 0:
             fill_pending(inputs.device[of["ids"]][: len(ids)], drawn)
         graph.replay()
-        self._kernels.launched()
+        self._kernels.launched(placed)
         return self._logits[: len(wanted)], self._tokens[: len(wanted)]
 
     def fitting(
@@ -247,10 +248,10 @@ class StepGraphs:
             if shape.fits(tokens, layout) and (decoding or mixed):
                 yield places, seqs, rows
 
-    def _write_plan(self, plan: LoraPlan, places: _Places, tokens: int) -> Variant | None:
-        """The variant that it fits, after it has been written."""
+    def _write_plan(self, plan: LoraPlan, places: _Places, tokens: int) -> tuple[Variant | None, Placed | None]:
+        """The variant that it fits, after it has been written, and where its adapters stand in the tails."""
         if len(plan.waves) > places.waves:
-            return None
+            return None, None
         block_m = 64 if many_tokens_each(plan) else 16
         plan = covering(plan, tokens)
         ranks = self._kernels.ranks(plan)
@@ -263,8 +264,8 @@ class StepGraphs:
                 pack(plan, shape, self._inputs.host[places.of["plan"]][: shape.size], ranks, placed)
             except PlanSizeError:
                 continue
-            return variant
-        return None
+            return variant, placed
+        return None, None
 
     def _capture(self, places: _Places, variant: Variant | None, pool: Any) -> torch.cuda.CUDAGraph:
         shape = places.shape

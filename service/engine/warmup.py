@@ -1,7 +1,7 @@
 """Everything that compiles is compiled before the engine says that it is ready: no request pays for it.
 
 Dummy steps run through the layers in every shape class that kernels and compiled layers distinguish. They write no KV
-entry (slot -1), and their adapter is a row bound to whatever lies in the arena.
+entry (slot -1), and their adapter is a row of zeros.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def warm_up(runner: Runner, arena: Arena, manifest: Manifest, budget: int, *, de
     begin = time.perf_counter()
     sizes = (budget,) if deterministic else TOKENS
     for tokens in () if deterministic else sizes:
-        _step(runner, min(tokens, budget), None)
+        _step(runner, min(tokens, budget), None, manifest.max_positions)
     with dummy_adapter(arena, manifest, RANK_BUCKETS[0]) as row:
         if row is None:
             log.warning("the arena is too small for an adapter of rank %d: LoRA is not warmed up", RANK_BUCKETS[0])
@@ -45,11 +45,11 @@ def warm_up(runner: Runner, arena: Arena, manifest: Manifest, budget: int, *, de
             tails, kernels.tails = kernels.tails, False
             try:
                 for tokens in sizes:
-                    _step(runner, min(tokens, budget), ((row, 1.0),))
+                    _step(runner, min(tokens, budget), ((row, 1.0),), manifest.max_positions)
             finally:
                 kernels.tails = tails
             if tails:
-                _step(runner, min(TAIL_TOKENS, budget), ((row, 1.0),))
+                _step(runner, min(TAIL_TOKENS, budget), ((row, 1.0),), manifest.max_positions)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     log.info("warmed up in %.1f s", time.perf_counter() - begin)
@@ -57,13 +57,16 @@ def warm_up(runner: Runner, arena: Arena, manifest: Manifest, budget: int, *, de
 
 @contextmanager
 def dummy_adapter(arena: Arena, manifest: Manifest, rank: int) -> Iterator[int | None]:
-    """Row 0, bound to factors of `rank` for every target, all at the same place; None if they do not fit."""
+    """Row 0, bound to factors of `rank` for every target, zeros all at the same place; None if they do not fit. What a
+    fresh arena holds may be no numbers, and what is staged from it in the tails of base weights stays there: zero times
+    that, for every token of a later step, is none either."""
     linears = manifest.linears
     largest = max(rank * max(module.in_features, module.out_features) for module in linears)
     region = arena.allocate(largest * arena.data.element_size())
     if region is None:
         yield None
         return
+    arena.bytes[region.offset : region.end].zero_()
     zeros = np.zeros((len(linears), 2), np.int64)
     entries = RowEntries(np.full(len(linears), rank, np.int32), zeros, np.ones(len(linears), np.float32))
     arena.bind(0, region, entries)
@@ -74,8 +77,9 @@ def dummy_adapter(arena: Arena, manifest: Manifest, rank: int) -> Iterator[int |
         arena.free(region)
 
 
-def _step(runner: Runner, tokens: int, rows: Rows | None) -> None:
-    """One prompt of `tokens` tokens: nothing is written to the cache, and nothing of it is kept."""
+def _step(runner: Runner, tokens: int, rows: Rows | None, positions: int) -> None:
+    """One prompt of `tokens` tokens: nothing is written to the cache, and nothing of it is kept. positions: how many
+    the model knows."""
     plan: LoraPlan | None = build_plan([(0, tokens, rows)]) if rows else None
     layout = StepLayout(
         slots=np.full(tokens, -1, dtype=np.int64),
@@ -85,4 +89,4 @@ def _step(runner: Runner, tokens: int, rows: Rows | None) -> None:
         num_decode=int(tokens == 1),
     )
     ids = np.zeros(tokens, dtype=np.int64)
-    runner.forward(ids, np.arange(tokens), layout, plan, np.array([tokens - 1]))
+    runner.forward(ids, np.arange(tokens) % positions, layout, plan, np.array([tokens - 1]))
