@@ -11,6 +11,7 @@ connection and out of Settings:
   non-empty after the end of the connection, for so long; then the connection is aborted, which ends its request as any
   disconnect does.
 - MAX_HEAD_BYTES for a head, and for what comes in the place of a body's next piece (trailers). 431.
+- MAX_PIPELINED requests behind the one that is being answered. 400.
 - max_connections: beyond it a request is answered 503.
 
 Peers that vanished without a word are the kernel's business: `tune_listener`.
@@ -40,6 +41,9 @@ from service.settings import Settings
 MIN_BODY_RATE = 500
 """Bytes a second; slower than any line that somebody still uses."""
 MAX_HEAD_BYTES = 64 << 10
+MAX_PIPELINED = 16
+"""uvicorn itself stops reading behind the first, but only after all that came with it: thousands of requests, each with
+its scope, and again as many with every answer."""
 KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES = 30, 10, 3
 """TCP's: a peer that vanished while nothing was being sent is noticed after 60 s."""
 _SPARE_FILES = 256
@@ -108,6 +112,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._unread = 0  # bytes since the last that ended a head or belonged to a body
         self._gained = 0  # bytes of body in the span at hand
         self._asked = False  # whether the application took all that came when the span began
+        self._running: RequestResponseCycle | None = None  # the request being answered; self.cycle is the newest
         self._error: ApiError | None = None  # what send_400_response is to say instead
 
     # ------------------------------------------------------------ the transport's calls
@@ -125,6 +130,11 @@ class LimitedProtocol(HttpToolsProtocol):
             self._writing.cancel()
             self._writing = None
         super().connection_lost(exc)
+        # uvicorn tells the newest request alone, which may be one that waits behind the one that runs.
+        self.pipeline.clear()
+        if self._running is not None and not self._running.response_complete:
+            self._running.disconnected = True
+            self._running.message_event.set()
 
     def data_received(self, data: bytes) -> None:
         if self._reading is None:
@@ -156,9 +166,14 @@ class LimitedProtocol(HttpToolsProtocol):
         if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > MAX_HEAD_BYTES:
             self._error = _head_too_large()
             raise ValueError(self._error.message)  # makes the parser stop; uvicorn calls send_400_response
+        if len(self.pipeline) >= MAX_PIPELINED:
+            self._error = _too_many_pipelined()
+            raise ValueError(self._error.message)
         if len(self.connections) > self.limits.connections:
             self.app = _too_many_connections
         super().on_headers_complete()
+        if self.pipeline:  # they are few: reading goes on, so that it is seen when the client leaves
+            self.flow.resume_reading()
         if self.cycle is not None and self.cycle.scope is self.scope:  # its application starts in the next iteration
             extensions = cast(dict[str, Any], self.scope.setdefault("extensions", {}))
             extensions[WRITE] = partial(_write, self.cycle)
@@ -177,6 +192,10 @@ class LimitedProtocol(HttpToolsProtocol):
         self._stop_reading_timer()
 
     # ------------------------------------------------------------ uvicorn's own steps
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -247,7 +266,8 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def _refuse(self, error: ApiError) -> None:
         """Says why, unless an answer is under way already, and ends the connection."""
-        if self._answering and self.cycle.response_started:
+        running = self._running
+        if running is not None and running.response_started and not running.response_complete:
             self.transport.abort()
             return
         status = HTTPStatus(error.status)
@@ -292,6 +312,11 @@ async def _write(cycle: RequestResponseCycle, data: bytes) -> None:
         await cycle.flow.drain()
     if data and not cycle.disconnected:
         cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+
+
+def _too_many_pipelined() -> ApiError:
+    message = f"More than {MAX_PIPELINED} requests wait on this connection for the answer to another."
+    return ApiError(400, message, code="too_many_pipelined")
 
 
 def _head_too_large() -> ApiError:

@@ -25,7 +25,7 @@ from service.engine import attention, compiled, draw
 from service.engine.attention import Attention, LayerShape, PagedAttention, StepLayout
 from service.engine.budgets import STEP_SIZES, prefill_tokens_per_step, tokens_per_step
 from service.engine.config import EngineConfig
-from service.engine.core import Engine
+from service.engine.core import Engine, is_out_of_memory
 from service.engine.draw import Draw
 from service.engine.errors import CannotStart, UnsupportedModel
 from service.engine.kv_cache import PagePool
@@ -75,8 +75,10 @@ def build_engine(
         slab = beside.submit(Slab, _host_bytes(config), pinned=cuda)
         try:
             loaded = load_model(config)
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            raise _no_memory(config) from error
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise _no_memory(config) from error
+            raise
     pages, arena_bytes = share_memory(config, loaded, budget)
     manifest = loaded.manifest
 

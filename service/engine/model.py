@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -17,6 +18,7 @@ from adapters.manifest import Manifest, Module
 from service.engine import attention
 from service.engine.attention import LayerShape
 from service.engine.config import EngineConfig
+from service.engine.core import is_out_of_memory
 from service.engine.errors import CannotStart, UnsupportedModel
 from service.engine.fingerprint import fingerprint, former_fingerprints
 
@@ -56,13 +58,22 @@ def load_model(config: EngineConfig) -> LoadedModel:
     attention.register()
     with _said_in_one_line(config):
         # Said outright: by default transformers asks about code, and takes pickles where it finds nothing else.
-        model = AutoModelForCausalLM.from_pretrained(
+        made: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
             config.model_path,
             dtype=dtype,
             attn_implementation=attention.NAME,
             device_map={"": device},
             trust_remote_code=False,
             use_safetensors=True,
+            output_loading_info=True,
+        )
+    # transformers makes up what a checkpoint lacks, and says so in passing.
+    model, found = made
+    if missing := sorted(found["missing_keys"]):
+        name = Path(config.model_path).name
+        raise CannotStart(
+            f"{name}: its files lack {len(missing)} tensors of the model, the first is {missing[0]}",
+            "is the checkpoint complete, and are config.json and its weights of the same model?",
         )
     folder = Path(config.model_path)
     return describe(model, device, dtype, max_positions, fingerprint(folder), former_fingerprints(folder))
@@ -77,7 +88,9 @@ def _said_in_one_line(config: EngineConfig) -> Iterator[None]:
         if error.args != (attention.NAME,):
             raise
         raise UnsupportedModel(f"{Path(config.model_path).name}: {_OWN_ATTENTION}") from error
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         first = str(error).strip().partition("\n")[0]
         raise CannotStart(
             f"{Path(config.model_path).name}: transformers does not load it: {first}",
@@ -167,9 +180,11 @@ def _probe(model: PreTrainedModel, device: torch.device) -> list[tuple[nn.Module
                 use_cache=False,
                 logits_to_keep=torch.tensor([PROBED - 1], device=device),
             )
-    except (UnsupportedModel, MemoryError, torch.OutOfMemoryError):
+    except UnsupportedModel:
         raise
     except Exception as error:  # whatever code of 200 architectures raises that is called in another way than it knows
+        if is_out_of_memory(error):
+            raise
         what = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise UnsupportedModel(f"{type(model).__name__}: {PROBED} tokens do not go through it ({what})") from error
     finally:

@@ -4,6 +4,7 @@ One of every kind of thing that an architecture can do otherwise, as tiny random
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -89,3 +90,46 @@ def test_what_transformers_does_not_load_is_one_line(tmp_path: Path) -> None:
         start(tmp_path / "odd", tmp_path)
     assert "\n" not in str(caught.value)
     assert "config.json" in caught.value.hint
+
+
+def tiny_llama(folder: Path) -> Path:
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(oracle.ARCHITECTURES["llama"]).save_pretrained(folder)
+    return folder
+
+
+def with_config(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_a_checkpoint_that_lacks_weights_is_not_served_with_random_ones(tmp_path: Path) -> None:
+    with_config(tiny_llama(tmp_path / "cut"), num_hidden_layers=SMALL["num_hidden_layers"] + 1)
+    reason = r"^cut: its files lack 9 tensors of the model, the first is model\.layers\.3\.input_layernorm\.weight$"
+    with pytest.raises(CannotStart, match=reason):
+        start(tmp_path / "cut", tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["cut short", "no safetensors", "of other sizes"])
+def test_a_damaged_checkpoint_is_one_line(damage: str, tmp_path: Path) -> None:
+    weights = tiny_llama(tmp_path / "bad") / "model.safetensors"
+    match damage:
+        case "cut short":  # as a download that broke off
+            weights.write_bytes(weights.read_bytes()[:-100])
+        case "no safetensors":
+            weights.write_bytes(b"\xff" * 1000)
+        case "of other sizes":
+            with_config(tmp_path / "bad", intermediate_size=64)
+    with pytest.raises(CannotStart, match=r"^bad: transformers does not load it: ") as caught:
+        start(tmp_path / "bad", tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("said", ["DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.", ""])
+def test_a_probe_that_runs_out_of_memory_says_that(said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Any, x: Any) -> None:
+        raise RuntimeError(said) if said else MemoryError
+
+    monkeypatch.setattr(LlamaMLP, "forward", fail)
+    with pytest.raises(CannotStart, match=r"^not enough memory on cpu: the weights of llama take about "):
+        start(tiny_llama(tmp_path / "llama"), tmp_path)
