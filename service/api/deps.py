@@ -6,7 +6,6 @@ import re
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -72,11 +71,19 @@ ServicesDep = Annotated[Services, Depends(get_services)]
 
 class EventStream(Response):
     """Server-sent events, written as the generator makes them. When the client leaves, the generator is closed at once.
+    However it ends, `finish` is called once, before the last byte goes out.
 
-    Starlette's StreamingResponse notices a client that left only when it next writes.
+    Starlette's StreamingResponse notices a client that left only when it next writes. The generator's own end would not
+    do for `finish`: one that is closed before it has begun runs nothing of itself.
     """
 
-    def __init__(self, events: AsyncGenerator[bytes, None], headers: Mapping[str, str], departure: Departure) -> None:
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes, None],
+        headers: Mapping[str, str],
+        departure: Departure,
+        finish: Callable[[], Awaitable[None]],
+    ) -> None:
         # no-transform and X-Accel-Buffering keep proxies from gathering events.
         super().__init__(
             None,
@@ -87,6 +94,7 @@ class EventStream(Response):
         del self.headers["content-length"]
         self._events = events
         self._departure = departure
+        self._finish: Callable[[], Awaitable[None]] | None = finish
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -96,7 +104,15 @@ class EventStream(Response):
             scope["state"]["disconnected"] = True
         finally:
             self._departure.close()
-            await self._events.aclose()
+            await self._end()
+
+    async def _end(self) -> None:
+        finish, self._finish = self._finish, None
+        if finish is not None:
+            try:
+                await self._events.aclose()
+            finally:
+                await finish()
 
     async def _write(self, send: Send, write: Callable[[bytes], Awaitable[None]] | None) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
@@ -105,9 +121,9 @@ class EventStream(Response):
             await send({"type": "http.response.body", "body": event, "more_body": True})
 
         write = write or through_middlewares
-        async with aclosing(self._events) as events:
-            async for event in events:
-                await write(event)
+        async for event in self._events:
+            await write(event)
+        await self._end()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

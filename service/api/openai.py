@@ -311,7 +311,12 @@ async def _respond(
         departure.close()
         _account(services, state, generation, meter)
         raise
-    return EventStream(_events(services, state, generation, meter, first, answer, with_usage), headers, departure)
+
+    async def finish() -> None:
+        await generation.aclose()
+        _account(services, state, generation, meter)
+
+    return EventStream(_events(state, generation, first, answer, with_usage), headers, departure, finish)
 
 
 @dataclass(slots=True)
@@ -341,10 +346,8 @@ async def _gather(generation: Generation, answer: Format) -> None:
 
 
 async def _events(
-    services: Services,
     state: dict[str, Any],
     generation: Generation,
-    meter: Meter,
     first: Piece,
     answer: Format,
     with_usage: bool,
@@ -359,9 +362,6 @@ async def _events(
         state["error_code"] = error.code
         log.get(__name__).error("stream failed", error=str(exc), exc_info=exc if error.status == 500 else None)
         yield error_event(error.body())
-    finally:
-        await generation.aclose()
-        _account(services, state, generation, meter)
 
 
 def _account(services: Services, state: dict[str, Any], generation: Generation, meter: Meter) -> None:

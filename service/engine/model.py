@@ -58,7 +58,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
     attention.register()
     with _said_in_one_line(config):
         # Said outright: by default transformers asks about code, and takes pickles where it finds nothing else.
-        made: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
+        made: Any = AutoModelForCausalLM.from_pretrained(
             config.model_path,
             dtype=dtype,
             attn_implementation=attention.NAME,
@@ -68,6 +68,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
             output_loading_info=True,
         )
     # transformers makes up what a checkpoint lacks, and says so in passing.
+    model: PreTrainedModel
     model, found = made
     if missing := sorted(found["missing_keys"]):
         name = Path(config.model_path).name

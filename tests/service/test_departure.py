@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncGenerator
+from typing import Any
 
 import pytest
+from starlette.types import Message
 
 from service.api.departure import Departure
+from service.api.deps import EventStream
 from service.api.errors import ClientGone
 
 
@@ -99,3 +103,33 @@ async def _still_works() -> bool:
     """No cancellation is left behind."""
     task = asyncio.current_task()
     return await asyncio.sleep(0, task is not None and not task.cancelling())
+
+
+@pytest.mark.parametrize("blocked", ["head", "event", "end", "nothing"])
+async def test_a_stream_is_finished_once_wherever_it_is_broken_off(blocked: str) -> None:
+    """Also where its client leaves before anything could be written: a generator that has not begun has no end."""
+    client, finished, closed = Client(), [], []
+    departure = Departure(client.receive)
+
+    async def events() -> AsyncGenerator[bytes, None]:
+        try:
+            yield b"data: 1\n\n"
+        finally:
+            closed.append(1)
+
+    async def finish() -> None:
+        finished.append(list(closed))
+
+    async def send(message: Message) -> None:
+        body = message["type"] == "http.response.body"
+        if {"head": not body, "event": body and message["more_body"], "end": body and not message["more_body"]}.get(
+            blocked
+        ):
+            client.left.set()
+            await asyncio.sleep(60)
+
+    scope: dict[str, Any] = {"state": {}}
+    await EventStream(events(), {}, departure, finish)(scope, client.receive, send)
+    assert finished == [[] if blocked == "head" else [1]]
+    assert scope["state"] == ({} if blocked == "nothing" else {"disconnected": True})
+    assert await _still_works()
