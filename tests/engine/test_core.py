@@ -638,6 +638,29 @@ def test_a_device_that_keeps_failing_gives_up() -> None:
         bench.step()
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+def test_what_a_step_without_finite_logits_computed_is_found_by_nobody(ahead: bool) -> None:
+    bench = Bench(Options(vocab_size=VOCABULARY, ahead=ahead))
+    launch, broken = bench.engine.runner.launch, [True]
+
+    def not_finite_once(batch: Batch) -> Collect:
+        collect = launch(batch)
+        if not broken:
+            return collect
+        broken.clear()
+        return lambda: [None if result is None else Sampled(-1) for result in collect()]
+
+    bench.engine.runner.launch = not_finite_once  # type: ignore[method-assign]
+    prompt = list(range(20))
+    bench.submit("first", prompt)
+    bench.finish()
+    assert bench.refused["first"].code == "not_finite"
+    again = bench.submit("again", prompt)
+    bench.finish()
+    bench.check(again, 0)
+    assert bench.deltas[ME, "again", 0][0].cached_tokens == 0
+
+
 def test_choices_find_their_prompt_in_the_cache_when_steps_are_prepared_ahead() -> None:
     bench = Bench(AHEAD)
     request = bench.submit("r", list(range(1, 22)), n=3)
