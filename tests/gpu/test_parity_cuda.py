@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import CONFIG_MAPPING
 
-from tests.engine.oracle import ARCHITECTURES, HIGH_RANKS, VOCABULARY, Mix, Oracle, Recipe, recipes
+from tests.engine import oracle
+from tests.engine.oracle import ARCHITECTURES, HIGH_RANKS, SMALL, VOCABULARY, Mix, Oracle, Recipe, recipes
+from tests.engine.test_architectures import SERVED
 from tests.engine.test_parity import MIXES, World, ask_all
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -95,6 +98,16 @@ def test_adapters_in_the_tails_of_base_weights(monkeypatch, tmp_path, way):
     compare(world, exact, tmp_path, "bfloat16", way, eager=way == "mixed", max_sequences=4)
     assert sum(p is not None for p in placed) > 20
     assert ops.STEP.tails is not None
+
+
+@pytest.mark.parametrize("kind", ["cohere2", "gpt_bigcode", "gpt_neox", "opt"])
+def test_architectures_that_do_much_otherwise(monkeypatch, tmp_path, kind):
+    """In compiled layers and graphs, or in what the engine does where a model allows neither."""
+    monkeypatch.setitem(oracle.ARCHITECTURES, kind, CONFIG_MAPPING[kind](**SMALL | SERVED[kind]))
+    mixes: list[Mix] = [(("all", 0.7), ("other", 0.3))]
+    world = World(kind, tmp_path, {"all": Recipe(8), "other": Recipe(5)}, mixes)
+    exact = Oracle(world.base, world.adapters, device=DEVICE)
+    compare(world, exact, tmp_path, "bfloat16", "warm", eager=False)
 
 
 def compare(world: World, exact: Oracle, folder: Path, dtype: str, way: str, **options: Any) -> None:
