@@ -11,7 +11,7 @@ connection and out of Settings:
   non-empty after the end of the connection, for so long; then the connection is aborted, which ends its request as any
   disconnect does.
 - MAX_HEAD_BYTES for a head, and for what comes in the place of a body's next piece (trailers). 431.
-- MAX_PIPELINED requests behind the one that is being answered. 400.
+- MAX_PIPELINED requests, of MAX_WAITING_BYTES together, behind the one that is being answered. 400.
 - max_connections: beyond it a request is answered 503.
 
 Peers that vanished without a word are the kernel's business: `tune_listener`.
@@ -28,7 +28,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import msgspec
 from starlette.types import Receive, Scope, Send
@@ -46,6 +46,8 @@ MAX_PIPELINED = 16
 its scope, and again as many with every answer."""
 KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES = 30, 10, 3
 """TCP's: a peer that vanished while nothing was being sent is noticed after 60 s."""
+MAX_WAITING_BYTES = 256 << 10
+"""Nobody has looked yet at whose they are."""
 _SPARE_FILES = 256
 """File descriptors for everything but connections."""
 _MOST_FILES = 1 << 16
@@ -113,6 +115,8 @@ class LimitedProtocol(HttpToolsProtocol):
         self._gained = 0  # bytes of body in the span at hand
         self._asked = False  # whether the application took all that came when the span began
         self._running: RequestResponseCycle | None = None  # the request being answered; self.cycle is the newest
+        self._waiting: dict[RequestResponseCycle, int] = {}  # bytes of those behind it
+        self._waiting_bytes = 0
         self._error: ApiError | None = None  # what send_400_response is to say instead
 
     # ------------------------------------------------------------ the transport's calls
@@ -132,6 +136,7 @@ class LimitedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
         # uvicorn tells the newest request alone, which may be one that waits behind the one that runs.
         self.pipeline.clear()
+        self._waiting.clear()
         if self._running is not None and not self._running.response_complete:
             self._running.disconnected = True
             self._running.message_event.set()
@@ -163,17 +168,17 @@ class LimitedProtocol(HttpToolsProtocol):
             self._await_head()
 
     def on_headers_complete(self) -> None:
-        if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > MAX_HEAD_BYTES:
-            self._error = _head_too_large()
-            raise ValueError(self._error.message)  # makes the parser stop; uvicorn calls send_400_response
+        size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+        if size > MAX_HEAD_BYTES:
+            self._stop(_head_too_large())
         if len(self.pipeline) >= MAX_PIPELINED:
-            self._error = _too_many_pipelined()
-            raise ValueError(self._error.message)
+            self._stop(_too_many_pipelined())
         if len(self.connections) > self.limits.connections:
             self.app = _too_many_connections
         super().on_headers_complete()
-        if self.pipeline:  # they are few: reading goes on, so that it is seen when the client leaves
-            self.flow.resume_reading()
+        if self.pipeline and self.pipeline[0][0] is self.cycle:
+            self._waiting[self.cycle] = 0
+            self._wait(size)
         if self.cycle is not None and self.cycle.scope is self.scope:  # its application starts in the next iteration
             extensions = cast(dict[str, Any], self.scope.setdefault("extensions", {}))
             extensions[WRITE] = partial(_write, self.cycle)
@@ -185,16 +190,33 @@ class LimitedProtocol(HttpToolsProtocol):
         self._unread = 0
         self._gained += len(body)
         super().on_body(body)
+        if self.cycle in self._waiting:
+            self._wait(len(body))
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
         self._unread = 0
         self._stop_reading_timer()
 
+    def _wait(self, more: int) -> None:
+        """The newest request waits, with so many bytes more. uvicorn has paused reading for it; it goes on, so that it
+        is seen when the client leaves."""
+        self._waiting[self.cycle] += more
+        self._waiting_bytes += more
+        if self._waiting_bytes > MAX_WAITING_BYTES:
+            self._stop(_too_many_pipelined())
+        self.flow.resume_reading()
+
+    def _stop(self, error: ApiError) -> NoReturn:
+        """Makes the parser stop; uvicorn then calls send_400_response."""
+        self._error = error
+        raise ValueError(error.message)
+
     # ------------------------------------------------------------ uvicorn's own steps
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
+        self._waiting_bytes -= self._waiting.pop(cycle, 0)
         super()._start_asgi_task(cycle, app)
 
     def on_response_complete(self) -> None:
@@ -247,7 +269,8 @@ class LimitedProtocol(HttpToolsProtocol):
     @property
     def _application_waits(self) -> bool:
         """Whether more of the body can only come from the client."""
-        return not (self.flow.read_paused or self.cycle.body or self.cycle.waiting_for_100_continue)
+        waits = self.cycle is self._running
+        return waits and not (self.flow.read_paused or self.cycle.body or self.cycle.waiting_for_100_continue)
 
     @property
     def _answering(self) -> bool:
@@ -315,7 +338,10 @@ async def _write(cycle: RequestResponseCycle, data: bytes) -> None:
 
 
 def _too_many_pipelined() -> ApiError:
-    message = f"More than {MAX_PIPELINED} requests wait on this connection for the answer to another."
+    message = (
+        f"More than {MAX_PIPELINED} requests, or {MAX_WAITING_BYTES} bytes of them, wait on this connection for the "
+        "answer to another."
+    )
     return ApiError(400, message, code="too_many_pipelined")
 
 

@@ -13,6 +13,7 @@ step, so the library computes it by the same kernel, and each row of it in the s
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
@@ -318,8 +319,11 @@ class StepGraphs:
             graph.capture_begin(pool=pool)
             try:
                 step()
-            finally:
-                graph.capture_end()
+            except BaseException:
+                with contextlib.suppress(RuntimeError):  # which says that the capture has failed
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         return graph
 
     def _blank(self, places: _Places) -> None:

@@ -66,17 +66,12 @@ def load_model(config: EngineConfig) -> LoadedModel:
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
-    # transformers makes up what a checkpoint lacks, and says so in passing.
     model: PreTrainedModel
     model, found = made
-    if missing := sorted(found["missing_keys"]):
-        name = Path(config.model_path).name
-        raise CannotStart(
-            f"{name}: its files lack {len(missing)} tensors of the model, the first is {missing[0]}",
-            "is the checkpoint complete, and are config.json and its weights of the same model?",
-        )
     folder = Path(config.model_path)
+    _check_found(folder.name, sorted(found["missing_keys"]), sorted(found["mismatched_keys"]))
     return describe(model, device, dtype, max_positions, fingerprint(folder), former_fingerprints(folder))
 
 
@@ -89,14 +84,23 @@ def _said_in_one_line(config: EngineConfig) -> Iterator[None]:
         if error.args != (attention.NAME,):
             raise
         raise UnsupportedModel(f"{Path(config.model_path).name}: {_OWN_ATTENTION}") from error
-    except (ValueError, OSError, SafetensorError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            raise
+    except (ValueError, OSError, SafetensorError) as error:
         first = str(error).strip().partition("\n")[0]
         raise CannotStart(
             f"{Path(config.model_path).name}: transformers does not load it: {first}",
             "a model is a folder with config.json and *.safetensors of an architecture that transformers itself knows",
         ) from error
+
+
+def _check_found(name: str, missing: list[str], mismatched: list[tuple[str, Any, Any]]) -> None:
+    """transformers makes up what a checkpoint lacks, and says so in passing."""
+    hint = "is the checkpoint complete, and are config.json and its weights of the same model?"
+    if mismatched:
+        key, stored, wanted = mismatched[0]
+        problem = f"{key} is {list(stored)} in its files, and {list(wanted)} by config.json"
+        raise CannotStart(f"{name}: {problem}", hint)
+    if missing:
+        raise CannotStart(f"{name}: its files lack {len(missing)} tensors, the first is {missing[0]}", hint)
 
 
 def describe(

@@ -12,6 +12,7 @@ from adapters.arena import Arena
 from service.engine import compiled
 from service.engine.attention import Attention
 from service.engine.config import EngineConfig
+from service.engine.core import is_out_of_memory
 from service.engine.errors import CannotStart
 from service.engine.graphs import StepGraphs
 from service.engine.invariance import check_products
@@ -60,9 +61,9 @@ def prepare(
         warm_up(runner, arena, loaded.manifest, budget, deterministic=config.deterministic)
         try:
             graphs.capture()
-        except (torch.OutOfMemoryError, *UNCOMPILED):
-            raise
         except RuntimeError as error:  # code that waits for the device, or copies to it, cannot be captured
+            if is_out_of_memory(error) or isinstance(error, UNCOMPILED):
+                raise
             if config.deterministic:
                 raise CannotStart(
                     f"LORAPLEX_DETERMINISTIC=true: steps of {loaded.manifest.architecture} cannot be captured as CUDA "

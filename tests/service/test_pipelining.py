@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from service.http_protocol import MAX_PIPELINED
+from service.http_protocol import MAX_PIPELINED, MAX_WAITING_BYTES
 from tests.service.inference_helpers import BASE, InferenceServer
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -89,6 +89,47 @@ def test_what_is_too_much_is_said(slow: InferenceServer) -> None:
     assert b"too_many_pipelined" in answers
 
 
+def post(size: int) -> bytes:
+    head = f"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {size}"
+    return head.encode() + b"\r\n\r\n"
+
+
+def test_waiting_bodies_have_a_limit_of_their_own(slow: InferenceServer) -> None:
+    with connect(slow) as connection:
+        connection.sendall(completion(400, stream=False))
+        slow.wait_for_engine("sequences_running", 1)
+        body = b'{"prompt": "' + b"a" * 60000 + b'"}'
+        try:
+            for _ in range(MAX_WAITING_BYTES // len(body) + 1):
+                connection.sendall(post(len(body)) + body)
+        except OSError:
+            pass  # refused while it was still being sent
+        answers = everything(connection)
+    assert b"too_many_pipelined" in answers
+    assert b"HTTP/1.1 200" not in answers
+
+
+def test_a_body_that_comes_late_breaks_off_no_answer_before_it(base_model_dir: Path) -> None:
+    """Its time counts from when the application could take it."""
+    server = InferenceServer(base_model_dir, engine_options={"step_s": 0.01}, max_positions=4096, body_timeout_s=1.0)
+    try:
+        server.start()
+        with connect(server) as connection:
+            connection.sendall(completion(300, stream=True))
+            server.wait_for_engine("sequences_running", 1)
+            body = b'{"prompt": "a"}'
+            connection.sendall(post(len(body)).replace(b"Host", b"Connection: close\r\nHost"))
+            received = b""
+            while b"data: [DONE]" not in received:
+                received += connection.recv(1 << 16)
+            connection.sendall(body)
+            received += everything(connection)
+        assert received.count(b"HTTP/1.1 200") == 2
+        assert b'"tokens"' in received
+    finally:
+        server.stop()
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_who_leaves_has_left_though_another_request_waits(slow: InferenceServer, stream: bool) -> None:
     slow.wait_until_idle()
@@ -96,7 +137,7 @@ def test_who_leaves_has_left_though_another_request_waits(slow: InferenceServer,
     with connect(slow) as connection:
         connection.sendall(completion(2000, stream=stream))
         slow.wait_for_engine("sequences_running", 1)
-        connection.sendall(HEALTH)
+        connection.sendall(HEALTH + post(150000) + b"a" * 100000)
     slow.wait_until_idle()
     after = slow.metrics()
     assert after["loraplex_client_disconnects_total"] == before["loraplex_client_disconnects_total"] + 1
