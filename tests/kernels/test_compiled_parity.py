@@ -1,5 +1,7 @@
-"""Compiled layers with the Triton kernels give PEFT's answers, for every architecture: what a GPU runs, but for the
-code that is generated. On a CPU, with the kernels in Triton's interpreter; what was traced is run as it is."""
+"""Compiled layers with the Triton kernels give PEFT's answers: what a GPU runs, but for the code that is generated.
+
+On a CPU, with the kernels in Triton's interpreter; what was traced is run as it is. One architecture for each kind of
+thing that layers do otherwise: norms, windows and soft caps; joint projections; biases."""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from adapters.kernels import backend, ops
 from adapters.kernels.backend import TritonKernels
 from service.engine import build, compiled, draw
 from service.engine.attention_triton import TritonPagedAttention
-from tests.engine.oracle import ARCHITECTURES, recipes
+from tests.engine.oracle import recipes
 from tests.engine.test_parity import World, ask_all, check_all
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there it runs for real, in tests/gpu")
@@ -47,7 +49,7 @@ def staged(monkeypatch: pytest.MonkeyPatch):
     ops.STEP.plan = ops.STEP.tables = ops.STEP.side = ops.STEP.tails = None
 
 
-@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("architecture", ["gemma2", "phi3", "qwen2"])
 def test_tokens_and_distributions_are_peft_s(architecture: str, staged: list[int], tmp_path: Path) -> None:
     """And no layer breaks into pieces, or is compiled more often than it has versions."""
     every = recipes(architecture)

@@ -53,7 +53,9 @@ def prepared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(compiled, "compile_layers", lambda model: compile_layers(model, "eager"))
     world = World("llama", tmp_path, {name: recipes("llama")[name] for name in ("rank4", "rank16")}, [])
 
-    def start(capture: Callable[[], None], *, deterministic: bool = False) -> tuple[Any, World]:
+    def start(capture: Callable[[], None], *, deterministic: bool = False, warm: bool = True) -> tuple[Any, World]:
+        if not warm:
+            monkeypatch.setattr(prepare, "warm_up", lambda *_, **__: None)
         monkeypatch.setattr(prepare, "StepGraphs", Graphs(capture))
         engine = world.engine(tmp_path, max_tokens_per_step=48, prefix_caching=False)
         made.append(engine)
@@ -89,7 +91,7 @@ def test_the_deterministic_engine_does_not_do_without(prepared: Any) -> None:
         raise RuntimeError("operation not permitted when stream is capturing\nCompile with ...")
 
     with pytest.raises(CannotStart, match=r"LlamaForCausalLM cannot be captured .*is capturing\)$") as caught:
-        prepared(fail, deterministic=True)
+        prepared(fail, deterministic=True, warm=False)
     assert "without LORAPLEX_DETERMINISTIC" in caught.value.hint
 
 
@@ -98,7 +100,7 @@ def test_a_device_without_room_for_graphs_ends_the_start(prepared: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(torch.OutOfMemoryError):
-        prepared(fail)
+        prepared(fail, warm=False)
 
 
 def test_a_model_whose_layers_do_not_compile_is_captured_as_it_is(
@@ -111,7 +113,7 @@ def test_a_model_whose_layers_do_not_compile_is_captured_as_it_is(
             raise failures.pop()
 
     with caplog.at_level(logging.WARNING):
-        engine, _ = prepared(fail_once)
+        engine, _ = prepared(fail_once, warm=False)
     assert "layers do not compile" in caplog.text
     assert engine.engine.runner.graphs is not None
     assert not [module for module in engine.engine.runner._model.modules() if module._compiled_call_impl is not None]
