@@ -307,7 +307,8 @@ def test_ctrl_c_is_130(tmp_path: Path) -> None:
 
 
 def test_a_reader_that_goes_away(server: InferenceServer) -> None:
-    page = {"object": "list", "data": [adapter_json(f"a{n}") for n in range(2000)], "has_more": False, "last_id": None}
+    # Far more than a pipe holds: otherwise all of it may have been written before the reader goes.
+    page = {"object": "list", "data": [adapter_json(f"a{n}") for n in range(10000)], "has_more": False, "last_id": None}
     with scripted(lambda x: x.answer(200, page)) as (url, _):
         command = f"{' '.join(LORAPLEX)} list --url {url} | head -1; exit ${{PIPESTATUS[0]}}"
         done = subprocess.run(
