@@ -109,7 +109,11 @@ class Client:
     def folders(self) -> set[str]:
         """What lies in the folder of merges, but for empty folders of the merger's own."""
         root = self.world.data / "merges"
-        return {str(path.relative_to(root)) for path in root.rglob("*")} - {"work"}
+        while True:
+            try:
+                return {str(path.relative_to(root)) for path in root.rglob("*")} - {"work"}
+            except FileNotFoundError:
+                continue  # a folder has gone while it was looked into
 
     def weights_of(self, identity: str) -> dict[str, np.ndarray]:
         """All tensors of a finished checkpoint."""
