@@ -8,7 +8,7 @@ both. Launched when the device is nearly through, it takes all of them along:
 Both are learned from the steps there were. Too early costs a newcomer its place in a step, too late costs everybody the
 device's idle time, so both are taken from the safe side: the least that such steps took, and three deviations more than
 the host needs on average. A time is believed once two steps have shown it, for one can be longer by anything: the first
-replay of a CUDA graph was seen to take twice as long as the next. A launch that was late takes belief away: behind the
+after a start was seen to take more than twice as long as the next. A launch that was late takes belief away: behind the
 next step of that kind nothing is waited for, which shows how long it really takes.
 """
 

@@ -106,7 +106,7 @@ def test_who_comes_while_the_device_is_busy_is_in_the_next_step(part: float) -> 
 
 
 def test_a_first_step_that_takes_much_longer_holds_up_nobody_but_those_in_it() -> None:
-    """As the first replay of a CUDA graph does. Believed, it would make every lone request wait for so long: its next
+    """As the first one after a start does. Believed, it would make every lone request wait for so long: its next
     step is launched when the device is thought to be nearly through, and its token collected then."""
     line = Timeline(DEVICE)
     runner: Any = line.engine.runner
