@@ -15,7 +15,7 @@ from adapters.kernels.device_plan import DevicePlan
 from adapters.kernels.tuning import ExpandConfig, ShrinkConfig
 from adapters.plan import build_plan
 from service.engine.attention import StepLayout
-from service.engine.attention_triton import StepArrays, decode, kv_write, paged_attention
+from service.engine.attention_triton import NewEntries, StepArrays, decode, kv_write, paged_attention
 
 HIDDEN, QUERY_HEADS, KV_HEADS, HEAD_DIM, PAGE = 4096, 32, 8, 128, 16
 SITES: dict[str, tuple[int, tuple[int, ...]]] = {
@@ -175,10 +175,13 @@ class AttentionSetup:
         pairs = sum(n * c - n * (n - 1) / 2 for n, c in self.sequences)
         return 4 * pairs * QUERY_HEADS * HEAD_DIM
 
-    def time(self) -> float:
+    def time(self, *, writes: bool = False) -> float:
+        """writes: the tokens' own keys as well."""
+        new = NewEntries(self.k, self.v, self.step.slots) if writes else None
+
         def launch() -> None:
             for k_cache, v_cache in self.caches:
-                paged_attention(self.q, k_cache, v_cache, self.step, scale=HEAD_DIM**-0.5)
+                paged_attention(self.q, k_cache, v_cache, self.step, new=new, scale=HEAD_DIM**-0.5)
 
         return replay_us(launch, self.layers)
 

@@ -60,6 +60,7 @@ def report_attention(bandwidth: float) -> list[dict[str, object]]:
         if context == 600:
             write = 4 * setup.k.nbytes / bandwidth * 1e6
             line(f"kv_write T={batch}", setup.time_write(), write)
+            line(f"decode that writes B={batch}", setup.time(writes=True), floor + write)
         del setup
     for n, length, before in ((8, 512, 0), (2, 4096, 0), (1, 512, 7680)):
         setup = AttentionSetup([(length, before + length)] * n)

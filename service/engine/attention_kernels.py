@@ -45,6 +45,12 @@ def kv_write_kernel(
 
 
 @triton.jit
+def _capped(score, cap):
+    """cap · tanh(score): exp2 overflows to infinity and tanh to 1, as it should."""
+    return cap * (1.0 - 2.0 / (tl.exp2(score * (2.0 * 1.4426950408889634)) + 1.0))
+
+
+@triton.jit
 def _attend_block(
     begin,
     q,
@@ -54,7 +60,7 @@ def _attend_block(
     k_cache,
     v_cache,
     table,
-    context,
+    cached,
     position,
     scale,
     cap,
@@ -68,29 +74,29 @@ def _attend_block(
     CAPPED: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """One step of the online softmax: keys begin .. begin + BN - 1 for query rows at `position`.
+    """One step of the online softmax: keys begin .. begin + BN - 1 for query rows at `position`. Keys from `cached` on
+    are neither seen nor read: what lies there may be NaN, and 0 * NaN is NaN.
 
     MASKED: some of these keys are out of some row's sight; otherwise all rows see all of them. `scale` has log2(e) in
     it, unless CAPPED, where it turns scores into multiples of the cap."""
     key = begin + tl.arange(0, BN)
     d = tl.arange(0, BD)
     if MASKED:
-        page = tl.load(table + key // PAGE, mask=key < context, other=0).to(tl.int64)
+        page = tl.load(table + key // PAGE, mask=key < cached, other=0).to(tl.int64)
     else:
         page = tl.load(table + key // PAGE).to(tl.int64)
     at = (page * stride_page + (key % PAGE) * stride_slot)[:, None] + d[None, :]
     whole: tl.constexpr = (not MASKED) and D == BD
-    mask = (key < context)[:, None] & (d < D)[None, :]
+    mask = (key < cached)[:, None] & (d < D)[None, :]
     if whole:
         k = tl.load(k_cache + at)
     else:
         k = tl.load(k_cache + at, mask=mask, other=0.0)
     score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
     if CAPPED:
-        # cap · tanh(score): exp2 overflows to infinity and tanh to 1, as it should.
-        score = cap * (1.0 - 2.0 / (tl.exp2(score * (2.0 * 1.4426950408889634)) + 1.0))
+        score = _capped(score, cap)
     if MASKED:
-        seen = key[None, :] <= position[:, None]
+        seen = (key < cached)[None, :] & (key[None, :] <= position[:, None])
         if WINDOW > 0:
             seen = seen & (key[None, :] > position[:, None] - WINDOW)
         score = tl.where(seen, score, float("-inf"))
@@ -111,9 +117,15 @@ def _attend_block(
     return new_peak, total, acc
 
 
-@triton.jit(do_not_specialize=["stride_table"], do_not_specialize_on_alignment=["page_table", "context_lens", "count"])
+@triton.jit(
+    do_not_specialize=["stride_table"],
+    do_not_specialize_on_alignment=["page_table", "context_lens", "count", "slots"],
+)
 def decode_kernel(
     q,
+    k,
+    v,
+    slots,
     k_cache,
     v_cache,
     page_table,
@@ -126,6 +138,10 @@ def decode_kernel(
     cap,
     stride_qt,
     stride_qh,
+    stride_kt,
+    stride_kh,
+    stride_vt,
+    stride_vh,
     stride_ot,
     stride_oh,
     stride_page,
@@ -141,7 +157,12 @@ def decode_kernel(
     WINDOW: tl.constexpr,
     CAPPED: tl.constexpr,
     COUNTED: tl.constexpr,
+    WRITES: tl.constexpr,
 ):
+    """Attention of one query per sequence over a share of its keys, for the query heads of one KV head.
+
+    WRITES: the newest key, the query's own, is in k and v and not yet in the cache. The program of the last share that
+    has keys attends to it and writes it to its slot, which no program reads."""
     s = tl.program_id(0).to(tl.int64)
     if COUNTED:  # noqa: SIM102
         if s >= tl.load(count):
@@ -150,11 +171,14 @@ def decode_kernel(
     split = tl.program_id(2)
     splits = tl.num_programs(2)
     context = tl.load(context_lens + s)
+    cached = context
+    if WRITES:
+        cached = tl.maximum(context - 1, 0)
     first = 0
     if WINDOW > 0:
         first = tl.maximum(context - WINDOW, 0) // BN
-    blocks = tl.cdiv(context, BN) - first
-    share = tl.cdiv(blocks, splits)
+    blocks = tl.cdiv(cached, BN) - first
+    share = tl.maximum(tl.cdiv(blocks, splits), 1)
     begin = first + split * share
     end = tl.minimum(begin + share, first + blocks)
 
@@ -166,6 +190,22 @@ def decode_kernel(
     peak = tl.full([16], float("-inf"), tl.float32)
     total = tl.zeros([16], tl.float32)
     acc = tl.zeros([16, BD], tl.float32)
+    if WRITES:
+        newest = (context > 0) & (split == tl.maximum(tl.cdiv(blocks, share), 1) - 1)
+        slot = tl.load(slots + s).to(tl.int64)
+        new_k = tl.load(k + s * stride_kt + head * stride_kh + d, mask=d < D, other=0.0).to(k_cache.dtype.element_ty)
+        new_v = tl.load(v + s * stride_vt + head * stride_vh + d, mask=d < D, other=0.0).to(v_cache.dtype.element_ty)
+        if newest & (slot >= 0):
+            at = slot // PAGE * stride_page + slot % PAGE * stride_slot + head * stride_head + d
+            tl.store(k_cache + at, new_k, mask=d < D)
+            tl.store(v_cache + at, new_v, mask=d < D)
+        score = tl.sum(qv.to(tl.float32) * new_k.to(tl.float32)[None, :], 1) * scale
+        if CAPPED:
+            score = _capped(score, cap)
+        # The online softmax begins with this key, whose weight is then 1.
+        peak = tl.where(newest, score, peak)
+        total = tl.where(newest, 1.0, total)
+        acc = tl.where(newest, new_v.to(tl.float32)[None, :], acc)
     position = tl.zeros([16], tl.int32) + (context - 1)
     for block in range(begin, end):
         peak, total, acc = _attend_block(
@@ -177,7 +217,7 @@ def decode_kernel(
             k_cache + head * stride_head,
             v_cache + head * stride_head,
             page_table + s * stride_table,
-            context,
+            cached,
             position,
             scale,
             cap,

@@ -85,6 +85,18 @@ class StepArrays:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class NewEntries:
+    """KV entries of a step's tokens that are to be written to the caches."""
+
+    k: Tensor
+    """[T, kv_heads, head_dim]"""
+    v: Tensor
+    """The same."""
+    slots: Tensor
+    """[T] int32, page * page_size + offset; -1: not written."""
+
+
 def rows_per_tile(layout: StepLayout) -> int:
     """Queries of a tile. 64 with 4 warps beat 128 with 8 on an H200 for 8 prompts of 512: 99 us against 108 to 112."""
     return TILE if layout.query_lens[layout.num_decode :].max(initial=0) > SMALL_TILE else SMALL_TILE
@@ -148,13 +160,13 @@ class TritonPagedAttention:
         softcap: float | None = None,
     ) -> Tensor:
         """q [T, query_heads, head_dim], k and v [T, kv_heads, head_dim] -> [T, query_heads, head_dim]; k and v are
-        written to their slots first."""
-        kv_write(k, v, k_cache, v_cache, self.step.slots)
+        written to their slots."""
         return paged_attention(
             q,
             k_cache,
             v_cache,
             self.step,
+            new=NewEntries(k, v, self.step.slots),
             scale=scaling,
             window=window,
             softcap=softcap,
@@ -166,8 +178,7 @@ class TritonPagedAttention:
 def kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
     """Writes k and v [T, kv_heads, head_dim] to slots [T] (page * page_size + offset; -1 skips) of the caches."""
     tokens, heads, head_dim = k.shape
-    if k.stride(2) != 1 or v.stride(2) != 1:
-        k, v = k.contiguous(), v.contiguous()
+    k, v = _adjacent(k), _adjacent(v)
     if tokens == 0:
         return
     kv_write_kernel[(tokens,)](
@@ -198,6 +209,7 @@ def paged_attention(
     v_cache: Tensor,
     step: StepArrays,
     *,
+    new: NewEntries | None = None,
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
@@ -206,10 +218,13 @@ def paged_attention(
 ) -> Tensor:
     """A mixed batch: q [T, query_heads, head_dim] -> the same shape, contiguous. Query i of n of a sequence with c keys
     stands at position c - n + i and sees keys 0 .. position, with `window` only those > position - window; `softcap`
-    replaces scores by softcap · tanh(score / softcap). side: prompts are computed there, beside decoding sequences.
-    uniform: see `prefill`."""
+    replaces scores by softcap · tanh(score / softcap). new: the tokens' own keys, which are written; None: they lie in
+    the caches. side: prompts are computed there, beside decoding sequences. uniform: see `prefill`."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     n = step.num_decode
+    if new is not None and (n < len(q) or step.tile_seq.numel()):
+        kv_write(new.k, new.v, k_cache, v_cache, new.slots)
+        new = None
     main = None
     if step.tile_seq.numel():
         if n and side is not None:
@@ -225,6 +240,7 @@ def paged_attention(
             step.page_table[:n],
             step.context_lens[:n],
             out[:n],
+            new=new,
             scale=scale,
             max_context=step.max_context,
             window=window,
@@ -244,6 +260,7 @@ def decode(
     context_lens: Tensor,
     out: Tensor,
     *,
+    new: NewEntries | None = None,
     scale: float,
     max_context: int,
     window: int | None = None,
@@ -253,6 +270,7 @@ def decode(
 ) -> None:
     """One query per sequence: q and out [S, query_heads, head_dim]. A sequence with context 0 gets zeros.
 
+    new: each sequence's newest key, which is written; where context is 0 it is not. None: it lies in the caches.
     max_context: an upper bound of context_lens. splits: programs per sequence and KV head, a power of two; None
     chooses. count: int32 [1], only so many sequences are computed, and of `out` only their rows written."""
     sequences, query_heads, head_dim = q.shape
@@ -268,8 +286,12 @@ def decode(
         partials = torch.empty(sequences, query_heads, splits, head_dim, dtype=torch.float32, device=q.device)
         logsums = torch.empty(sequences, query_heads, splits, dtype=torch.float32, device=q.device)
     factor, cap = _scores(scale, softcap)
+    k, v, slots = (q, q, context_lens) if new is None else (_adjacent(new.k), _adjacent(new.v), new.slots)
     decode_kernel[(sequences, kv_heads, splits)](
         _rows(q),
+        k,
+        v,
+        slots,
         k_cache,
         v_cache,
         page_table,
@@ -282,6 +304,10 @@ def decode(
         cap,
         q.stride(0),
         q.stride(1),
+        k.stride(0),
+        k.stride(1),
+        v.stride(0),
+        v.stride(1),
         out.stride(0),
         out.stride(1),
         k_cache.stride(0),
@@ -297,6 +323,7 @@ def decode(
         WINDOW=window or 0,
         CAPPED=softcap is not None,
         COUNTED=count is not None,
+        WRITES=new is not None,
         num_warps=4,
         num_stages=3,
     )
@@ -390,6 +417,11 @@ def _check_heads(query_heads: int, kv_heads: int, head_dim: int) -> int:
     if head_dim > MAX_HEAD_DIM:
         raise ValueError(f"head_dim: {head_dim} is above {MAX_HEAD_DIM}")
     return group
+
+
+def _adjacent(entries: Tensor) -> Tensor:
+    """The same with the elements of a head adjacent."""
+    return entries if entries.stride(2) == 1 else entries.contiguous()
 
 
 def _rows(q: Tensor) -> Tensor:

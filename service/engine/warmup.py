@@ -28,7 +28,8 @@ log = logging.getLogger(__name__)
 
 TOKENS = (600, 1, 9)
 """Of the dummy steps. One token, and more, are different code to the compiler; the first step with more decides for
-which size it lays out its loops, so it is no small one. Attention has tiles of its own for up to 16 queries."""
+which size it lays out its loops, so it is no small one. Attention has tiles of its own for up to 16 queries, and in a
+step of which all tokens decode it writes their keys itself."""
 
 
 def warm_up(runner: Runner, arena: Arena, manifest: Manifest, budget: int, *, deterministic: bool) -> None:
@@ -78,15 +79,16 @@ def dummy_adapter(arena: Arena, manifest: Manifest, rank: int) -> Iterator[int |
 
 
 def _step(runner: Runner, tokens: int, rows: Rows | None, positions: int) -> None:
-    """One prompt of `tokens` tokens: nothing is written to the cache, and nothing of it is kept. positions: how many
-    the model knows."""
+    """A sequence that decodes, and beside it a prompt of the other tokens, if there are any: nothing is written to the
+    cache, and nothing of it is kept. positions: how many the model knows."""
     plan: LoraPlan | None = build_plan([(0, tokens, rows)]) if rows else None
+    lens = np.array([1, tokens - 1] if tokens > 1 else [1], dtype=np.int32)
     layout = StepLayout(
         slots=np.full(tokens, -1, dtype=np.int64),
-        query_lens=np.array([tokens], dtype=np.int32),
-        context_lens=np.array([tokens], dtype=np.int32),
-        page_table=np.zeros((1, -(-tokens // runner.page_size)), dtype=np.int32),
-        num_decode=int(tokens == 1),
+        query_lens=lens,
+        context_lens=lens,
+        page_table=np.zeros((len(lens), -(-tokens // runner.page_size)), dtype=np.int32),
+        num_decode=1,
     )
     ids = np.zeros(tokens, dtype=np.int64)
     runner.forward(ids, np.arange(tokens) % positions, layout, plan, np.array([tokens - 1]))

@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
 
 from adapters.kernels import ops, triton_lora
 from adapters.kernels.device_plan import DevicePlan, PlanShape, pack
-from service.engine.attention_triton import StepArrays, decode, kv_write, paged_attention
+from service.engine.attention_triton import NewEntries, StepArrays, decode, kv_write, paged_attention
 from tests.kernels import attention_cases, lora_cases
 from tests.kernels.lora_cases import error, expected, make_site, make_table, plan_of
 
@@ -147,6 +147,41 @@ def test_attention(case: attention_cases.Case, dtype: torch.dtype) -> None:
     assert error(out, batch.wanted) < LIMIT[dtype]
 
 
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("splits", [1, 2, 16])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", attention_cases.DECODING, ids=str)
+def test_decode_that_writes_the_newest_keys(case: attention_cases.Case, dtype: torch.dtype, splits: int) -> None:
+    """Their slots, and all that is behind them, hold NaN, also for programs that run beside the one that writes."""
+    batch = attention_cases.make_batch(case, dtype, DEVICE)
+    arrays = StepArrays.from_layout(batch.layout, DEVICE)
+    wanted = batch.k_cache.clone(), batch.v_cache.clone()
+    kv_write(batch.k, batch.v, *wanted, arrays.slots)
+    outs = []
+    for _ in range(20):
+        k_cache, v_cache = batch.k_cache.clone(), batch.v_cache.clone()
+        out = torch.empty_like(batch.q, memory_format=torch.contiguous_format)
+        decode(
+            batch.q,
+            k_cache,
+            v_cache,
+            arrays.page_table,
+            arrays.context_lens,
+            out,
+            new=NewEntries(batch.k, batch.v, arrays.slots),
+            scale=batch.scale,
+            max_context=arrays.max_context,
+            window=case.window,
+            softcap=case.softcap,
+            splits=splits,
+        )
+        for cache, same in zip((k_cache, v_cache), wanted, strict=True):
+            assert torch.equal(cache.view(torch.uint8), same.view(torch.uint8))
+        outs.append(out)
+    assert error(outs[0], batch.wanted) < LIMIT[dtype]
+    assert all(torch.equal(out, outs[0]) for out in outs), "the same launch must give the same bits"
+
+
 @pytest.mark.parametrize("window", [None, 1000])
 def test_attention_on_long_contexts(window: int | None) -> None:
     """Llama's heads: thousands of keys, more blocks than parts, chunks that begin and end inside pages."""
@@ -200,3 +235,9 @@ def test_caches_above_two_to_the_31_elements() -> None:
     lens = torch.tensor([150], dtype=torch.int32, device=DEVICE)
     decode(batch.q, k_cache, v_cache, table, lens, out, scale=batch.scale, max_context=150)
     assert error(out, batch.wanted) < 1e-2
+    for cache in (k_cache, v_cache):
+        cache[pages - 1, 149 % size] = torch.nan
+    new = NewEntries(batch.k, batch.v, slot)
+    decode(batch.q, k_cache, v_cache, table, lens, out, new=new, scale=batch.scale, max_context=150)
+    assert error(out, batch.wanted) < 1e-2
+    assert torch.equal(k_cache[pages - 1, 149 % size], batch.k[0])

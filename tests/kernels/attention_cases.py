@@ -44,6 +44,22 @@ CASES = [
     Case("mixed batch, window of one key", [(1, 9), (20, 25)], window=1),
 ]
 
+_ENDS = [(1, n) for n in (1, 2, 16, 17, 18, 63, 64, 65, 66, 129)]
+"""Contexts whose newest key is the first or the last of a page or of a kernel's block, or the second."""
+DECODING = [
+    Case("ends of pages and blocks", _ENDS, query_heads=2),
+    Case("head_dim 64, groups of 3, pages of 32", [(1, 300), (1, 33)], 3, 1, head_dim=64, page_size=32),
+    Case("head_dim 80, no groups", [(1, 100), (1, 7)], head_dim=80, query_heads=2),
+    Case("head_dim 128, groups of 4", [(1, 70), (1, 200)], query_heads=8, head_dim=128),
+    Case("one KV head for 16, head_dim 16", [(1, 40), (1, 1)], query_heads=16, kv_heads=1, head_dim=16),
+    Case("window", [(1, 300), (1, 5), (1, 48), (1, 49), (1, 65)], window=48),
+    Case("window of one key", _ENDS, query_heads=1, kv_heads=1, window=1),
+    Case("window of two keys", _ENDS, query_heads=1, kv_heads=1, window=2),
+    Case("soft cap", [(1, 70), (1, 3), (1, 1)], softcap=5.0),
+    Case("soft cap, window", [(1, 130), (1, 3)], softcap=1.5, window=70),
+]
+"""Only sequences that decode."""
+
 
 @dataclass
 class Batch:

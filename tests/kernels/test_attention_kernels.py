@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from service.engine.attention import LayerShape, StepLayout
+from service.engine import attention_triton
+from service.engine.attention import LayerShape, PagedAttention, StepLayout
 from service.engine.attention_triton import (
+    NewEntries,
     StepArrays,
     TritonPagedAttention,
     decode,
@@ -16,7 +18,7 @@ from service.engine.attention_triton import (
     paged_attention,
     tiles,
 )
-from tests.kernels.attention_cases import CASES, Case, attend, make_batch
+from tests.kernels.attention_cases import CASES, DECODING, Batch, Case, attend, make_batch
 from tests.kernels.lora_cases import error
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -59,6 +61,91 @@ def test_decode_in_several_parts_gives_the_same(splits: int, window: int | None)
         splits=splits,
     )
     assert error(out, batch.wanted) < 1e-6
+
+
+def decoded(batch: Batch, case: Case, step: StepArrays, splits: int, count: torch.Tensor | None = None) -> torch.Tensor:
+    """What `decode` gives where it writes the step's own keys; 7 where it leaves `out` alone."""
+    out = torch.full(batch.q.shape, 7.0, dtype=batch.q.dtype, device=DEVICE)
+    decode(
+        batch.q,
+        batch.k_cache,
+        batch.v_cache,
+        step.page_table,
+        step.context_lens,
+        out,
+        new=NewEntries(batch.k, batch.v, step.slots),
+        scale=batch.scale,
+        max_context=step.max_context,
+        window=case.window,
+        softcap=case.softcap,
+        splits=splits,
+        count=count,
+    )
+    return out
+
+
+def written(batch: Batch, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The caches as they are to be with the step's own keys in `slots`."""
+    caches = batch.k_cache.clone(), batch.v_cache.clone()
+    for cache, new in zip(caches, (batch.k, batch.v), strict=True):
+        cache.flatten(0, 1)[slots[slots >= 0].long()] = new[slots >= 0].to(cache.dtype)
+    return caches
+
+
+def assert_same_bits(actual: torch.Tensor, wanted: torch.Tensor) -> None:
+    assert torch.equal(actual.view(torch.uint8), wanted.view(torch.uint8))  # NaN as well
+
+
+@pytest.mark.parametrize(("dtype", "splits"), [(torch.float32, 1), (torch.float32, 2), (torch.float16, 16)], ids=str)
+@pytest.mark.parametrize("case", DECODING, ids=str)
+def test_decode_writes_the_newest_keys_and_sees_them(case: Case, dtype: torch.dtype, splits: int) -> None:
+    """Their slots, and all that is behind them, hold NaN: whoever reads one of these gives NaN."""
+    batch = make_batch(case, dtype, DEVICE)
+    step = StepArrays.from_layout(batch.layout, DEVICE)
+    wanted = written(batch, step.slots)
+    out = decoded(batch, case, step, splits)
+    assert error(out, batch.wanted) < LIMIT[dtype]
+    assert_same_bits(batch.k_cache, wanted[0])
+    assert_same_bits(batch.v_cache, wanted[1])
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+def test_what_decode_writes_may_lie_anywhere(splits: int) -> None:
+    """Keys and values in parts of one tensor, whose heads' elements are not adjacent, and caches in another dtype."""
+    case = Case("", [(1, n) for n in (40, 17, 1)])
+    batch = make_batch(case, torch.float32, DEVICE)
+    both = torch.stack((batch.k, batch.v), -1)
+    batch.k, batch.v = both[..., 0], both[..., 1]
+    batch.k_cache, batch.v_cache = batch.k_cache.half(), batch.v_cache.half()
+    batch.q = batch.q.half()
+    step = StepArrays.from_layout(batch.layout, DEVICE)
+    wanted = written(batch, step.slots)
+    out = decoded(batch, case, step, splits)
+    assert error(out, batch.wanted) < LIMIT[torch.float16]
+    assert_same_bits(batch.k_cache, wanted[0])
+    assert_same_bits(batch.v_cache, wanted[1])
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+def test_decode_writes_nothing_for_padding(splits: int) -> None:
+    """A warm-up step's token has a context but no slot, a graph's padding neither; those beyond the count are not
+    decode's. What lies in the rows of padding may be NaN."""
+    case = Case("", [(1, n) for n in (70, 9, 33, 1, 20)])
+    batch = make_batch(case, torch.float32, DEVICE)
+    step = StepArrays.from_layout(batch.layout, DEVICE)
+    step.slots[[1, 2]] = -1
+    step.context_lens[2] = 0
+    for rows in (batch.q, batch.k, batch.v):
+        rows[2] = torch.nan
+    kept = step.slots.clone()
+    kept[4] = -1
+    wanted = written(batch, kept)
+    out = decoded(batch, case, step, splits, torch.tensor([4], dtype=torch.int32, device=DEVICE))
+    assert error(out[[0, 1, 3]], batch.wanted[[0, 1, 3]]) < 1e-6
+    assert (out[2] == 0).all()
+    assert (out[4] == 7).all()
+    assert_same_bits(batch.k_cache, wanted[0])
+    assert_same_bits(batch.v_cache, wanted[1])
 
 
 @pytest.mark.parametrize("splits", [1, 4])
@@ -150,6 +237,52 @@ def test_the_backend_over_two_steps(softcap: float | None) -> None:
         backend.begin_step(layout(begin, end))
         out = backend.attend(q[begin:end], k[begin:end], v[begin:end], *backend.tensors[0], 0.2, None, softcap)
         assert error(out, wanted[begin:end]) < 1e-6
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+def test_the_backend_gives_what_the_torch_backend_gives_in_any_kind_of_step(
+    uniform: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts, decoding sequences beside one, and decoding ones alone, whose keys no other kernel writes."""
+    writes: list[int] = []
+
+    def counting(k: torch.Tensor, *rest: torch.Tensor) -> None:
+        writes.append(len(k))
+        kv_write(k, *rest)
+
+    monkeypatch.setattr(attention_triton, "kv_write", counting)
+    shape = LayerShape(0, 4, 2, 32, 0.2, window=20)
+    backends = [
+        TritonPagedAttention([shape], 12, 8, torch.float32, DEVICE, uniform=uniform),
+        PagedAttention([shape], 12, 8, torch.float32, DEVICE),
+    ]
+    table = np.array([[4, 0, 3, 7], [9, 2, 5, 6], [1, 8, 10, 11]], dtype=np.int32)
+    generator = torch.Generator().manual_seed(3)
+    contexts = np.zeros(3, dtype=np.int32)
+    for counts in ([7, 16, 1], [1, 1, 9], [1, 1, 1], [1, 1, 1]):
+        order = np.argsort(np.array(counts) > 1, kind="stable")
+        lens = np.array(counts, dtype=np.int32)
+        positions = [np.arange(contexts[s], contexts[s] + counts[s]) for s in order]
+        contexts = contexts + lens
+        layout = StepLayout(
+            slots=np.concatenate(
+                [table[s, p // 8].astype(np.int64) * 8 + p % 8 for s, p in zip(order, positions, strict=True)]
+            ),
+            query_lens=lens[order],
+            context_lens=contexts[order],
+            page_table=table[order],
+            num_decode=int((lens == 1).sum()),
+        )
+        tokens = int(lens.sum())
+        q, k, v = (torch.randn(tokens, h, 32, generator=generator).to(DEVICE) for h in (4, 2, 2))
+        outs = []
+        for backend in backends:
+            backend.begin_step(layout)
+            outs.append(backend.attend(q, k, v, *backend.tensors[0], 0.2, 20))
+        assert error(outs[0], outs[1].cpu().double()) < 1e-6
+        for cache, wanted in zip(backends[0].tensors[0], backends[1].tensors[0], strict=True):
+            assert_same_bits(cache, wanted)
+    assert writes == ([24, 11, 3, 3] if uniform else [24, 11])
 
 
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (40, None), (40, 1.5)])
