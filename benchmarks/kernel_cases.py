@@ -168,6 +168,7 @@ class AttentionSetup:
         self.caches = torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_()
         self.q = torch.randn(tokens, QUERY_HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
         self.k, self.v = torch.randn(2, tokens, KV_HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+        self.counters = torch.zeros(len(sequences) * KV_HEADS, device="cuda", dtype=torch.int32)
 
     @property
     def flops(self) -> float:
@@ -181,7 +182,9 @@ class AttentionSetup:
 
         def launch() -> None:
             for k_cache, v_cache in self.caches:
-                paged_attention(self.q, k_cache, v_cache, self.step, new=new, scale=HEAD_DIM**-0.5)
+                paged_attention(
+                    self.q, k_cache, v_cache, self.step, new=new, scale=HEAD_DIM**-0.5, counters=self.counters
+                )
 
         return replay_us(launch, self.layers)
 
@@ -200,6 +203,7 @@ class AttentionSetup:
                     scale=HEAD_DIM**-0.5,
                     max_context=step.max_context,
                     splits=splits,
+                    counters=self.counters,
                 )
 
         return replay_us(launch, self.layers)

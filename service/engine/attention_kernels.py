@@ -117,6 +117,42 @@ def _attend_block(
     return new_peak, total, acc
 
 
+@triton.jit
+def _merged(
+    partials,
+    logsums,
+    first,
+    live,
+    parts,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    ROWS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):
+    """[ROWS, BD] attention over all keys, of parts first .. first + parts - 1 of each row, in their order whoever was
+    last: the same bits every time. live: [ROWS] whether there is such a row. Read past the multiprocessor's own cache:
+    others have written them."""
+    d = tl.arange(0, BD)
+    peak = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, BD], tl.float32)
+    for begin in range(0, parts, AT_ONCE):
+        part = begin + tl.arange(0, AT_ONCE)
+        there = live[:, None] & (part < parts)[None, :]
+        at = first[:, None] + part[None, :]
+        logsum = tl.load(logsums + at, mask=there, other=float("-inf"), cache_modifier=".cg")
+        mask = there[:, :, None] & (d < D)[None, None, :]
+        values = tl.load(partials + at[:, :, None] * D + d[None, None, :], mask=mask, other=0.0, cache_modifier=".cg")
+        new_peak = tl.maximum(peak, tl.max(logsum, 1))
+        pivot = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        weight = tl.exp2(logsum - pivot[:, None])
+        shrink = tl.exp2(peak - pivot)
+        total = total * shrink + tl.sum(weight, 1)
+        acc = acc * shrink[:, None] + tl.sum(values * weight[:, :, None], 1)
+        peak = new_peak
+    return acc / tl.where(total > 0, total, 1.0)[:, None]
+
+
 @triton.jit(
     do_not_specialize=["stride_table"],
     do_not_specialize_on_alignment=["page_table", "context_lens", "count", "slots"],
@@ -134,6 +170,7 @@ def decode_kernel(
     out,
     partials,
     logsums,
+    counters,
     scale,
     cap,
     stride_qt,
@@ -153,6 +190,8 @@ def decode_kernel(
     PAGE: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
+    ROWS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     DIRECT: tl.constexpr,
     WINDOW: tl.constexpr,
     CAPPED: tl.constexpr,
@@ -161,8 +200,9 @@ def decode_kernel(
 ):
     """Attention of one query per sequence over a share of its keys, for the query heads of one KV head.
 
-    WRITES: the newest key, the query's own, is in k and v and not yet in the cache. The program of the last share that
-    has keys attends to it and writes it to its slot, which no program reads."""
+    Programs whose shares have no keys do nothing. The last of the others to be done puts their parts together; DIRECT:
+    there is one share. WRITES: the newest key, the query's own, is in k and v and not yet in the cache. The program of
+    the last share that has keys attends to it and writes it to its slot, which no program reads."""
     s = tl.program_id(0).to(tl.int64)
     if COUNTED:  # noqa: SIM102
         if s >= tl.load(count):
@@ -179,6 +219,10 @@ def decode_kernel(
         first = tl.maximum(context - WINDOW, 0) // BN
     blocks = tl.cdiv(cached, BN) - first
     share = tl.maximum(tl.cdiv(blocks, splits), 1)
+    parts = tl.maximum(tl.cdiv(blocks, share), 1)
+    if not DIRECT:  # noqa: SIM102 - known when it is compiled
+        if split >= parts:
+            return
     begin = first + split * share
     end = tl.minimum(begin + share, first + blocks)
 
@@ -191,7 +235,7 @@ def decode_kernel(
     total = tl.zeros([16], tl.float32)
     acc = tl.zeros([16, BD], tl.float32)
     if WRITES:
-        newest = (context > 0) & (split == tl.maximum(tl.cdiv(blocks, share), 1) - 1)
+        newest = (context > 0) & (split == parts - 1)
         slot = tl.load(slots + s).to(tl.int64)
         new_k = tl.load(k + s * stride_kt + head * stride_kh + d, mask=d < D, other=0.0).to(k_cache.dtype.element_ty)
         new_v = tl.load(v + s * stride_vt + head * stride_vh + d, mask=d < D, other=0.0).to(v_cache.dtype.element_ty)
@@ -233,43 +277,25 @@ def decode_kernel(
         )
     divisor = tl.where(total > 0, total, 1.0)
     acc = acc / divisor[:, None]
-    if DIRECT:
-        at = s * stride_ot + (query_heads * stride_oh)[:, None] + d[None, :]
-        tl.store(out + at, acc.to(out.dtype.element_ty), mask=mask)
+    out_at = out + s * stride_ot + d[None, :]
+    if DIRECT or parts == 1:
+        tl.store(out_at + (query_heads * stride_oh)[:, None], acc.to(out.dtype.element_ty), mask=mask)
     else:
-        at = (s * (tl.num_programs(1) * GROUP) + query_heads) * splits + split
-        tl.store(partials + at[:, None] * D + d[None, :], acc, mask=mask)
+        sequence_heads = s * (tl.num_programs(1) * GROUP)
+        part = (sequence_heads + query_heads) * splits + split
+        tl.store(partials + part[:, None] * D + d[None, :], acc, mask=mask)
         logsum = tl.where(total > 0, peak + tl.log2(divisor), float("-inf"))
-        tl.store(logsums + at, logsum, mask=rows < GROUP)
-
-
-@triton.jit(do_not_specialize_on_alignment=["count"])
-def merge_kernel(
-    partials,
-    logsums,
-    count,
-    out,
-    stride_ot,
-    stride_oh,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    SPLITS: tl.constexpr,
-    COUNTED: tl.constexpr,
-):
-    s = tl.program_id(0).to(tl.int64)
-    if COUNTED:  # noqa: SIM102
-        if s >= tl.load(count):
-            return
-    head = tl.program_id(1)
-    d = tl.arange(0, BD)
-    at = (s * tl.num_programs(1) + head) * SPLITS + tl.arange(0, SPLITS)
-    logsum = tl.load(logsums + at)
-    peak = tl.max(logsum, 0)
-    weight = tl.exp2(logsum - tl.where(peak == float("-inf"), 0.0, peak))
-    parts = tl.load(partials + at[:, None] * D + d[None, :], mask=(d < D)[None, :], other=0.0)
-    total = tl.sum(weight, 0)
-    merged = tl.sum(parts * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
-    tl.store(out + s * stride_ot + head * stride_oh + d, merged.to(out.dtype.element_ty), mask=d < D)
+        tl.store(logsums + part, logsum, mask=rows < GROUP)
+        tl.debug_barrier()
+        counter = counters + s * tl.num_programs(1) + head
+        if tl.atomic_add(counter, 1, sem="acq_rel") == parts - 1:
+            group = tl.arange(0, ROWS)
+            heads = head * GROUP + group
+            live = group < GROUP
+            merged = _merged(partials, logsums, (sequence_heads + heads) * splits, live, parts, D, BD, ROWS, AT_ONCE)
+            merged_mask = live[:, None] & (d < D)[None, :]
+            tl.store(out_at + (heads * stride_oh)[:, None], merged.to(out.dtype.element_ty), mask=merged_mask)
+            tl.store(counter, 0)
 
 
 @triton.jit(

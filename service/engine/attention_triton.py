@@ -18,13 +18,21 @@ from torch import Tensor
 
 from adapters.plan import ranges
 from service.engine.attention import LayerShape, StepLayout, allocate_cache
-from service.engine.attention_kernels import decode_kernel, kv_write_kernel, merge_kernel, prefill_kernel
+from service.engine.attention_kernels import decode_kernel, kv_write_kernel, prefill_kernel
 
 LOG2E = 1.4426950408889634
 MIN_PAGE_SIZE = 8
 MAX_HEAD_DIM = 256
 MAX_GROUP = 16
 MAX_SPLITS = 64
+MERGED_AT_ONCE = 4096
+"""Elements of parts that are read at once when they are put together: 32 registers of a thread."""
+REGISTERS = 128
+"""Of a thread of `decode` where there are several parts: four programs to a multiprocessor, as `decode_splits` counts
+on. Left alone the compiler takes up to 150 for what puts them together, and then there is room for three. Heads above
+128 and float32 have always needed more."""
+MOST_IN_PARTS = 2
+"""Sequences times KV heads, for each multiprocessor, that `decode_splits` gives several parts."""
 TILE = 64
 """Queries of a tile of prompts."""
 SMALL_TILE = 16
@@ -141,6 +149,8 @@ class TritonPagedAttention:
         self.block_m = SMALL_TILE if uniform or dtype.itemsize > 2 else None
         """Queries of a tile, where the step has no say in it: without tensor cores (float32) larger ones spill."""
         self.tensors = allocate_cache(shapes, pages, page_size, dtype, device)
+        # Graphs keep its address: what more sequences would need must not take its place.
+        self._counters = torch.zeros(MOST_IN_PARTS * _multiprocessors(device), dtype=torch.int32, device=device)
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def begin_step(self, layout: StepLayout) -> None:
@@ -170,6 +180,7 @@ class TritonPagedAttention:
             scale=scaling,
             window=window,
             softcap=softcap,
+            counters=self._counters,
             side=self._side,
             uniform=self.uniform,
         )
@@ -213,13 +224,15 @@ def paged_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    counters: Tensor | None = None,
     side: torch.cuda.Stream | None = None,
     uniform: bool = False,
 ) -> Tensor:
     """A mixed batch: q [T, query_heads, head_dim] -> the same shape, contiguous. Query i of n of a sequence with c keys
     stands at position c - n + i and sees keys 0 .. position, with `window` only those > position - window; `softcap`
     replaces scores by softcap · tanh(score / softcap). new: the tokens' own keys, which are written; None: they lie in
-    the caches. side: prompts are computed there, beside decoding sequences. uniform: see `prefill`."""
+    the caches. counters: see `decode`. side: prompts are computed there, beside decoding sequences. uniform: see
+    `prefill`."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     n = step.num_decode
     if new is not None and (n < len(q) or step.tile_seq.numel()):
@@ -246,6 +259,7 @@ def paged_attention(
             window=window,
             softcap=softcap,
             count=step.count,
+            counters=counters,
         )
     if main is not None and side is not None:
         main.wait_stream(side)
@@ -267,24 +281,31 @@ def decode(
     softcap: float | None = None,
     splits: int | None = None,
     count: Tensor | None = None,
+    counters: Tensor | None = None,
 ) -> None:
     """One query per sequence: q and out [S, query_heads, head_dim]. A sequence with context 0 gets zeros.
 
     new: each sequence's newest key, which is written; where context is 0 it is not. None: it lies in the caches.
-    max_context: an upper bound of context_lens. splits: programs per sequence and KV head, a power of two; None
-    chooses. count: int32 [1], only so many sequences are computed, and of `out` only their rows written."""
+    max_context: an upper bound of context_lens. splits: programs per sequence and KV head; None chooses. count: int32
+    [1], only so many sequences are computed, and of `out` only their rows written. counters: int32 zeros, which they
+    are again afterwards; where they are fewer than sequences * kv_heads, several splits get others."""
     sequences, query_heads, head_dim = q.shape
     kv_heads = k_cache.shape[2]
     group = _check_heads(query_heads, kv_heads, head_dim)
     padded = max(16, triton.next_power_of_2(head_dim))
+    rows = triton.next_power_of_2(group)
     block = _block_n(padded, q.element_size())
     if splits is None:
         reach = max_context if window is None else min(max_context, window)
         splits = decode_splits(sequences * kv_heads, reach, _multiprocessors(q.device))
     partials = logsums = out
-    if splits > 1:
+    if splits == 1:
+        counters = out
+    else:
         partials = torch.empty(sequences, query_heads, splits, head_dim, dtype=torch.float32, device=q.device)
         logsums = torch.empty(sequences, query_heads, splits, dtype=torch.float32, device=q.device)
+        if counters is None or counters.numel() < sequences * kv_heads:
+            counters = torch.zeros(sequences * kv_heads, dtype=torch.int32, device=q.device)
     factor, cap = _scores(scale, softcap)
     k, v, slots = (q, q, context_lens) if new is None else (_adjacent(new.k), _adjacent(new.v), new.slots)
     decode_kernel[(sequences, kv_heads, splits)](
@@ -300,6 +321,7 @@ def decode(
         out,
         partials,
         logsums,
+        counters,
         factor,
         cap,
         q.stride(0),
@@ -319,6 +341,8 @@ def decode(
         PAGE=k_cache.shape[1],
         BN=block,
         BD=padded,
+        ROWS=rows,
+        AT_ONCE=max(1, MERGED_AT_ONCE // (rows * padded)),
         DIRECT=splits == 1,
         WINDOW=window or 0,
         CAPPED=softcap is not None,
@@ -326,21 +350,8 @@ def decode(
         WRITES=new is not None,
         num_warps=4,
         num_stages=3,
+        maxnreg=REGISTERS if splits > 1 and padded <= 128 and q.element_size() == 2 else None,
     )
-    if splits > 1:
-        merge_kernel[(sequences, query_heads)](
-            partials,
-            logsums,
-            context_lens if count is None else count,
-            out,
-            out.stride(0),
-            out.stride(1),
-            D=head_dim,
-            BD=padded,
-            SPLITS=splits,
-            COUNTED=count is not None,
-            num_warps=2,
-        )
 
 
 def prefill(

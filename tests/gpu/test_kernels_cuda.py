@@ -157,6 +157,7 @@ def test_decode_that_writes_the_newest_keys(case: attention_cases.Case, dtype: t
     arrays = StepArrays.from_layout(batch.layout, DEVICE)
     wanted = batch.k_cache.clone(), batch.v_cache.clone()
     kv_write(batch.k, batch.v, *wanted, arrays.slots)
+    counters = torch.zeros(len(case.sequences) * case.kv_heads, dtype=torch.int32, device=DEVICE)
     outs = []
     for _ in range(20):
         k_cache, v_cache = batch.k_cache.clone(), batch.v_cache.clone()
@@ -174,12 +175,57 @@ def test_decode_that_writes_the_newest_keys(case: attention_cases.Case, dtype: t
             window=case.window,
             softcap=case.softcap,
             splits=splits,
+            counters=counters,
         )
         for cache, same in zip((k_cache, v_cache), wanted, strict=True):
             assert torch.equal(cache.view(torch.uint8), same.view(torch.uint8))
         outs.append(out)
     assert error(outs[0], batch.wanted) < LIMIT[dtype]
     assert all(torch.equal(out, outs[0]) for out in outs), "the same launch must give the same bits"
+    assert (counters == 0).all()
+
+
+def test_a_captured_decode_serves_other_contexts() -> None:
+    """Several layers with one set of counters, which have to be zero again for the next one."""
+    shape, layers = (4 * 128, 16, 8, 128), 8
+    caches = torch.randn(layers, 2, *shape, device=DEVICE, dtype=torch.bfloat16)
+    q = torch.randn(4, 32, 128, device=DEVICE, dtype=torch.bfloat16)
+    k, v = torch.randn(2, 4, 8, 128, device=DEVICE, dtype=torch.bfloat16)
+    table = torch.randperm(4 * 128, device=DEVICE).to(torch.int32).view(4, 128)
+    contexts = torch.ones(4, dtype=torch.int32, device=DEVICE)
+    new = NewEntries(k, v, torch.full((4,), -1, dtype=torch.int32, device=DEVICE))
+    counters = torch.zeros(32, dtype=torch.int32, device=DEVICE)
+    outs = torch.empty(layers, *q.shape, device=DEVICE, dtype=torch.bfloat16)
+
+    def run(splits: int) -> None:
+        for (k_cache, v_cache), out in zip(caches, outs, strict=True):
+            decode(
+                q,
+                k_cache,
+                v_cache,
+                table,
+                contexts,
+                out,
+                new=new,
+                scale=128**-0.5,
+                max_context=2048,
+                splits=splits,
+                counters=counters,
+            )
+
+    run(16)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run(16)
+    for lens in ([2048, 1, 64, 700], [65, 2000, 0, 3], [1025, 1026, 1024, 129]):
+        contexts.copy_(torch.tensor(lens))
+        run(1)
+        wanted = outs.double().cpu()
+        for _ in range(50):
+            outs.fill_(torch.nan)
+            graph.replay()
+            assert error(outs, wanted) < 1e-2
+            assert (counters == 0).all()
 
 
 @pytest.mark.parametrize("window", [None, 1000])

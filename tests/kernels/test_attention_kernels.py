@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch
 from service.engine import attention_triton
 from service.engine.attention import LayerShape, PagedAttention, StepLayout
 from service.engine.attention_triton import (
+    MOST_IN_PARTS,
     NewEntries,
     StepArrays,
     TritonPagedAttention,
@@ -63,7 +66,14 @@ def test_decode_in_several_parts_gives_the_same(splits: int, window: int | None)
     assert error(out, batch.wanted) < 1e-6
 
 
-def decoded(batch: Batch, case: Case, step: StepArrays, splits: int, count: torch.Tensor | None = None) -> torch.Tensor:
+def decoded(
+    batch: Batch,
+    case: Case,
+    step: StepArrays,
+    splits: int,
+    count: torch.Tensor | None = None,
+    counters: torch.Tensor | None = None,
+) -> torch.Tensor:
     """What `decode` gives where it writes the step's own keys; 7 where it leaves `out` alone."""
     out = torch.full(batch.q.shape, 7.0, dtype=batch.q.dtype, device=DEVICE)
     decode(
@@ -80,6 +90,7 @@ def decoded(batch: Batch, case: Case, step: StepArrays, splits: int, count: torc
         softcap=case.softcap,
         splits=splits,
         count=count,
+        counters=counters,
     )
     return out
 
@@ -96,6 +107,7 @@ def assert_same_bits(actual: torch.Tensor, wanted: torch.Tensor) -> None:
     assert torch.equal(actual.view(torch.uint8), wanted.view(torch.uint8))  # NaN as well
 
 
+@pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize(("dtype", "splits"), [(torch.float32, 1), (torch.float32, 2), (torch.float16, 16)], ids=str)
 @pytest.mark.parametrize("case", DECODING, ids=str)
 def test_decode_writes_the_newest_keys_and_sees_them(case: Case, dtype: torch.dtype, splits: int) -> None:
@@ -124,6 +136,52 @@ def test_what_decode_writes_may_lie_anywhere(splits: int) -> None:
     assert error(out, batch.wanted) < LIMIT[torch.float16]
     assert_same_bits(batch.k_cache, wanted[0])
     assert_same_bits(batch.v_cache, wanted[1])
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+def test_more_parts_than_are_read_at_once() -> None:
+    """16 heads of 256 elements: one part after the other."""
+    case = Case("", [(1, 130), (1, 65)], query_heads=16, kv_heads=1, head_dim=256)
+    batch = make_batch(case, torch.float32, DEVICE)
+    assert error(decoded(batch, case, StepArrays.from_layout(batch.layout, DEVICE), 8), batch.wanted) < 1e-6
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+def test_counters_are_zero_again_and_serve_the_next_layer() -> None:
+    counters = torch.zeros(10, dtype=torch.int32, device=DEVICE)
+    for contexts in ((200, 1, 64, 129), (65, 300, 2, 1), (130, 200)):
+        case = Case("", [(1, n) for n in contexts])
+        batch = make_batch(case, torch.float32, DEVICE)
+        step = StepArrays.from_layout(batch.layout, DEVICE)
+        assert error(decoded(batch, case, step, 4, counters=counters), batch.wanted) < 1e-6
+        assert (counters == 0).all()
+
+
+def test_too_few_counters_are_left_alone() -> None:
+    counters = torch.full((7,), 5, dtype=torch.int32, device=DEVICE)
+    case = Case("", [(1, n) for n in (200, 1, 64, 129)])
+    batch = make_batch(case, torch.float32, DEVICE)
+    step = StepArrays.from_layout(batch.layout, DEVICE)
+    assert error(decoded(batch, case, step, 4, counters=counters), batch.wanted) < 1e-6
+    assert (counters == 5).all()
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="there programs run in what order they please")
+def test_whichever_part_is_last_the_bits_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.interpreter import interpreter_builder
+
+    case = Case("", [(1, n) for n in (300, 129, 1)], query_heads=6, head_dim=48)
+    place = interpreter_builder.set_grid_idx
+    grid = list(np.ndindex(3, 2, 4))
+    outs = []
+    for order in (grid, grid[::-1], sorted(grid, key=lambda at: at[2]), sorted(grid, key=lambda at: at[2] ^ 2)):
+        turn = dict(zip(grid, order, strict=True))
+        monkeypatch.setattr(interpreter_builder, "set_grid_idx", lambda x, y, z, turn=turn: place(*turn[x, y, z]))
+        batch = make_batch(case, torch.float32, DEVICE)
+        outs.append(decoded(batch, case, StepArrays.from_layout(batch.layout, DEVICE), splits=4))
+    assert error(outs[0], batch.wanted) < 1e-6
+    for out in outs[1:]:
+        assert_same_bits(out, outs[0])
 
 
 @pytest.mark.parametrize("splits", [1, 4])
@@ -251,22 +309,22 @@ def test_the_backend_gives_what_the_torch_backend_gives_in_any_kind_of_step(
         kv_write(k, *rest)
 
     monkeypatch.setattr(attention_triton, "kv_write", counting)
-    shape = LayerShape(0, 4, 2, 32, 0.2, window=20)
+    shape = LayerShape(0, 4, 2, 32, 0.2, window=60)
     backends = [
-        TritonPagedAttention([shape], 12, 8, torch.float32, DEVICE, uniform=uniform),
-        PagedAttention([shape], 12, 8, torch.float32, DEVICE),
+        TritonPagedAttention([shape], 12, 32, torch.float32, DEVICE, uniform=uniform),
+        PagedAttention([shape], 12, 32, torch.float32, DEVICE),
     ]
     table = np.array([[4, 0, 3, 7], [9, 2, 5, 6], [1, 8, 10, 11]], dtype=np.int32)
     generator = torch.Generator().manual_seed(3)
     contexts = np.zeros(3, dtype=np.int32)
-    for counts in ([7, 16, 1], [1, 1, 9], [1, 1, 1], [1, 1, 1]):
+    for counts in ([7, 70, 1], [1, 1, 9], [1, 1, 1], [1, 1, 1]):
         order = np.argsort(np.array(counts) > 1, kind="stable")
         lens = np.array(counts, dtype=np.int32)
         positions = [np.arange(contexts[s], contexts[s] + counts[s]) for s in order]
         contexts = contexts + lens
         layout = StepLayout(
             slots=np.concatenate(
-                [table[s, p // 8].astype(np.int64) * 8 + p % 8 for s, p in zip(order, positions, strict=True)]
+                [table[s, p // 32].astype(np.int64) * 32 + p % 32 for s, p in zip(order, positions, strict=True)]
             ),
             query_lens=lens[order],
             context_lens=contexts[order],
@@ -278,11 +336,11 @@ def test_the_backend_gives_what_the_torch_backend_gives_in_any_kind_of_step(
         outs = []
         for backend in backends:
             backend.begin_step(layout)
-            outs.append(backend.attend(q, k, v, *backend.tensors[0], 0.2, 20))
+            outs.append(backend.attend(q, k, v, *backend.tensors[0], 0.2, 60))
         assert error(outs[0], outs[1].cpu().double()) < 1e-6
         for cache, wanted in zip(backends[0].tensors[0], backends[1].tensors[0], strict=True):
             assert_same_bits(cache, wanted)
-    assert writes == ([24, 11, 3, 3] if uniform else [24, 11])
+    assert writes == ([78, 11, 3, 3] if uniform else [78, 11])
 
 
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (40, None), (40, 1.5)])
@@ -346,3 +404,31 @@ def test_decode_splits() -> None:
     assert decode_splits(32 * 8, 600, 132) == 1
     assert decode_splits(8, 20, 132) == 1
     assert decode_splits(8, 131072, 132) == 64
+
+
+def test_a_backend_allocates_no_counters_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a CUDA graph that would be a launch for each layer, as many as are saved."""
+    given: list[torch.Tensor | None] = []
+    original = attention_triton.decode
+
+    def noting(*tensors: torch.Tensor, counters: torch.Tensor | None, **rest: Any) -> None:
+        given.append(counters)
+        original(*tensors, counters=counters, **rest)
+
+    monkeypatch.setattr(attention_triton, "decode", noting)
+    shape = LayerShape(0, 4, 2, 32, 0.2, None)
+    backend = TritonPagedAttention([shape], 4, 64, torch.float32, DEVICE)
+    one = np.array([1], dtype=np.int32)
+    backend.begin_step(StepLayout(np.array([150]), one, one * 151, np.arange(3, dtype=np.int32)[None], 1))
+    q, k, v = (torch.randn(1, n, 32, device=DEVICE) for n in (4, 2, 2))
+    assert not backend.attend(q, k, v, *backend.tensors[0], 0.2, None).isnan().any()
+    assert [counters is backend._counters for counters in given] == [True]
+    assert backend._counters.numel() >= 2
+    assert (backend._counters == 0).all()
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 7, 16, 132])
+def test_a_backend_has_counters_for_whatever_is_split(multiprocessors: int) -> None:
+    most = MOST_IN_PARTS * multiprocessors
+    assert decode_splits(most, 1 << 20, multiprocessors) > 1
+    assert all(decode_splits(most + more, 1 << 20, multiprocessors) == 1 for more in range(1, 300))
