@@ -80,7 +80,7 @@ class Case:
         plan, variant = self.plans[name], None
         self.graphs.run(self.ids, self.positions, self.layout, plan, self.wanted, self.rules, self.drawn)
         if plan is not None:
-            variant = self.graphs._write_plan(plan, self.places, len(self.ids))
+            variant, _ = self.graphs._write_plan(plan, self.places, len(self.ids))
         graph = self.graphs._graphs.get((self.places.shape, variant))
         if graph is None:
             raise ValueError(f"{name}: this step takes {variant}, which is not captured")
