@@ -23,7 +23,7 @@ from adapters.residency import Residency
 from adapters.slab import Slab
 from service.engine import attention, compiled, draw
 from service.engine.attention import Attention, LayerShape, PagedAttention, StepLayout
-from service.engine.budgets import STEP_SIZES, prefill_tokens_per_step, tokens_per_step
+from service.engine.budgets import STEP_SIZES, Filling, prefill_tokens_per_step, tokens_per_step
 from service.engine.config import EngineConfig
 from service.engine.core import Engine, is_out_of_memory
 from service.engine.draw import Draw
@@ -126,6 +126,7 @@ def build_engine(
         max_tokens_per_step=budget,
         max_prefill_tokens_per_step=config.max_prefill_tokens_per_step
         or prefill_tokens_per_step(config.device, manifest, multiprocessors),
+        filling=Filling(runner.graphs.seconds if runner.graphs else {}),
         on_close=loader.close,
     )
     log.info(

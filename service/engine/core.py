@@ -19,7 +19,7 @@ from typing import Protocol
 from adapters.errors import AccountTooSmall, AdapterTooLarge
 from adapters.manifest import Manifest
 from adapters.residency import Residency
-from service.engine.budgets import tokens_per_step
+from service.engine.budgets import Filling, tokens_per_step
 from service.engine.calls import Calls
 from service.engine.config import EngineConfig
 from service.engine.errors import EngineBroken, EngineError, IntegrityError
@@ -121,11 +121,12 @@ class Engine:
         max_tokens_per_step: int | None = None,
         max_prefill_tokens_per_step: int | None = None,
         prices: Prices | None = None,
+        filling: Filling | None = None,
         clock: Callable[[], float] = time.monotonic,
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
-        """The budgets of a step: as given, else as configured, else by device. `prices`: else the model's. `clock`:
-        times steps for the scheduler. `on_close` ends what the parts run beside the step loop (the loader's threads
+        """The budgets of a step: as given, else as configured, else by device. `prices`: else the model's. `filling`: how
+        steps are padded. `clock`: times steps for the scheduler. `on_close` ends what the parts run beside the step loop (the loader's threads
         and worker)."""
         self.close = on_close
         self._clock = clock
@@ -142,6 +143,7 @@ class Engine:
             max_tokens_per_step=max_tokens_per_step or config.max_tokens_per_step or tokens_per_step(config.device),
             max_prefill_tokens_per_step=max_prefill_tokens_per_step or config.max_prefill_tokens_per_step,
             prices=prices or Prices.of(manifest),
+            filling=filling,
         )
         self.calls = Calls(residency, send)
         self.draining = False

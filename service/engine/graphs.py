@@ -19,6 +19,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -117,15 +118,19 @@ Forward = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """(ids [T], positions [T], tokens wanted or None for all) -> logits [wanted, vocabulary]"""
 
 
+REPLAYS = 3
+
+
 def _replayed(graph: torch.cuda.CUDAGraph) -> float:
-    """Milliseconds of the second of two replays."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    """Seconds of a replay: the shortest of REPLAYS, after one that is not counted."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(REPLAYS + 1)]
     graph.replay()
-    begin.record()
-    graph.replay()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end)
+    events[0].record()
+    for event in events[1:]:
+        graph.replay()
+        event.record()
+    events[-1].synchronize()
+    return min(begin.elapsed_time(end) for begin, end in pairwise(events)) / 1e3
 
 
 class StepGraphs:
@@ -164,6 +169,8 @@ class StepGraphs:
         self._tile = attention.block_m or TILE
         self._inputs = _Inputs(max(places.size for places in self._places), device)
         self._graphs: dict[tuple[Shape, Variant | None], torch.cuda.CUDAGraph] = {}
+        self.seconds: dict[int, float] = {}
+        """Of a step without LoRA, and without any context, by the tokens to which steps with prompts are padded."""
         # One for all captures: cuBLAS keeps a workspace for every stream.
         self._stream = torch.cuda.Stream(device)
         # One place for what all of them give: a tensor of its own for each would take gigabytes.
@@ -187,8 +194,11 @@ class StepGraphs:
                         self._places.remove(places)
                         break
                     least = min(least, taken)
+                    self.seconds[places.shape.tokens] = taken
         torch.cuda.synchronize()
         log.info("%d CUDA graphs captured in %.1f s", len(self._graphs), time.perf_counter() - begin)
+        sizes = ", ".join(f"{size}: {seconds * 1e3:.1f}" for size, seconds in sorted(self.seconds.items()))
+        log.info("ms of a step with prompts, by its tokens: %s", sizes or "not measured")
 
     def run(
         self,

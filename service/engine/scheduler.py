@@ -31,7 +31,7 @@ from itertools import pairwise
 from adapters.errors import LoraplexAdapterError
 from adapters.residency import Residency
 from service.engine.admission import Admission
-from service.engine.budgets import riding_tokens
+from service.engine.budgets import CROWD, Filling, riding_tokens
 from service.engine.errors import IntegrityError
 from service.engine.fairness import Prices, Tenant, Tenants, rank
 from service.engine.guests import Guests
@@ -62,13 +62,16 @@ class Scheduler:
         max_tokens_per_step: int,
         max_prefill_tokens_per_step: int = 0,
         prices: Prices | None = None,
+        filling: Filling | None = None,
     ) -> None:
-        """`max_prefill_tokens_per_step`: of prompts, in a step in which sequences decode; 0: no such bound."""
+        """`max_prefill_tokens_per_step`: of prompts, in a step in which sequences decode; 0: no such bound. filling:
+        how much of that a step is given."""
         if max_sequences < 1 or max_tokens_per_step < 1:
             raise ValueError("max_sequences and max_tokens_per_step must be at least 1")
         self.pool = pool
         self.max_tokens_per_step = max_tokens_per_step
         self.max_prefill_tokens_per_step = max_prefill_tokens_per_step or max_tokens_per_step
+        self._filling = filling or Filling({})
         # Every running sequence decodes in every step, so there are never more of them than the budget has tokens.
         self.max_sequences = min(max_sequences, max_tokens_per_step)
         self.tenants = Tenants(prices or Prices())
@@ -132,13 +135,19 @@ class Scheduler:
         begun = self._decode(self._guests.in_turn(self.running, hosts) if hosts else self.running)
         budget = self.max_tokens_per_step - len(self._step)
         if self._step:
-            bound = self.max_prefill_tokens_per_step
-            # Short steps and free slots are what makes a flood bearable for other tenants (guests.py).
-            alone = self.tenants.serving.keys() <= SINGLE_USER
-            budget = min(budget, riding_tokens(len(self._step), bound) if alone else bound)
+            budget = min(budget, self._riding(len(self._step), guests=bool(hosts)))
         # Where pages were just short, whoever came in now would be the next to go.
         self._prefill(begun, budget, admit=not self._gone, hosts=hosts)
         return Batch(list(self._step.values()))
+
+    def _riding(self, decoding: int, *, guests: bool) -> int:
+        """Prompt tokens that may ride with so many decoding sequences."""
+        bound = self.max_prefill_tokens_per_step
+        alone = self.tenants.serving.keys() <= SINGLE_USER
+        if alone and decoding > CROWD:
+            return riding_tokens(decoding, bound)
+        # Short steps and free slots are what makes a flood bearable for other tenants (guests.py).
+        return bound if guests and not alone else self._filling.tokens(decoding, bound)
 
     def _decode(self, running: list[Sequence]) -> dict[str, list[Sequence]]:
         """One token of every one of `running` whose earlier tokens are all computed. The others are returned, by

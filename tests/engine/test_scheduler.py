@@ -8,6 +8,7 @@ import pytest
 
 from adapters.residency import Residency
 from service.engine import admission
+from service.engine.budgets import Filling
 from service.engine.kv_cache import PagePool
 from service.engine.messages import AdapterRef, SamplingParams
 from service.engine.request import Batch, Sequence, State
@@ -262,3 +263,31 @@ def test_the_bound_of_prompts_grows_with_a_crowd_that_decodes(tenant: str, decod
     stage.scheduler.max_prefill_tokens_per_step = 64
     stage.add(300)
     assert [count for _, count, _ in counts(stage.tick()) if count > 1] == [allowed]
+
+
+@pytest.mark.parametrize("tenant", ["default", "acme"])
+def test_prompts_that_ride_are_cut_where_a_size_is_full(tenant: str) -> None:
+    """And what is left of them goes first in the next step, with as much of the next prompt as has room."""
+    stage = Stage(pages=10_000, max_sequences=64, budget=512)
+    stage.scheduler = Scheduler(
+        stage.pool,
+        stage.residency,
+        max_sequences=64,
+        max_tokens_per_step=512,
+        max_prefill_tokens_per_step=100,
+        filling=Filling({64: 1.0, 96: 1.1, 128: 2.0, 160: 2.4}),
+    )
+
+    def add(prompt: int) -> Sequence:
+        seq = stage.sequence(prompt)
+        seq.tenant = tenant
+        stage.scheduler.add(seq)
+        return seq
+
+    decoding = [add(4) for _ in range(20)]
+    assert {count for _, count, _ in counts(stage.tick())} == {4}
+    first, second = add(100), add(100)
+    assert counts(stage.tick())[20:] == [(first, 76, False)]
+    assert counts(stage.tick())[20:] == [(first, 24, True), (second, 52, False)]
+    assert counts(stage.tick())[21:] == [(second, 48, True)]
+    assert all(len(seq.tokens) == 8 for seq in decoding), "every stream had its token in every step"
