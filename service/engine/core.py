@@ -125,9 +125,9 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
-        """The budgets of a step: as given, else as configured, else by device. `prices`: else the model's. `filling`: how
-        steps are padded. `clock`: times steps for the scheduler. `on_close` ends what the parts run beside the step loop (the loader's threads
-        and worker)."""
+        """The budgets of a step: as given, else as configured, else by device. `prices`: else the model's. `filling`:
+        how steps are padded. `clock`: times steps for the scheduler. `on_close` ends what the parts run beside the step
+        loop (the loader's threads and worker)."""
         self.close = on_close
         self._clock = clock
         self.config = config
