@@ -31,6 +31,7 @@ from adapters.kernels.backend import TritonKernels, many_tokens_each
 from adapters.kernels.device_plan import DevicePlan, PlanShape, PlanSizeError, pack
 from adapters.kernels.tail import Placed
 from adapters.plan import NOTHING, LoraPlan, covering
+from service.engine import memsets
 from service.engine.attention import StepLayout
 from service.engine.attention_triton import TILE, StepArrays, TritonPagedAttention, tiles
 from service.engine.draw import WIDTH
@@ -323,7 +324,7 @@ class StepGraphs:
         stream.synchronize()
         if whole:  # what the step has left in the allocator's cache is the graph's; the kernels leave little
             torch.cuda.empty_cache()
-        graph = torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph(keep_graph=True)
         # As torch.cuda.graph, which empties the cache each time: 3 s of a start (H100).
         with torch.cuda.stream(stream):
             graph.capture_begin(pool=pool)
@@ -334,6 +335,7 @@ class StepGraphs:
                     graph.capture_end()
                 raise
             graph.capture_end()
+        memsets.instantiate(graph)
         return graph
 
     def _blank(self, places: _Places) -> None:
