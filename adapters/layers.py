@@ -7,6 +7,7 @@ computes the whole product; its siblings, called with the very same tensor, take
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Protocol, cast
 
 import torch
@@ -132,10 +133,16 @@ class SharedSlice(nn.Module):
 
 
 def install(
-    model: nn.Module, manifest: Manifest, hook: LoraHook, *, fuse: bool = True, tails: bool = False
+    model: nn.Module,
+    manifest: Manifest,
+    hook: LoraHook,
+    *,
+    fuse: bool = True,
+    tails: bool = False,
+    after_attention: Collection[str] = (),
 ) -> list[LoraLinear]:
     """Replaces every linear of the manifest in place and returns what stands there, in model order. tails: weights have
-    spare columns (adapters/kernels/tail.py)."""
+    spare columns (adapters/kernels/tail.py). after_attention: names of linears whose input is what attention gave."""
     index = {module.name: i for i, module in enumerate(manifest.linears)}
     installed: list[LoraLinear] = []
     done: set[str] = set()
@@ -153,6 +160,7 @@ def install(
             widths=widths,
             in_features=linears[0].in_features,
             out_features=sum(widths),
+            after_attention=name in after_attention,
         )
         weight = linears[0].weight.data
         bias = None if linears[0].bias is None else linears[0].bias.data

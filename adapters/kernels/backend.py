@@ -130,7 +130,11 @@ class TritonKernels:
         """Base product and deltas beside each other; their sum is left to the compiler, which folds it into the
         kernel that reads the result anyway. Or one product, with the tails."""
         if self.tailed and whole is not None:
-            return ops.tail_linear(x, whole, bias, targets)
+            if site.after_attention or not torch.compiler.is_compiling():
+                return ops.tail_linear(x, whole, bias, targets)
+            # The compiled kernel that computes x writes it into the wide rows: nothing is copied.
+            spare = x.new_empty(x.shape[0], whole.shape[1] - x.shape[1])
+            return ops.wide_linear(torch.cat([x, spare], 1), whole, bias, targets)
         y, delta = ops.lora_linear(x, weight, bias, targets, list(site.offsets), list(site.widths))
         return y + delta
 

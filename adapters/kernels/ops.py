@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from adapters.kernels import triton_lora, triton_tail
+from adapters.kernels import tail, triton_lora, triton_tail
 from adapters.kernels.device_plan import DevicePlan
 from adapters.kernels.opaque import opaque
 from adapters.kernels.triton_lora import Tables
@@ -78,3 +78,18 @@ def tail_linear(x: Tensor, whole: Tensor, bias: Tensor | None, targets: Tensor) 
     if plan is None or tables is None or tails is None:
         return functional.linear(x, whole[:, : x.shape[1]], bias)
     return functional.linear(triton_tail.shrink(x, targets, plan, tables, tails.counters), whole, bias)
+
+
+def _of_wide(wide: Tensor, whole: Tensor, *_: object) -> Tensor:
+    return wide.new_empty(wide.shape[0], whole.shape[0])
+
+
+@opaque(_of_wide, mutates=("wide",))
+def wide_linear(wide: Tensor, whole: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    """The same for x that lies in the first k columns of wide [T, k + spare]: what comes behind it is written."""
+    plan, tables, tails = STEP.plan, STEP.tables, STEP.tails
+    if plan is None or tables is None or tails is None:
+        k = whole.shape[1] - tail.spare(targets.numel())
+        return functional.linear(wide[:, :k], whole[:, :k], bias)
+    triton_tail.shrink_behind(wide, targets, plan, tables, tails.counters)
+    return functional.linear(wide, whole, bias)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+import triton
 from torch import Tensor
 
 from adapters.kernels import tail
@@ -27,6 +28,8 @@ BLOCK_K = 128
 LEAST_SHARE, MOST_SHARE = 512, 2048
 """Elements of k of a shrink program: with fewer, adding the splits up takes longer than they save; with more, few
 programs walk long ones. Between them there is one program a multiprocessor (measured on an H200)."""
+MOST_COLUMNS = 64
+"""Of shrink's results in one program: of several targets, so that x is read once, if their ranks allow it."""
 COUNTERS = 1 << 14
 
 
@@ -81,20 +84,35 @@ def splits_of(k: int, programs: int, device: torch.device) -> int:
 
 def shrink(x: Tensor, targets: Tensor, plan: DevicePlan, tables: Tables, counters: Tensor) -> Tensor:
     """x [T, k] -> [T, k + spare]: x, and behind it s. Rows that the plan does not name hold anything."""
+    out = x.new_empty(x.shape[0], x.shape[1] + tail.spare(targets.numel()))
+    _shrink(x, out, targets, plan, tables, counters)
+    return out
+
+
+def shrink_behind(wide: Tensor, targets: Tensor, plan: DevicePlan, tables: Tables, counters: Tensor) -> None:
+    """Writes s behind x in wide [T, k + spare], whose first k columns are x already."""
+    _shrink(wide[:, : wide.shape[1] - tail.spare(targets.numel())], wide, targets, plan, tables, counters)
+
+
+def _shrink(
+    x: Tensor, out: Tensor, targets: Tensor, plan: DevicePlan, tables: Tables, counters: Tensor, splits: int = 0
+) -> None:
     count, k = targets.numel(), x.shape[1]
     shape = plan.shape
     if plan.columns is None:
         raise ValueError("plan: it has no places in the tail")
-    if shape.tiles * count > len(counters):
-        raise ValueError(f"plan: {shape.tiles} tiles of {count} targets are more than {len(counters)} counters")
-    splits = splits_of(k, -(-shape.entries // shape.block_m) * count, x.device)
-    out = x.new_empty(x.shape[0], k + tail.spare(count))
+    group = count if count * plan.bucket <= MOST_COLUMNS else 1
+    groups = count // group
+    if shape.tiles * groups > len(counters):
+        raise ValueError(f"plan: {shape.tiles} tiles of {groups} groups are more than {len(counters)} counters")
+    splits = splits or splits_of(k, -(-shape.entries // shape.block_m) * groups, x.device)
+    columns = triton.next_power_of_2(group) * plan.bucket
     partials = torch.empty(
-        shape.tiles * count * splits * shape.block_m * plan.bucket if splits > 1 else 0,
+        shape.tiles * groups * splits * shape.block_m * columns if splits > 1 else 0,
         dtype=torch.float32,
         device=x.device,
     )
-    shrink_kernel[(shape.tiles * count * splits,)](
+    shrink_kernel[(shape.tiles * groups * splits,)](
         x,
         out,
         tables.data,
@@ -115,14 +133,17 @@ def shrink(x: Tensor, targets: Tensor, plan: DevicePlan, tables: Tables, counter
         out.stride(0),
         tables.ranks.stride(0),
         NT=count,
+        GROUP=group,
         K=k,
         RANKS=RANKS,
         BM=shape.block_m,
         BR=plan.bucket,
+        BC=columns,
+        BS=triton.next_power_of_2(group) * RANKS,
         BK=BLOCK_K,
         SPLITS=splits,
         VEC=16 // x.element_size(),
+        COPY=x.data_ptr() != out.data_ptr(),
         num_warps=4,
         num_stages=3,
     )
-    return out

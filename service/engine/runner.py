@@ -123,7 +123,14 @@ class Runner:
         self.kernels = kernels
         self.page_size = page_size
         self.hook = _Hook(kernels)
-        installed = layers.install(loaded.model, loaded.manifest, self.hook, fuse=fuse, tails=kernels.tails)
+        installed = layers.install(
+            loaded.model,
+            loaded.manifest,
+            self.hook,
+            fuse=fuse,
+            tails=kernels.tails,
+            after_attention=loaded.after_attention,
+        )
         self.sites = [layer.site for layer in installed]
         kernels.bind(installed, len(loaded.manifest.linears))
         self.graphs: StepGraphs | None = None

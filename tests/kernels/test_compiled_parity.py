@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from adapters.kernels import backend, ops
+from adapters.kernels import backend, ops, triton_tail
 from adapters.kernels.backend import TritonKernels
 from service.engine import build, compiled, draw
 from service.engine.attention_triton import TritonPagedAttention
@@ -50,13 +50,18 @@ def staged(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("architecture", ["gemma2", "phi3"])
-def test_tokens_and_distributions_are_peft_s(architecture: str, staged: list[int], tmp_path: Path) -> None:
+def test_tokens_and_distributions_are_peft_s(
+    architecture: str, staged: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And no layer breaks into pieces, or is compiled more often than it has versions."""
     every = recipes(architecture)
     mixes = [(("rank4", 0.5), ("rank16", 1.0))]
     world = World(architecture, tmp_path, {name: every[name] for name in NAMES}, mixes)
     engine = world.engine(tmp_path, max_tokens_per_step=48, prefix_caching=False)
     runner: Any = engine.engine.runner
+    copied: list[int] = []
+    shrink = triton_tail.shrink
+    monkeypatch.setattr(triton_tail, "shrink", lambda x, *rest: copied.append(x.shape[1]) or shrink(x, *rest))
     model = runner._model
     traces = CompileCounterWithBackend("aot_eager")
     compiled.compile_layers(model, traces)
@@ -69,5 +74,7 @@ def test_tokens_and_distributions_are_peft_s(architecture: str, staged: list[int
         compiled.undo(model)
         engine.close()
     assert staged
+    behind = sum(site.after_attention for site in runner.sites)
+    assert len(copied) == behind * len(staged), "x is copied that the kernel before could have put in its place"
     kinds = len({module.loraplex_window for module in model.modules() if hasattr(module, "loraplex_window")})
     assert traces.frame_count <= kinds * VERSIONS + 2, "the last norm: one token or many"

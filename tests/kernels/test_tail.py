@@ -54,6 +54,10 @@ class World:
         rows = triton_tail.shrink(x, self.targets, device_plan, self.table, self.tails.counters)
         named = torch.from_numpy(plan.tokens).long()
         assert torch.equal(rows[named, : x.shape[1]], x[named])
+        wide = torch.full_like(rows, torch.nan)
+        wide[:, : x.shape[1]] = x
+        triton_tail.shrink_behind(wide, self.targets, device_plan, self.table, self.tails.counters)
+        assert torch.equal(wide[named], rows[named]), "x lies there already: the same, but for the copy"
         assert (self.tails.counters == 0).all()
         return functional.linear(rows, tail.whole(self.weight, len(self.parts)))
 
@@ -377,3 +381,10 @@ def test_the_operator_is_registered_truthfully(step: ops.Step) -> None:
     for bias in (None, torch.randn(80, device=DEVICE)):
         arguments = (x, tail.whole(world.weight, 2), bias, world.targets)
         torch.library.opcheck(ops.tail_linear.default, arguments, test_utils=("test_schema", "test_faketensor"))
+        wide = torch.cat([x, torch.zeros(5, tail.spare(2), device=DEVICE)], 1)
+        rest = arguments[1:]
+        torch.library.opcheck(ops.wide_linear.default, (wide, *rest), test_utils=("test_schema", "test_faketensor"))
+        assert torch.equal(ops.wide_linear(wide, *rest), ops.tail_linear(*arguments))
+        step.plan = None
+        assert torch.equal(ops.wide_linear(wide, *rest), functional.linear(x, world.weight, bias))
+        step.plan = DevicePlan.from_plan(plan, 8, DEVICE, 64, covers=True, ranks=of, placed=placed)
