@@ -79,8 +79,8 @@ def shrink_kernel(
     VEC: tl.constexpr,
     COPY: tl.constexpr,
 ):
-    """A program computes GROUP targets of a tile, over a share of k: BC columns, BR for each target. BS: columns of their
-    tails. COPY: x is copied to `out` by the way; otherwise it lies there already."""
+    """A program computes GROUP targets of a tile over a share of k: BC columns, BR for each target. BS: columns of
+    their tails. COPY: x is copied to `out` by the way; otherwise it lies there already."""
     GROUPS: tl.constexpr = NT // GROUP
     K_SPLIT: tl.constexpr = ((K + BK - 1) // BK + SPLITS - 1) // SPLITS * BK
     split = tl.program_id(0) % SPLITS

@@ -50,7 +50,10 @@ class Harness:
         self.refused: dict[str, Refused] = {}
         self.replies: dict[str, Reply] = {}
         self.max_running = 0
-        options: dict[str, Any] = {"kv_pages": 256, "arena_bytes": 8 << 20, "max_sequences": 64} | config
+        options: dict[str, Any] = {"kv_pages": 256, "arena_bytes": 8 << 20, "max_sequences": 64}
+        if config.get("device", "cpu") != "cpu":  # else 8 GiB of pinned memory in each of several test processes
+            options["host_cache_bytes"] = 256 << 20
+        options |= config
         self.config = EngineConfig(
             model_path=str(base),
             blobs_dir=str(folder / "blobs"),

@@ -96,7 +96,7 @@ def test_adapters_in_the_tails_of_base_weights(monkeypatch, tmp_path, way):
     world = World("llama", tmp_path, recipes("llama"), MIXES)
     exact = Oracle(world.base, world.adapters, device=DEVICE)
     compare(world, exact, tmp_path, "bfloat16", way, eager=way == "mixed", max_sequences=4)
-    assert sum(p is not None for p in placed) > 20
+    assert sum(p is not None for p in placed) > 5
     assert ops.STEP.tails is not None
 
 
