@@ -20,9 +20,9 @@ DECODE_ENTRIES = 512
 """Plans of at most so many (token, adapter) pairs use small tiles: their time is that of reading factors."""
 LARGE_SEGMENTS = 48
 """From so many tokens an adapter on, a step with prompts uses large LoRA tiles."""
-TAIL_TOKENS = 768
-"""Steps of so many tokens use the tails: in smaller ones a kernel before the base product costs what it saves (H200,
-one adapter: 576 tokens 18.0 ms instead of 17.9, 1,024 26.8 instead of 27.7, 2,048 53.9 instead of 55.3)."""
+TAIL_TOKENS = 384
+"""Steps of so many tokens use the tails: in smaller ones a kernel before the base product costs what it saves
+(benchmarks/RESULTS.md)."""
 TAIL_TILE = 64
 """Tokens of a tile of adapters that stand in the tails."""
 

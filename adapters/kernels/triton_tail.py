@@ -10,9 +10,9 @@ has to run before the base product, not beside it. That pays where many tokens s
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 from adapters.kernels import tail
@@ -24,12 +24,10 @@ from adapters.site import Site
 
 PIECE = 64
 """Rows of W that one step of a staging program fills."""
-BLOCK_K = 128
 LEAST_SHARE, MOST_SHARE = 512, 2048
 """Elements of k of a shrink program: with fewer, adding the splits up takes longer than they save; with more, few
-programs walk long ones. Between them there is one program a multiprocessor (measured on an H200)."""
-MOST_COLUMNS = 64
-"""Of shrink's results in one program: of several targets, so that x is read once, if their ranks allow it."""
+programs walk long ones. Between them there is one program a multiprocessor. Of 32 launch configurations for each of 12
+shapes (H100, benchmarks/RESULTS.md) this rule gives the best or one at most 5% slower."""
 COUNTERS = 1 << 14
 
 
@@ -76,10 +74,25 @@ class Tails:
         )
 
 
-def splits_of(k: int, programs: int, device: torch.device) -> int:
-    """Programs among which k is divided, where there are `programs` without."""
-    filling = 1 << max(0, (multiprocessors(device) // max(1, programs)).bit_length() - 1)
-    return max(1, -(-k // MOST_SHARE), min(filling, k // LEAST_SHARE))
+@dataclass(frozen=True, slots=True)
+class ShrinkConfig:
+    """How shrink is launched."""
+
+    rows: int
+    """Of a program: a power of two, 16 to a tile's."""
+    splits: int
+    """Programs among which k is divided."""
+    block_k: int = 128
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+def config_of(k: int, tokens: int, targets: int, device: torch.device) -> ShrinkConfig:
+    """For rows of k elements, so many of them, and targets of a site."""
+    rows = 32
+    programs = max(1, -(-tokens // rows) * targets)
+    filling = 1 << max(0, (multiprocessors(device) // programs).bit_length() - 1)
+    return ShrinkConfig(rows, max(1, -(-k // MOST_SHARE), min(filling, k // LEAST_SHARE)))
 
 
 def shrink(x: Tensor, targets: Tensor, plan: DevicePlan, tables: Tables, counters: Tensor) -> Tensor:
@@ -95,24 +108,27 @@ def shrink_behind(wide: Tensor, targets: Tensor, plan: DevicePlan, tables: Table
 
 
 def _shrink(
-    x: Tensor, out: Tensor, targets: Tensor, plan: DevicePlan, tables: Tables, counters: Tensor, splits: int = 0
+    x: Tensor,
+    out: Tensor,
+    targets: Tensor,
+    plan: DevicePlan,
+    tables: Tables,
+    counters: Tensor,
+    config: ShrinkConfig | None = None,
 ) -> None:
     count, k = targets.numel(), x.shape[1]
     shape = plan.shape
     if plan.columns is None:
         raise ValueError("plan: it has no places in the tail")
-    group = count if count * plan.bucket <= MOST_COLUMNS else 1
-    groups = count // group
-    if shape.tiles * groups > len(counters):
-        raise ValueError(f"plan: {shape.tiles} tiles of {groups} groups are more than {len(counters)} counters")
-    splits = splits or splits_of(k, -(-shape.entries // shape.block_m) * groups, x.device)
-    columns = triton.next_power_of_2(group) * plan.bucket
+    config = config or config_of(k, shape.entries, count, x.device)
+    rows, splits = min(config.rows, shape.block_m), config.splits
+    items = shape.tiles * (shape.block_m // rows) * count
+    if items > len(counters):
+        raise ValueError(f"plan: {shape.tiles} tiles of {count} targets are more than {len(counters)} counters")
     partials = torch.empty(
-        shape.tiles * groups * splits * shape.block_m * columns if splits > 1 else 0,
-        dtype=torch.float32,
-        device=x.device,
+        items * splits * rows * plan.bucket if splits > 1 else 0, dtype=torch.float32, device=x.device
     )
-    shrink_kernel[(shape.tiles * groups * splits,)](
+    shrink_kernel[(items * splits,)](
         x,
         out,
         tables.data,
@@ -133,17 +149,15 @@ def _shrink(
         out.stride(0),
         tables.ranks.stride(0),
         NT=count,
-        GROUP=group,
         K=k,
         RANKS=RANKS,
-        BM=shape.block_m,
+        PARTS=shape.block_m // rows,
+        BM=rows,
         BR=plan.bucket,
-        BC=columns,
-        BS=triton.next_power_of_2(group) * RANKS,
-        BK=BLOCK_K,
+        BK=config.block_k,
         SPLITS=splits,
         VEC=16 // x.element_size(),
         COPY=x.data_ptr() != out.data_ptr(),
-        num_warps=4,
-        num_stages=3,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )

@@ -73,8 +73,10 @@ DECODE_VARIANTS = (*VARIANTS[:2], Variant(512, 1, 16), VARIANTS[2])
 nothing weigh more there."""
 LARGE_VARIANTS = (Variant(16, 1, 64), Variant(64, 1, 64), Variant(512, 4, 64))
 TAIL_VARIANTS = (Variant(16, 1, TAIL_TILE, tail=True), Variant(tail.RANKS, 1, TAIL_TILE, tail=True))
-"""For few adapters with many tokens each; the first that a large step is tried with. There is no other one with large
-tiles for ranks to 16 there: from 768 tokens on those of 16 are as fast (1,024: 27.9 ms and 27.7, 2,048 alike, H200)."""
+"""For few adapters with many tokens each; the first that a large step is tried with."""
+SMALL_TILES_DO = 768
+"""From so many tokens on there is no other one with large tiles for ranks to 16: those of 16 are as fast (1,024 tokens:
+27.9 ms and 27.7, 2,048 alike, H200)."""
 MANY_VARIANT = Variant(512, MAX_MIX, 16)
 """For mixes of more adapters than the others hold. Each of its graphs has twice their launches, so few shapes have one,
 and a step with such a mix takes the next of those: at most some ms longer, where launched kernel by kernel it takes 26
@@ -106,7 +108,8 @@ def variants_of_shapes(
         if not shape.tiles:
             found[shape] = (None, *DECODE_VARIANTS, *many)
         elif tails and shape.tokens >= TAIL_TOKENS:
-            found[shape] = (None, *TAIL_VARIANTS, *VARIANTS, *LARGE_VARIANTS[1:], *many)
+            rest = LARGE_VARIANTS[1:] if shape.tokens >= SMALL_TILES_DO else LARGE_VARIANTS
+            found[shape] = (None, *TAIL_VARIANTS, *VARIANTS, *rest, *many)
         else:
             found[shape] = (None, *VARIANTS, *(LARGE_VARIANTS if large else ()), *many)
     return found

@@ -50,7 +50,7 @@ def warm_up(runner: Runner, arena: Arena, manifest: Manifest, budget: int, *, de
             finally:
                 kernels.tails = tails
             if tails:
-                _step(runner, min(TAIL_TOKENS, budget), ((row, 1.0),), manifest.max_positions)
+                _step(runner, min(max(TOKENS[0], TAIL_TOKENS), budget), ((row, 1.0),), manifest.max_positions)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     log.info("warmed up in %.1f s", time.perf_counter() - begin)

@@ -100,6 +100,34 @@ def test_one_product_is_base_and_deltas(
     assert torch.equal(world.weight, torch.cat(before)), "the base weight was written"
 
 
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("rows", [16, 32, 64])
+@pytest.mark.parametrize(("k", "splits"), [(64, 1), (520, 2), (2104, 7)])
+def test_however_shrink_is_launched(rows: int, k: int, splits: int) -> None:
+    """Parts of tiles without rows, shares of k of different lengths, and counters that are zero again."""
+    world = World([[16, 5], [7, 16]], k, (24, 40), DTYPES[-1])
+    plan = world.plan([(70, ((1, 1.5),)), (3, ()), (17, ((0, 1.0),))])
+    of = world.table.ranks_of(plan)
+    placed = world.tails.slots.place(plan, of, world.generation)
+    device_plan = DevicePlan.from_plan(plan, 16, DEVICE, 64, covers=True, ranks=of, placed=placed)
+    x = torch.randn(90, k, generator=torch.Generator().manual_seed(1)).to(DEVICE, DTYPES[-1])
+    wanted = triton_tail.shrink(x, world.targets, device_plan, world.table, world.tails.counters)
+    out = torch.empty_like(wanted)
+    config = triton_tail.ShrinkConfig(rows, splits, block_k=64)
+    for _ in range(2):
+        triton_tail._shrink(x, out, world.targets, device_plan, world.table, world.tails.counters, config)
+        assert error(out, wanted.cpu().double()) < LIMIT[DTYPES[-1]]
+        assert (world.tails.counters == 0).all()
+
+
+def test_the_rule_for_launches_of_shrink() -> None:
+    """One program a multiprocessor, as long as shares of k are neither short nor long."""
+    one, few = triton_tail.config_of(4096, 32, 1, DEVICE), triton_tail.config_of(512, 32, 1, DEVICE)
+    assert few.splits == 1
+    assert 4096 // 2048 <= one.splits <= 4096 // 512
+    assert triton_tail.config_of(14336, 2048, 1, DEVICE).splits == 7
+
+
 def test_one_buffer_serves_plan_after_plan() -> None:
     """What a CUDA graph does: adapters come and go in the tail, some stay, and one row's block is replaced."""
     world = World([[16, 16], [16, 8], [40, 33], [5, 16], [16, 0], [64, 64]], 96, (64, 32), DTYPES[-1])
