@@ -24,7 +24,7 @@ from tests.service.inference_helpers import BASE, VOCABULARY, InferenceServer
 STREAMS = 500
 TOKENS = 32
 GROWTH = 8 << 20
-"""Bytes that a process may gain after the first round."""
+"""Bytes that a process may gain after its first rounds."""
 
 
 @pytest.fixture(scope="module")
@@ -79,10 +79,11 @@ async def test_500_streams_lose_nothing_and_memory_stays_flat(loaded: InferenceS
             assert whole(texts[i]) == expected_text(loaded, bodies[i]["prompt"])
         return done
 
-    await run(0)
+    for number in range(2):  # what a process keeps of its first rounds differs by megabytes
+        await run(number)
     warm = memory.now()
     async with memory.sampled():
-        for number in range(1, 4):
+        for number in range(2, 5):
             await run(number)
     loaded.wait_until_idle()
     grown = [after - before for before, after in zip(warm, memory.now(), strict=True)]
