@@ -1,7 +1,8 @@
 """How many tokens a step may have. No torch.
 
 `tokens_per_step` is the whole budget. `prefill_tokens_per_step` bounds what prompts may add to a step in which others
-decode, and so the time between two tokens of a stream:
+decode (`Filling` and, for a crowd, `riding_tokens` say how much of that a step is given), and so the time between two
+tokens of a stream:
 
     time between tokens = step that only decodes + RIDING_S
 
@@ -43,6 +44,8 @@ STEP_SIZES = (64, 128, 192, 256, 320, 384, 512, 576, 640, 768, 1024, 1280, 1536,
 """Tokens to which steps with prompts are padded on CUDA (graphs.py). Larger ones are not: they keep the device busy for
 longer than their launches take the host. There is no 448: such a step takes 18.3 ms, and one of 512 15.2 (8B,
 H100)."""
+MIXED_SEQUENCES = 256
+"""Most sequences of such a step."""
 CROWD, CROWD_TOKENS = 80, 1280
 """From so many decoding sequences on the bound grows with them, as far as a step of so many tokens."""
 
@@ -70,12 +73,13 @@ ALIKE = 1.03
 
 
 class Filling:
-    """Prompts are cut where a step's size is full, as what is padded costs as much, and some sizes cost more for each
-    token than smaller ones: products are computed in tiles, and the last wave of tiles may be nearly empty.
+    """Prompts are cut where a step's size is full, if that makes their tokens no dearer: what is padded costs as much,
+    and of steps that compute prompts at the same pace the shorter ones are better for all who wait.
 
-    An 8B model on an H100, 63 sequences decoding: 14.7 ms for a size of 512 tokens, 17.0 for 576. So prompts of 512
-    tokens go on in chunks of 449, of which each token costs 15 us more than the step that only decodes, where they cost
-    17 by 512 tokens at once (benchmarks/RESULTS.md)."""
+    An 8B model on an H100, 63 sequences decoding, a bound of 512: by 449 tokens in a size of 512 a prompt token takes
+    32.8 us of the step, by 512 in one of 576 33.2, as products are computed in tiles of 128 rows
+    (benchmarks/RESULTS.md). A step that only decodes takes 8.1 ms anyway; what prompts add to that is 14.8 us a token
+    in the first, and 17.4 in the second."""
 
     def __init__(self, seconds: Mapping[int, float]) -> None:
         """seconds: of a step, by the size to which it is padded; empty: steps are not padded."""
@@ -85,7 +89,7 @@ class Filling:
     def _tokens(self, decoding: int, bound: int) -> int:
         """Prompt tokens, at most `bound`, that ride with so many decoding sequences: those of the smallest size whose
         price for each of them is the least there is."""
-        if decoding < FULL_FROM or not self._sizes or decoding + bound > self._sizes[-1][0]:
+        if not FULL_FROM <= decoding < MIXED_SEQUENCES or not self._sizes or decoding + bound > self._sizes[-1][0]:
             return bound
         prices: list[tuple[int, float]] = []
         for size, seconds in self._sizes:

@@ -324,7 +324,8 @@ class StepGraphs:
         stream.synchronize()
         if whole:  # what the step has left in the allocator's cache is the graph's; the kernels leave little
             torch.cuda.empty_cache()
-        graph = torch.cuda.CUDAGraph(keep_graph=True)
+        # Steps that only decode have no memsets; what is kept of a graph is host memory.
+        graph = torch.cuda.CUDAGraph(keep_graph=bool(shape.tiles))
         # As torch.cuda.graph, which empties the cache each time: 3 s of a start (H100).
         with torch.cuda.stream(stream):
             graph.capture_begin(pool=pool)
@@ -335,7 +336,8 @@ class StepGraphs:
                     graph.capture_end()
                 raise
             graph.capture_end()
-        memsets.instantiate(graph)
+        if shape.tiles:
+            memsets.instantiate(graph)
         return graph
 
     def _blank(self, places: _Places) -> None:

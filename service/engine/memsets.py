@@ -48,13 +48,20 @@ done:
 """
 
 
+class GraphDamagedError(Exception):
+    """A graph that could be neither changed nor left as it was: it must not run."""
+
+
 def instantiate(graph: torch.cuda.CUDAGraph) -> int:
     """Makes a graph that was captured with keep_graph=True executable, with kernels instead of its small memsets to
-    zero; their number. Where the driver's interface does not allow that, they stay: the graph does the same."""
+    zero; their number. Where the driver's interface does not allow that, they stay: the graph does the same. Raises
+    GraphDamagedError."""
     replaced = 0
     try:
         replaced = _replace(graph.raw_cuda_graph())
-    except (ImportError, RuntimeError):  # each step of it leaves a graph that is right
+    except GraphDamagedError:
+        raise
+    except Exception:  # whatever another version of the driver's bindings may raise
         _complain()
     graph.instantiate()
     return replaced
@@ -79,11 +86,31 @@ def _replace(address: int) -> int:
         kernel.blockDimX, kernel.blockDimY, kernel.blockDimZ = _THREADS, 1, 1
         kernel.kernelParams = ((begin, size // 4), (ctypes.c_void_p, ctypes.c_uint))
         new = _checked(driver.cuGraphAddKernelNode(graph, before, len(before), kernel))
-        if after:
-            _checked(driver.cuGraphAddDependencies(graph, [new] * len(after), after, None, len(after)))
-        _checked(driver.cuGraphDestroyNode(node))
+        try:
+            _link(driver, graph, new, after)
+        except Exception as error:
+            # Nothing waits for it yet: it might zero the counter of a product that runs.
+            _destroy(driver, new, error)
+            raise
+        _checked(driver.cuGraphDestroyNode(node))  # if it stays, both zero the same before the same product
         replaced += 1
     return replaced
+
+
+def _link(driver: Any, graph: Any, node: Any, after: list[Any]) -> None:
+    """Lets the nodes `after` wait for `node`."""
+    if after:
+        from cuda.bindings import __version__ as version
+
+        edges = () if int(version.partition(".")[0]) < 13 else (None,)  # bindings of CUDA 12 have no edge data there
+        _checked(driver.cuGraphAddDependencies(graph, [node] * len(after), after, *edges, len(after)))
+
+
+def _destroy(driver: Any, node: Any, cause: Exception) -> None:
+    try:
+        _checked(driver.cuGraphDestroyNode(node))
+    except Exception as error:
+        raise GraphDamagedError(f"a node could be neither linked ({cause}) nor taken away ({error})") from cause
 
 
 def _all(query: Any, of: Any) -> list[Any]:

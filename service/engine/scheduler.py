@@ -83,6 +83,10 @@ class Scheduler:
         """What is decided of this step."""
         self._gone: set[Sequence] = set()
         """Preempted in this step."""
+        self._rode = False
+        """There were prompts in the last step."""
+        self._cut: Sequence | None = None
+        """The last step had no room for all of its prompt."""
         self._guests = Guests(self.tenants, self.max_prefill_tokens_per_step)
 
     @property
@@ -133,21 +137,26 @@ class Scheduler:
         self._gone.clear()
         hosts = self._guests.hosts(len(self.running))
         begun = self._decode(self._guests.in_turn(self.running, hosts) if hosts else self.running)
-        budget = self.max_tokens_per_step - len(self._step)
-        if self._step:
-            budget = min(budget, self._riding(len(self._step), guests=bool(hosts)))
+        decoding = len(self._step)
+        budget = self.max_tokens_per_step - decoding
+        if decoding:
+            budget = min(budget, self._riding(decoding, guests=bool(hosts)))
         # Where pages were just short, whoever came in now would be the next to go.
         self._prefill(begun, budget, admit=not self._gone, hosts=hosts)
+        self._rode = len(self._step) > decoding
         return Batch(list(self._step.values()))
 
     def _riding(self, decoding: int, *, guests: bool) -> int:
         """Prompt tokens that may ride with so many decoding sequences."""
         bound = self.max_prefill_tokens_per_step
         alone = self.tenants.serving.keys() <= SINGLE_USER
-        if alone and decoding > CROWD:
-            return riding_tokens(decoding, bound)
         # Short steps and free slots are what makes a flood bearable for other tenants (guests.py).
-        return bound if guests and not alone else self._filling.tokens(decoding, bound)
+        if guests and not alone:
+            return bound
+        if alone and decoding > CROWD and (most := riding_tokens(decoding, bound)) > bound:
+            return most
+        # A prompt that comes alone ends sooner in one step; where one follows another, the next fills up what is cut.
+        return self._filling.tokens(decoding, min(bound, self.max_tokens_per_step - decoding)) if self._rode else bound
 
     def _decode(self, running: list[Sequence]) -> dict[str, list[Sequence]]:
         """One token of every one of `running` whose earlier tokens are all computed. The others are returned, by
@@ -177,10 +186,11 @@ class Scheduler:
         names = {**begun, **self.tenants.queued} if admit else begun
         guests = self._guests.among(names, len(self.running), hosts) if hosts else set()
         rest = self._guests.rest(len(self._step)) if hosts else budget
+        first = self._rest_of_cut()
         heap = []
         for place, name in enumerate(names):
             tenant = self.tenants[name]
-            order = (name in hosts, *tenant.standing(), place)
+            order = (name in hosts, name != first, *tenant.standing(), place)
             heap.append((order, tenant, self._candidates(tenant, begun.get(name, []), admit)))
         heapq.heapify(heap)
         fed: list[Sequence] = []
@@ -199,12 +209,22 @@ class Scheduler:
                     self._guests.asks(seq.num_uncomputed)
             count = min(seq.num_uncomputed, limit)
             self._put(seq, count)
+            if count < seq.num_uncomputed:
+                self._cut = seq
             budget -= count
             rest -= count if order[0] else 0
-            heapq.heapreplace(heap, ((order[0], *tenant.standing(), order[3]), tenant, candidates))
+            heapq.heapreplace(heap, ((order[0], True, *tenant.standing(), order[-1]), tenant, candidates))
         if hosts and self._guests.sit_out(any(seq in self._step for seq in fed)):
             for seq in [seq for seq in self._step if seq.tenant in hosts]:
                 self._take_out(seq)
+
+    def _rest_of_cut(self) -> str | None:
+        """The tenant of the prompt that the last step cut, if half a step's prompts or less are left of it: it goes first,
+        once. Otherwise it would wait, charged for what it had, until all others' prompts were nearly computed too."""
+        cut, self._cut = self._cut, None
+        if cut is None or cut.state is not _RUNNING or cut.num_uncomputed > self.max_prefill_tokens_per_step // 2:
+            return None
+        return cut.tenant
 
     def _candidates(self, tenant: Tenant, begun: list[Sequence], admit: bool) -> Iterator[Sequence]:
         """The sequences of a tenant that have prompt tokens to compute, one after the other: whoever asks for the next

@@ -11,6 +11,7 @@ from adapters.manifest import Manifest, Module
 from benchmarks import fairness
 from benchmarks.timeline import H200_8B, Timeline, percentile
 from service.engine import admission, guests
+from service.engine.budgets import Filling
 from service.engine.fairness import MAX_IDLE, Prices, Tenants
 from service.engine.guests import PAUSE
 from service.engine.pace import StepTimes
@@ -465,6 +466,14 @@ def test_capacity_that_one_leaves_goes_to_the_other() -> None:
 # ---------------------------------------------------------------- anything goes
 
 
+class Anywhere(Filling):
+    """Cuts steps of few sequences too, which are all there are here."""
+
+    def __init__(self, rng: random.Random) -> None:
+        super().__init__({})
+        self.tokens = lambda decoding, bound: rng.randint(1, bound)  # type: ignore[assignment]
+
+
 class Books(Shared):
     """What was computed, priced once more from outside."""
 
@@ -483,6 +492,7 @@ class Books(Shared):
             max_tokens_per_step=rng.randint(7, 30),
             max_prefill_tokens_per_step=rng.choice([0, 0, 3, 6]),
             prices=prices,
+            filling=rng.choice([None, Anywhere(rng)]),
         )
         self.expected: dict[str, float] = {}
         self.reached: dict[Sequence, int] = {}

@@ -265,9 +265,9 @@ def test_the_bound_of_prompts_grows_with_a_crowd_that_decodes(tenant: str, decod
     assert [count for _, count, _ in counts(stage.tick()) if count > 1] == [allowed]
 
 
-@pytest.mark.parametrize("tenant", ["default", "acme"])
-def test_prompts_that_ride_are_cut_where_a_size_is_full(tenant: str) -> None:
-    """And what is left of them goes first in the next step, with as much of the next prompt as has room."""
+def filled() -> Stage:
+    """One in which 20 sequences of the tenant "default" decode, a step has at most 100 tokens of prompts beside them,
+    and a size of 96 tokens is the one to fill."""
     stage = Stage(pages=10_000, max_sequences=64, budget=512)
     stage.scheduler = Scheduler(
         stage.pool,
@@ -277,17 +277,79 @@ def test_prompts_that_ride_are_cut_where_a_size_is_full(tenant: str) -> None:
         max_prefill_tokens_per_step=100,
         filling=Filling({64: 1.0, 96: 1.1, 128: 2.0, 160: 2.4}),
     )
-
-    def add(prompt: int) -> Sequence:
-        seq = stage.sequence(prompt)
-        seq.tenant = tenant
-        stage.scheduler.add(seq)
-        return seq
-
-    decoding = [add(4) for _ in range(20)]
+    for _ in range(20):
+        add(stage, 4)
     assert {count for _, count, _ in counts(stage.tick())} == {4}
-    first, second = add(100), add(100)
-    assert counts(stage.tick())[20:] == [(first, 76, False)]
-    assert counts(stage.tick())[20:] == [(first, 24, True), (second, 52, False)]
-    assert counts(stage.tick())[21:] == [(second, 48, True)]
+    return stage
+
+
+def add(stage: Stage, prompt: int, tenant: str = "default") -> Sequence:
+    seq = stage.sequence(prompt)
+    seq.tenant = tenant
+    stage.scheduler.add(seq)
+    return seq
+
+
+def prompts(batch: Batch) -> list[tuple[Sequence, int]]:
+    return [(item.seq, item.count) for item in batch.items if item.count > 1]
+
+
+def test_prompts_that_ride_are_cut_where_a_size_is_full() -> None:
+    """And what is left of them goes first in the next step, with as much of the next prompt as has room."""
+    stage = filled()
+    decoding = list(stage.scheduler.running)
+    first, second = add(stage, 100), add(stage, 100)
+    assert prompts(stage.tick()) == [(first, 76)]
+    assert prompts(stage.tick()) == [(first, 24), (second, 52)]
+    assert prompts(stage.tick()) == [(second, 48)]
     assert all(len(seq.tokens) == 8 for seq in decoding), "every stream had its token in every step"
+
+
+def test_a_prompt_that_comes_alone_is_not_cut() -> None:
+    """Only where one follows another does the next fill up what is cut."""
+    stage = filled()
+    assert prompts(stage.tick()) == []
+    alone = add(stage, 100)
+    assert prompts(stage.tick()) == [(alone, 100)]
+    following = add(stage, 100)
+    assert prompts(stage.tick()) == [(following, 75)]
+
+
+def without_hosts(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage.scheduler._guests, "hosts", lambda running: {})
+
+
+def test_the_rest_of_a_cut_prompt_goes_before_other_tenants_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Charged for nearly all of it, its tenant would wait until all others' prompts were nearly computed too."""
+    stage = filled()
+    without_hosts(stage, monkeypatch)
+    cut, *others = (add(stage, 96, tenant) for tenant in ("a", "b", "c", "d"))
+    assert prompts(stage.tick()) == [(cut, 76)]
+    done = []
+    for _ in range(6):
+        batch = stage.tick()
+        assert sum(count for _, count in prompts(batch)) <= 76
+        done += [item.seq for item in batch.items if item.samples and item.count > 1]
+    assert done[:2] == [cut, others[0]]
+    assert set(done) == {cut, *others}
+
+
+def test_a_long_prompt_that_is_cut_has_no_such_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = filled()
+    without_hosts(stage, monkeypatch)
+    long = add(stage, 300, "a")
+    assert prompts(stage.tick()) == [(long, 76)]
+    other = add(stage, 76, "b")
+    assert prompts(stage.tick()) == [(other, 76)], "224 tokens are left, more than half of the bound"
+
+
+def test_while_guests_are_about_steps_of_tenants_are_not_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they may take is the guests' affair (guests.py)."""
+    stage = filled()
+    add(stage, 4, "host")
+    stage.tick()
+    hosts = {name: stage.scheduler.tenants[name] for name in ("default", "host")}
+    monkeypatch.setattr(stage.scheduler._guests, "hosts", lambda running: hosts)
+    monkeypatch.setattr(stage.scheduler._guests, "in_turn", lambda running, hosts: running)
+    guest = add(stage, 100, "guest")
+    assert prompts(stage.tick()) == [(guest, 100)]

@@ -81,7 +81,7 @@ def test_the_highest_ranks_beside_low_ones(tmp_path, dtype, way):
 
 @pytest.mark.parametrize("way", ["mixed", "warm"])
 def test_adapters_in_the_tails_of_base_weights(monkeypatch, tmp_path, way):
-    """In steps of any size, eager and in graphs (else steps of 768 tokens use them)."""
+    """In steps of any size, eager and in graphs (else those of 384 tokens and more use them)."""
     from adapters.kernels import backend, ops
     from service.engine import graph_shapes
 
