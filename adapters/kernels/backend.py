@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from adapters.arena import Arena
-from adapters.kernels import ops, triton_lora, triton_tail
+from adapters.kernels import ops, tail, triton_lora, triton_tail
 from adapters.kernels.device_plan import DevicePlan
 from adapters.kernels.ops import STEP
 from adapters.kernels.tail import Placed
@@ -45,6 +45,8 @@ class TritonKernels:
         """Of the model, for `warm_up`."""
         self.tails = tails
         """May be switched off for a time."""
+        self.compiled = True
+        """Layers are: the kernel that computes x then writes it where it is wanted."""
         self.tailed = False
         """The step's adapters stand in the tails: read while layers are traced."""
         STEP.tables, STEP.plan, STEP.tails = arena, None, None
@@ -107,18 +109,27 @@ class TritonKernels:
             STEP.tails.stage(STEP.plan, self.arena)
 
     def warm_up(self, plan: DevicePlan, tokens: int) -> None:
-        """Launches the kernels of every kind of site once, so that they are compiled and loaded. plan: an empty one."""
+        """Launches the kernels of every kind of site once, as `linear` will, so that they are compiled and loaded.
+        plan: an empty one."""
         if plan.shape.tail and STEP.tails:
             STEP.tails.stage(plan, self.arena)
-        kinds = {(site.in_features, site.widths): site for site in self.sites}
-        for site in kinds.values():
-            x, y = (self.arena.data.new_zeros(tokens, size) for size in (site.in_features, site.out_features))
-            targets = triton_lora.target_tensor(site.targets, x.device)
+        for site in {(s.in_features, s.widths, self._copies(s)): s for s in self.sites}.values():
+            targets = triton_lora.target_tensor(site.targets, self.arena.data.device)
+            x = self.arena.data.new_zeros(tokens, site.in_features)
             if plan.shape.tail and STEP.tails:
-                triton_tail.shrink(x, targets, plan, self.arena, STEP.tails.counters)
+                if self._copies(site):
+                    triton_tail.shrink(x, targets, plan, self.arena, STEP.tails.counters)
+                else:
+                    wide = x.new_zeros(tokens, site.in_features + tail.spare(len(site.targets)))
+                    triton_tail.shrink_behind(wide, targets, plan, self.arena, STEP.tails.counters)
                 continue
+            y = x.new_zeros(tokens, site.out_features)
             partials = triton_lora.shrink(x, targets, plan, self.arena)
             triton_lora.expand(y, partials, targets, site.offsets, site.widths, plan, self.arena, add=not plan.covers)
+
+    def _copies(self, site: Site) -> bool:
+        """Whether x of this site has to be copied to rows with room for the tail."""
+        return site.after_attention or not self.compiled
 
     def ranks(self, plan: LoraPlan) -> NDArray[np.int32]:
         """[segments] the largest rank that each segment's row has in any target; 0 without an adapter."""
@@ -130,9 +141,10 @@ class TritonKernels:
         """Base product and deltas beside each other; their sum is left to the compiler, which folds it into the
         kernel that reads the result anyway. Or one product, with the tails."""
         if self.tailed and whole is not None:
-            if site.after_attention or not torch.compiler.is_compiling():
+            if self._copies(site) or not torch.compiler.is_compiling():
                 return ops.tail_linear(x, whole, bias, targets)
-            # The compiled kernel that computes x writes it into the wide rows: nothing is copied.
+            # The compiled kernel that computes x writes it into the wide rows, if there is one; another fills the rest
+            # with what shrink overwrites, as the compiler leaves nothing empty.
             spare = x.new_empty(x.shape[0], whole.shape[1] - x.shape[1])
             return ops.wide_linear(torch.cat([x, spare], 1), whole, bias, targets)
         y, delta = ops.lora_linear(x, weight, bias, targets, list(site.offsets), list(site.widths))

@@ -40,6 +40,8 @@ class LoraKernels(Protocol):
     fused: bool
     tails: bool
     """It wants weights with spare columns (adapters/kernels/tail.py)."""
+    compiled: bool
+    """The layers that use it are."""
 
     def bind(self, installed: list[LoraLinear], targets: int) -> None:
         """The layers that will use it; targets: number of all target indices."""
@@ -58,6 +60,7 @@ class ReferenceKernels:
 
     fused = False
     tails = False
+    compiled = False
 
     def __init__(self, arena: Arena, in_features: list[int], out_features: list[int]) -> None:
         self._arena = arena

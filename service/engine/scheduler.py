@@ -219,8 +219,9 @@ class Scheduler:
                 self._take_out(seq)
 
     def _rest_of_cut(self) -> str | None:
-        """The tenant of the prompt that the last step cut, if half a step's prompts or less are left of it: it goes first,
-        once. Otherwise it would wait, charged for what it had, until all others' prompts were nearly computed too."""
+        """The tenant of the prompt that the last step cut, if half a step's prompts or less are left of it: it goes
+        first, once. Otherwise it would wait, charged for what it had, until all others' prompts were nearly computed
+        too."""
         cut, self._cut = self._cut, None
         if cut is None or cut.state is not _RUNNING or cut.num_uncomputed > self.max_prefill_tokens_per_step // 2:
             return None

@@ -30,6 +30,8 @@ TOKENS = (600, 1, 9)
 """Of the dummy steps. One token, and more, are different code to the compiler; the first step with more decides for
 which size it lays out its loops, so it is no small one. Attention has tiles of its own for up to 16 queries, and in a
 step of which all tokens decode it writes their keys itself."""
+SEVERAL_PARTS = 65
+"""Keys of a decoding sequence that attention divides among several programs, which is different code too."""
 
 
 def warm_up(runner: Runner, arena: Arena, manifest: Manifest, budget: int, *, deterministic: bool) -> None:
@@ -37,7 +39,7 @@ def warm_up(runner: Runner, arena: Arena, manifest: Manifest, budget: int, *, de
     begin = time.perf_counter()
     sizes = (budget,) if deterministic else TOKENS
     for tokens in () if deterministic else sizes:
-        _step(runner, min(tokens, budget), None, manifest.max_positions)
+        _step(runner, tokens, budget, None, manifest.max_positions)
     with dummy_adapter(arena, manifest, RANK_BUCKETS[0]) as row:
         if row is None:
             log.warning("the arena is too small for an adapter of rank %d: LoRA is not warmed up", RANK_BUCKETS[0])
@@ -46,11 +48,11 @@ def warm_up(runner: Runner, arena: Arena, manifest: Manifest, budget: int, *, de
             tails, kernels.tails = kernels.tails, False
             try:
                 for tokens in sizes:
-                    _step(runner, min(tokens, budget), ((row, 1.0),), manifest.max_positions)
+                    _step(runner, tokens, budget, ((row, 1.0),), manifest.max_positions)
             finally:
                 kernels.tails = tails
             if tails:
-                _step(runner, min(max(TOKENS[0], TAIL_TOKENS), budget), ((row, 1.0),), manifest.max_positions)
+                _step(runner, max(TOKENS[0], TAIL_TOKENS), budget, ((row, 1.0),), manifest.max_positions)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     log.info("warmed up in %.1f s", time.perf_counter() - begin)
@@ -78,16 +80,20 @@ def dummy_adapter(arena: Arena, manifest: Manifest, rank: int) -> Iterator[int |
         arena.free(region)
 
 
-def _step(runner: Runner, tokens: int, rows: Rows | None, positions: int) -> None:
-    """A sequence that decodes, and beside it a prompt of the other tokens, if there are any: nothing is written to the
-    cache, and nothing of it is kept. positions: how many the model knows."""
+def _step(runner: Runner, wanted: int, budget: int, rows: Rows | None, positions: int) -> None:
+    """A sequence that decodes, and beside it a prompt of the other tokens, if there are any, `wanted` or the budget in
+    all: nothing is written to the cache, and nothing of it is kept. positions: how many the model knows."""
+    tokens = min(wanted, budget)
     plan: LoraPlan | None = build_plan([(0, tokens, rows)]) if rows else None
     lens = np.array([1, tokens - 1] if tokens > 1 else [1], dtype=np.int32)
+    contexts = lens.copy()
+    if wanted >= TOKENS[0]:
+        contexts[0] = min(SEVERAL_PARTS, positions)
     layout = StepLayout(
         slots=np.full(tokens, -1, dtype=np.int64),
         query_lens=lens,
-        context_lens=lens,
-        page_table=np.zeros((len(lens), -(-tokens // runner.page_size)), dtype=np.int32),
+        context_lens=contexts,
+        page_table=np.zeros((len(lens), -(-int(contexts.max()) // runner.page_size)), dtype=np.int32),
         num_decode=1,
     )
     ids = np.zeros(tokens, dtype=np.int64)

@@ -15,7 +15,7 @@ import torch._dynamo.exc
 
 from adapters.kernels import ops
 from adapters.kernels.backend import TritonKernels
-from service.engine import build, compiled, draw, prepare
+from service.engine import attention_triton, build, compiled, draw, prepare
 from service.engine.attention_triton import TritonPagedAttention
 from service.engine.errors import CannotStart
 from tests.engine.oracle import recipes
@@ -118,3 +118,31 @@ def test_a_model_whose_layers_do_not_compile_is_captured_as_it_is(
     assert engine.engine.runner.graphs is not None
     assert not [module for module in engine.engine.runner._model.modules() if module._compiled_call_impl is not None]
     engine.engine.runner.graphs = None
+
+
+def test_attention_meets_no_other_code_in_steps_without_graphs(prepared: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs have compiled the rest: decoding sequences in one part and in several, whose keys they write."""
+    met: set[tuple[bool, bool]] = set()
+    kernel = attention_triton.decode_kernel
+
+    class Noting:
+        def __getitem__(self, grid: Any) -> Callable[..., None]:
+            def launch(*args: Any, **constants: Any) -> None:
+                if not constants["COUNTED"] and not constants["WRITES"]:
+                    met.add((constants["DIRECT"], constants["CAPPED"]))
+                kernel[grid](*args, **constants)
+
+            return launch
+
+    monkeypatch.setattr(attention_triton, "decode_kernel", Noting())
+    engine, world = prepared(lambda: None)
+    warm = set(met)
+    met.clear()
+    engine.engine.runner.graphs = None
+    ask_all(engine, world, ["base", "rank4"], max_tokens=30, prompt_logprobs=1)
+    engine.run()
+    ask_all(engine, world, ["rank16", "rank4-long"], max_tokens=2, prompt_logprobs=1)
+    engine.run()
+    assert met, "no prompt came beside a sequence that decodes"
+    assert met <= warm
+    assert warm == {(True, False), (False, False)}

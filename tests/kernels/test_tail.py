@@ -397,6 +397,44 @@ def test_a_step_takes_the_tails_or_not_and_a_layer_is_compiled_once_for_each(
     assert arena.generation.sum() == 0
 
 
+def test_what_is_warmed_up_is_what_compiled_layers_launch(step: ops.Step, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Block().to(DEVICE).requires_grad_(False)
+    manifest = manifest_of(model)
+    arena = Arena.for_manifest(manifest, device=DEVICE, nbytes=1 << 20, rows=8)
+    bind_adapter(arena, 0, 16, manifest)
+    kernels = TritonKernels(arena, overlap=False, tails=True)
+    hook = _Hook(kernels)
+    met: set[tuple[int, int, bool]] = set()
+    shrink = triton_tail._shrink
+
+    def noting(x: Tensor, out: Tensor, targets: Tensor, *rest: object) -> None:
+        met.add((x.shape[1], targets.numel(), x.data_ptr() != out.data_ptr()))
+        shrink(x, out, targets, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(triton_tail, "_shrink", noting)
+    monkeypatch.setattr(backend, "TAIL_TOKENS", 64)
+    with torch.inference_mode():
+        kernels.bind(install(model, manifest, hook, tails=True, after_attention={"down_proj"}), len(manifest.linears))
+        shape = PlanShape.bounded(64, 8, 1, 64, 16, tail=True)
+        host = np.zeros(shape.size, dtype=np.int32)
+        pack(None, shape, host)
+        empty = DevicePlan(shape, torch.from_numpy(host).to(DEVICE), 16, covers=True)
+        kernels.use(empty)
+        kernels.warm_up(empty, 64)
+        warm = set(met)
+        met.clear()
+        kernels.begin_step(plan_of([(64, ((0, 1.0),))]), 64)
+        assert kernels.tailed
+        hook.active = True
+        torch.compile(model, backend="aot_eager", fullgraph=True)(torch.randn(64, 64, device=DEVICE))
+    assert met == warm == {(64, 2, False), (48, 1, True)}
+    kernels.compiled = False
+    met.clear()
+    with torch.inference_mode():
+        kernels.warm_up(empty, 64)
+    assert met == {(64, 2, True), (48, 1, True)}
+
+
 def test_the_operator_is_registered_truthfully(step: ops.Step) -> None:
     """torch's own check: schema, mutation and fake results agree with what the operator does."""
     world = World([[8, 4]], 64, (32, 48), torch.float32)
