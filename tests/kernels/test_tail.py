@@ -120,6 +120,31 @@ def test_however_shrink_is_launched(rows: int, k: int, splits: int) -> None:
         assert (world.tails.counters == 0).all()
 
 
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="there programs run in what order they please")
+def test_whichever_split_is_last_the_bits_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.interpreter import interpreter_builder
+
+    world = World([[16, 5], [7, 16]], 520, (24, 40), torch.float32)
+    plan = world.plan([(70, ((1, 1.5),)), (3, ()), (17, ((0, 1.0),))])
+    of = world.table.ranks_of(plan)
+    placed = world.tails.slots.place(plan, of, world.generation)
+    device_plan = DevicePlan.from_plan(plan, 16, DEVICE, 64, covers=True, ranks=of, placed=placed)
+    x = torch.randn(90, 520, generator=torch.Generator().manual_seed(1))
+    place = interpreter_builder.set_grid_idx
+    config = triton_tail.ShrinkConfig(32, 3, block_k=64)
+    programs = device_plan.shape.tiles * 2 * 2 * 3
+    outs = []
+    for order in (range(programs), range(programs)[::-1], sorted(range(programs), key=lambda at: (at % 3) ^ 1)):
+        turn = list(order)
+        monkeypatch.setattr(interpreter_builder, "set_grid_idx", lambda x, y, z, turn=turn: place(turn[x], y, z))
+        outs.append(torch.zeros(90, 520 + tail.spare(2)))
+        triton_tail._shrink(x, outs[-1], world.targets, device_plan, world.table, world.tails.counters, config)
+        assert (world.tails.counters == 0).all()
+    assert outs[0][:, 520:].any()
+    assert torch.equal(outs[1], outs[0])
+    assert torch.equal(outs[2], outs[0])
+
+
 def test_the_rule_for_launches_of_shrink() -> None:
     """One program a multiprocessor, as long as shares of k are neither short nor long."""
     one, few = triton_tail.config_of(4096, 32, 1, DEVICE), triton_tail.config_of(512, 32, 1, DEVICE)
