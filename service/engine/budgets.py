@@ -89,7 +89,9 @@ class Filling:
     def _tokens(self, decoding: int, bound: int) -> int:
         """Prompt tokens, at most `bound`, that ride with so many decoding sequences: those of the smallest size whose
         price for each of them is the least there is."""
-        if not FULL_FROM <= decoding < MIXED_SEQUENCES or not self._sizes or decoding + bound > self._sizes[-1][0]:
+        if bound < 1 or not FULL_FROM <= decoding < MIXED_SEQUENCES:
+            return bound
+        if not self._sizes or decoding + bound > self._sizes[-1][0]:
             return bound
         prices: list[tuple[int, float]] = []
         for size, seconds in self._sizes:

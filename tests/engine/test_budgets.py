@@ -68,6 +68,11 @@ def test_prompts_are_cut_where_a_token_of_them_costs_least() -> None:
     assert filling.tokens(64, 64) == 64
 
 
+def test_where_those_that_decode_fill_the_budget_nothing_rides() -> None:
+    assert Filling({64: 6.8}).tokens(64, 0) == 0
+    assert Filling({64: 6.8}).tokens(63, 1) == 1
+
+
 def test_few_sequences_unknown_sizes_and_steps_that_are_not_padded_keep_the_bound() -> None:
     assert {Filling(H100).tokens(decoding, 512) for decoding in range(FULL_FROM)} == {512}
     assert Filling({}).tokens(63, 512) == 512
