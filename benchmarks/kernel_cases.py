@@ -15,7 +15,8 @@ from adapters.kernels.device_plan import DevicePlan
 from adapters.kernels.tuning import ExpandConfig, ShrinkConfig
 from adapters.plan import build_plan
 from service.engine.attention import StepLayout
-from service.engine.attention_triton import NewEntries, StepArrays, decode, kv_write, paged_attention
+from service.engine.attention_triton import NewEntries, decode, kv_write, paged_attention
+from service.engine.step_arrays import StepArrays
 
 HIDDEN, QUERY_HEADS, KV_HEADS, HEAD_DIM, PAGE = 4096, 32, 8, 128, 16
 SITES: dict[str, tuple[int, tuple[int, ...]]] = {

@@ -117,7 +117,7 @@ def shrink_kernel(
                     if COPY:  # noqa: SIM102 - known when it is compiled
                         if j == 0:
                             tl.store(out_at + kk[None, :], xv, mask=x_mask)
-            if SPLITS > 1:  # noqa: SIM102
+            if SPLITS > 1:  # noqa: SIM102 - the same
                 if rank > 0:
                     # Whoever is last of the splits adds them up, always in their order: the same bits every time.
                     at = partials + item.to(tl.int64) * (SPLITS * BM * BR) + (rows * BR)[:, None] + r[None, :]

@@ -76,10 +76,10 @@ class Filling:
     """Prompts are cut where a step's size is full, if that makes their tokens no dearer: what is padded costs as much,
     and of steps that compute prompts at the same pace the shorter ones are better for all who wait.
 
-    An 8B model on an H100, 63 sequences decoding, a bound of 512: by 449 tokens in a size of 512 a prompt token takes
-    32.8 us of the step, by 512 in one of 576 33.2, as products are computed in tiles of 128 rows
-    (benchmarks/RESULTS.md). A step that only decodes takes 8.1 ms anyway; what prompts add to that is 14.8 us a token
-    in the first, and 17.4 in the second."""
+    An 8B model on an H100, 63 sequences with contexts of 600 tokens decoding, a bound of 512: by 449 tokens in a size
+    of 512 a prompt token takes 32.8 us of the step, by 512 in one of 576 33.2 (benchmarks/RESULTS.md). A step that only
+    decodes takes 8.1 ms anyway; what prompts add to that is 14.8 us a token in the first, and 17.4 in the second. The
+    times at start, by which is chosen, are of steps without contexts."""
 
     def __init__(self, seconds: Mapping[int, float]) -> None:
         """seconds: of a step, by the size to which it is padded; empty: steps are not padded."""

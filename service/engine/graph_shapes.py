@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from adapters.kernels import tail
 from adapters.kernels.backend import TAIL_TILE, TAIL_TOKENS
 from service.engine.attention import StepLayout
-from service.engine.attention_triton import SMALL_TILE
 from service.engine.budgets import MIXED_SEQUENCES, STEP_SIZES
+from service.engine.step_arrays import SMALL_TILE
 
 MAX_MIX = 8
 """Adapters of a request at most (build.MAX_ADAPTERS_PER_REQUEST)."""

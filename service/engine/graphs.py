@@ -33,7 +33,7 @@ from adapters.kernels.tail import Placed
 from adapters.plan import NOTHING, LoraPlan, covering
 from service.engine import memsets
 from service.engine.attention import StepLayout
-from service.engine.attention_triton import TILE, StepArrays, TritonPagedAttention, tiles
+from service.engine.attention_triton import TritonPagedAttention
 from service.engine.draw import WIDTH
 from service.engine.draw_triton import draw_into
 from service.engine.graph_shapes import (
@@ -44,6 +44,7 @@ from service.engine.graph_shapes import (
     one_shape,
     variants_of_shapes,
 )
+from service.engine.step_arrays import TILE, StepArrays, tiles
 from service.engine.transfer import fill_pending
 
 log = logging.getLogger(__name__)
@@ -324,7 +325,7 @@ class StepGraphs:
         stream.synchronize()
         if whole:  # what the step has left in the allocator's cache is the graph's; the kernels leave little
             torch.cuda.empty_cache()
-        # Steps that only decode have no memsets; what is kept of a graph is host memory.
+        # Steps that only decode have one memset at most; what is kept of a graph is host memory.
         graph = torch.cuda.CUDAGraph(keep_graph=bool(shape.tiles))
         # As torch.cuda.graph, which empties the cache each time: 3 s of a start (H100).
         with torch.cuda.stream(stream):

@@ -2,12 +2,13 @@
 
 A step has a budget of tokens. First every running sequence that decodes gets its one token, so that no stream waits
 for another's prompt; what is left goes to the chunks of prompts. While somebody decodes, those chunks have a bound of
-their own (`max_prefill_tokens_per_step`): it, and not the budget, says how long the streams' next token takes.
+their own (`max_prefill_tokens_per_step`): it, and not the budget, says how long the streams' next token takes. How much
+of it a step is given is in budgets.py.
 
-Between tenants, the one charged least goes first (fairness.py); within one, a higher priority, then prompts that are
-begun, then order of arrival. Only two are passed by others of their tenant: one whose adapters are on their way
-(FETCHING), and one that waits for a sibling to fill the prefix cache for it. How sequences come in and who has to make
-room is in admission.py.
+Between tenants, the one charged least goes first (fairness.py), but for the rest of a prompt that the step before had
+no room for; within one, a higher priority, then prompts that are begun, then order of arrival. Only two are passed by
+others of their tenant: one whose adapters are on their way (FETCHING), and one that waits for a sibling to fill the
+prefix cache for it. How sequences come in and who has to make room is in admission.py.
 
 While tenants with few sequences come and go beside tenants with many (guests.py), the latter keep their steps short,
 their prompts come last, and they sit out the steps that compute the others' prompts.
@@ -16,9 +17,10 @@ Every sequence gets to its end. The oldest of all that run is never preempted, a
 taken, so it ends, and after it the next. (Hosts' prompts stand still while guests' are computed. That ends too: hosts'
 decodes end, from then on hosts are charged nothing, and who has been charged more than they were is no guest.) Of
 those that wait, take the oldest: only finitely many of its tenant are before it, so what they cost is finite, while
-other tenants' counters rise with all they get, until its tenant is first; from then on at most MAX_PASSED come in
-before it, those that run end, and it comes in. (Priorities are a tenant's own affair: a stream of urgent requests
-can keep its other requests waiting.) With a single tenant all this is first come, first served, newest preempted.
+other tenants' counters rise with all they get, until its tenant is first (but for rests of prompts, one a step at
+most, which have begun before); from then on at most MAX_PASSED come in before it, those that run end, and it comes in.
+(Priorities are a tenant's own affair: a stream of urgent requests can keep its other requests waiting.) With a single
+tenant all this is first come, first served, newest preempted.
 """
 
 from __future__ import annotations

@@ -13,7 +13,8 @@ if not torch.cuda.is_available():
 
 from adapters.kernels import ops, triton_lora
 from adapters.kernels.device_plan import DevicePlan, PlanShape, pack
-from service.engine.attention_triton import NewEntries, StepArrays, decode, kv_write, paged_attention
+from service.engine.attention_triton import NewEntries, decode, kv_write, paged_attention
+from service.engine.step_arrays import StepArrays
 from tests.kernels import attention_cases, lora_cases
 from tests.kernels.lora_cases import error, expected, make_site, make_table, plan_of
 

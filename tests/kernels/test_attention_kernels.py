@@ -13,14 +13,13 @@ from service.engine.attention import LayerShape, PagedAttention, StepLayout
 from service.engine.attention_triton import (
     MOST_IN_PARTS,
     NewEntries,
-    StepArrays,
     TritonPagedAttention,
     decode,
     decode_splits,
     kv_write,
     paged_attention,
-    tiles,
 )
+from service.engine.step_arrays import StepArrays, tiles
 from tests.kernels.attention_cases import CASES, DECODING, Batch, Case, attend, make_batch
 from tests.kernels.lora_cases import error
 
@@ -50,19 +49,7 @@ def test_decode_in_several_parts_gives_the_same(splits: int, window: int | None)
     batch = make_batch(case, torch.float32, DEVICE)
     step = StepArrays.from_layout(batch.layout, DEVICE)
     kv_write(batch.k, batch.v, batch.k_cache, batch.v_cache, step.slots)
-    out = torch.full(batch.q.shape, torch.nan, device=DEVICE)
-    decode(
-        batch.q,
-        batch.k_cache,
-        batch.v_cache,
-        step.page_table,
-        step.context_lens,
-        out,
-        scale=batch.scale,
-        max_context=200,
-        window=window,
-        splits=splits,
-    )
+    out = decoded(batch, case, step, splits, writes=False)
     assert error(out, batch.wanted) < 1e-6
 
 
@@ -73,8 +60,10 @@ def decoded(
     splits: int,
     count: torch.Tensor | None = None,
     counters: torch.Tensor | None = None,
+    *,
+    writes: bool = True,
 ) -> torch.Tensor:
-    """What `decode` gives where it writes the step's own keys; 7 where it leaves `out` alone."""
+    """What `decode` gives, by default where it writes the step's own keys; 7 where it leaves `out` alone."""
     out = torch.full(batch.q.shape, 7.0, dtype=batch.q.dtype, device=DEVICE)
     decode(
         batch.q,
@@ -83,7 +72,7 @@ def decoded(
         step.page_table,
         step.context_lens,
         out,
-        new=NewEntries(batch.k, batch.v, step.slots),
+        new=NewEntries(batch.k, batch.v, step.slots) if writes else None,
         scale=batch.scale,
         max_context=step.max_context,
         window=case.window,

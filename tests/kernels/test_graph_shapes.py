@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from service.engine.attention import StepLayout
-from service.engine.attention_triton import SMALL_TILE, TILE, tiles
 from service.engine.budgets import STEP_SIZES
 from service.engine.build import MAX_ADAPTERS_PER_REQUEST, MAX_RANK
 from service.engine.graph_shapes import (
@@ -26,6 +25,7 @@ from service.engine.graph_shapes import (
     variants_of_shapes,
 )
 from service.engine.graphs import _Places
+from service.engine.step_arrays import SMALL_TILE, TILE, tiles
 
 
 def layout(*counts: int) -> StepLayout:
