@@ -12,7 +12,6 @@ from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from adapters.kernels import tail
 from adapters.kernels.dense import PackedWeight, can_pack
@@ -31,6 +30,9 @@ class LoraHook(Protocol):
     """False while the step has no adapter at all: then layers launch nothing."""
     fused: bool
     """The hook computes base product and deltas together (`linear`), where that is faster than one after the other."""
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x [T, in] W0ᵀ + bias -> [T, out]; traceable by torch.compile."""
 
     def linear(
         self, x: Tensor, weight: Tensor, whole: Tensor | None, bias: Tensor | None, targets: Tensor, site: Site
@@ -77,7 +79,7 @@ class LoraLinear(nn.Module):
             weight, targets = cast(Tensor, self.weight), cast(Tensor, self.targets)
             y = self.hook.linear(rows, weight, self.whole, self.bias, targets, self.site)
         else:
-            y = functional.linear(rows, cast(Tensor, self.weight), self.bias)
+            y = self.hook.product(rows, cast(Tensor, self.weight), self.bias)
         if self.hook.active and not self.hook.fused:
             self.hook(y, rows, self.site)
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -94,6 +96,21 @@ class PackedOutput(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.packed.product(x.reshape(-1, x.shape[-1]), self.bias).view(*x.shape[:-1], self.weight.shape[0])
+
+
+class OutputProduct(nn.Module):
+    """The output layer (LM head) on a GPU: the hook's product, whose kernel for a single row reads it sooner. `weight`
+    stays the model's, it may be tied."""
+
+    def __init__(self, linear: nn.Linear, hook: LoraHook) -> None:
+        super().__init__()
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self.hook = hook
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.hook.product(x.reshape(-1, x.shape[-1]), self.weight, self.bias)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
 
 class SharedProduct:
@@ -180,8 +197,12 @@ def install(
         installed.append(layer)
         done.update(f"{parent_name}.{leaf}" if parent_name else leaf for leaf in group)
     for module in manifest.modules:
-        if module.kind == "output" and can_pack(model.get_parameter(f"{module.name}.weight")):
-            model.set_submodule(module.name, PackedOutput(_linear(*_place(model, module.name))))
+        if module.kind == "output":
+            weight = model.get_parameter(f"{module.name}.weight")
+            if can_pack(weight):
+                model.set_submodule(module.name, PackedOutput(_linear(*_place(model, module.name))))
+            elif weight.is_cuda:
+                model.set_submodule(module.name, OutputProduct(_linear(*_place(model, module.name)), hook))
     return installed
 
 

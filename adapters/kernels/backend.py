@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from adapters.arena import Arena
-from adapters.kernels import ops, tail, triton_lora, triton_tail
+from adapters.kernels import one_row, ops, tail, triton_lora, triton_tail
 from adapters.kernels.device_plan import DevicePlan
 from adapters.kernels.ops import STEP
 from adapters.kernels.tail import Placed
@@ -37,32 +40,36 @@ class TritonKernels:
 
     fused = True
 
-    def __init__(self, arena: Arena, *, overlap: bool = True, tails: bool = False) -> None:
+    def __init__(self, arena: Arena, *, overlap: bool = True, tails: bool = False, rows_alone: bool = True) -> None:
         """overlap: LoRA runs on a side stream beside the base product. tails: in large steps whose tokens share few
-        adapters, one product does both (tail.py)."""
+        adapters, one product does both (tail.py). rows_alone: products of a step of one token are those of one_row.py,
+        not the library's."""
         self.arena = arena
-        self.sites: list[Site] = []
-        """Of the model, for `warm_up`."""
+        self._installed: list[LoraLinear] = []
+        """In the model, for `warm_up`."""
         self.tails = tails
         """May be switched off for a time."""
         self.compiled = True
         """Layers are: the kernel that computes x then writes it where it is wanted."""
         self.tailed = False
         """The step's adapters stand in the tails: read while layers are traced."""
+        self._rows_alone = rows_alone
+        self.one_row = False
+        """The step is one token, and computed as one_row.py does: read while layers are traced."""
         STEP.tables, STEP.plan, STEP.tails = arena, None, None
         # Of high priority: its kernels are short, and what follows waits for them; the base product takes what is left.
         STEP.side = torch.cuda.Stream(arena.data.device, priority=-1) if overlap and arena.data.is_cuda else None
 
     def bind(self, installed: list[LoraLinear], targets: int) -> None:
         """The layers that will use it; targets: number of all target indices."""
-        self.sites = [layer.site for layer in installed]
+        self._installed = installed
         if self.tails:
             weights = [(layer.site, layer.whole) for layer in installed if layer.whole is not None]
             STEP.tails = triton_tail.Tails(weights, targets, self.arena.data.device)
 
     def begin_step(self, plan: LoraPlan | None, tokens: int) -> None:
         if plan is None:
-            self.use(None)
+            self.use(None, tokens)
             return
         # float32 has no tensor cores to fill, and its larger tiles spill registers.
         small = len(plan.tokens) <= DECODE_ENTRIES or self.arena.data.element_size() == 4
@@ -80,15 +87,17 @@ class TritonKernels:
                 covers=True,
                 ranks=ranks,
                 placed=placed,
-            )
+            ),
+            tokens,
         )
         if placed:
             self.stage()
             self.launched(placed)
 
-    def use(self, plan: DevicePlan | None) -> None:
-        """A plan that lies on the device already (a CUDA graph's own)."""
+    def use(self, plan: DevicePlan | None, tokens: int) -> None:
+        """A plan that lies on the device already (a CUDA graph's own), for steps of so many tokens."""
         STEP.tables, STEP.plan = self.arena, plan
+        self.one_row = self._rows_alone and tokens == 1
         self.tailed = plan is not None and plan.shape.tail
 
     def place(self, plan: LoraPlan, ranks: NDArray[np.integer]) -> Placed | None:
@@ -113,7 +122,9 @@ class TritonKernels:
         plan: an empty one."""
         if plan.shape.tail and STEP.tails:
             STEP.tails.stage(plan, self.arena)
-        for site in {(s.in_features, s.widths, self._copies(s)): s for s in self.sites}.values():
+        kinds = {(s.in_features, s.widths, self._copies(s)): layer for layer in self._installed for s in (layer.site,)}
+        for layer in kinds.values():
+            site = layer.site
             targets = triton_lora.target_tensor(site.targets, self.arena.data.device)
             x = self.arena.data.new_zeros(tokens, site.in_features)
             if plan.shape.tail and STEP.tails:
@@ -122,6 +133,9 @@ class TritonKernels:
                 else:
                     wide = x.new_zeros(tokens, site.in_features + tail.spare(len(site.targets)))
                     triton_tail.shrink_behind(wide, targets, plan, self.arena, STEP.tails.counters)
+                continue
+            if self.one_row and one_row.fits(site):
+                self.linear(x, cast(Tensor, layer.weight), layer.whole, layer.bias, targets, site)
                 continue
             y = x.new_zeros(tokens, site.out_features)
             partials = triton_lora.shrink(x, targets, plan, self.arena)
@@ -139,16 +153,22 @@ class TritonKernels:
         self, x: Tensor, weight: Tensor, whole: Tensor | None, bias: Tensor | None, targets: Tensor, site: Site
     ) -> Tensor:
         """Base product and deltas beside each other; their sum is left to the compiler, which folds it into the
-        kernel that reads the result anyway. Or one product, with the tails."""
+        kernel that reads the result anyway. Or one product, with the tails; or one kernel, for a single row."""
         if self.tailed and whole is not None:
             if self._copies(site) or not torch.compiler.is_compiling():
                 return ops.tail_linear(x, whole, bias, targets)
-            # The compiled kernel that computes x writes it into the wide rows, if there is one; another fills the rest
-            # with what shrink overwrites, as the compiler leaves nothing empty.
-            spare = x.new_empty(x.shape[0], whole.shape[1] - x.shape[1])
-            return ops.wide_linear(torch.cat([x, spare], 1), whole, bias, targets)
+            # The compiled kernel that computes x writes it into the wide rows, if there is one. Only through as_strided
+            # does the compiler write to a part of a tensor in its place; the rest shrink writes.
+            wide = x.new_empty(x.shape[0], whole.shape[1])
+            wide.as_strided(x.shape, (whole.shape[1], 1)).copy_(x)
+            return ops.wide_linear(wide, whole, bias, targets)
+        if self.one_row and one_row.fits(site):
+            return ops.one_row_linear(x, weight, bias, targets, list(site.offsets), list(site.widths))
         y, delta = ops.lora_linear(x, weight, bias, targets, list(site.offsets), list(site.widths))
         return y + delta
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return ops.one_row_product(x, weight, bias) if self.one_row else functional.linear(x, weight, bias)
 
     def apply(self, y: Tensor, x: Tensor, site: Site) -> None:
         if STEP.plan is not None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from adapters.kernels import tail, triton_lora, triton_tail
+from adapters.kernels import early, one_row, tail, triton_lora, triton_tail
 from adapters.kernels.device_plan import DevicePlan
 from adapters.kernels.opaque import opaque
 from adapters.kernels.triton_lora import Tables
@@ -93,3 +93,22 @@ def wide_linear(wide: Tensor, whole: Tensor, bias: Tensor | None, targets: Tenso
         return functional.linear(wide[:, :k], whole[:, :k], bias)
     triton_tail.shrink_behind(wide, targets, plan, tables, tails.counters)
     return functional.linear(wide, whole, bias)
+
+
+@opaque(_one)
+def one_row_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W0^T + bias of one row, [1, d]."""
+    return one_row.product(x, weight, bias)
+
+
+@opaque(_one)
+def one_row_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, offsets: Sequence[int], widths: Sequence[int]
+) -> Tensor:
+    """The same, and the deltas of the step's plan."""
+    plan, tables = STEP.plan, STEP.tables
+    if plan is None or tables is None:
+        return one_row.product(x, weight, bias)
+    partials = triton_lora.shrink(x, targets, plan, tables, starts_early=early.can_start_early(x.device))
+    deltas = one_row.Deltas(partials, targets, tuple(offsets), tuple(widths), plan, tables)
+    return one_row.product(x, weight, bias, deltas)

@@ -197,12 +197,16 @@ def decode_kernel(
     CAPPED: tl.constexpr,
     COUNTED: tl.constexpr,
     WRITES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Attention of one query per sequence over a share of its keys, for the query heads of one KV head.
 
     Programs whose shares have no keys do nothing. The last of the others to be done puts their parts together; DIRECT:
     there is one share. WRITES: the newest key, the query's own, is in k and v and not yet in the cache. The program of
     the last share that has keys attends to it and writes it to its slot, which no program reads."""
+    if EARLY:  # adapters/kernels/early.py
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     s = tl.program_id(0).to(tl.int64)
     if COUNTED:  # noqa: SIM102
         if s >= tl.load(count):

@@ -14,6 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
+from adapters.kernels import early
 from service.engine.attention import LayerShape, StepLayout, allocate_cache
 from service.engine.attention_kernels import decode_kernel, kv_write_kernel, prefill_kernel
 from service.engine.step_arrays import SMALL_TILE, StepArrays
@@ -229,6 +230,8 @@ def decode(
         if counters is None or counters.numel() < sequences * kv_heads:
             counters = torch.zeros(sequences * kv_heads, dtype=torch.int32, device=q.device)
     factor, cap = _scores(scale, softcap)
+    # Beside more sequences, where products are the library's, nothing is gained.
+    starts_early = sequences == 1 and early.can_start_early(q.device)
     k, v, slots = (q, q, context_lens) if new is None else (_adjacent(new.k), _adjacent(new.v), new.slots)
     decode_kernel[(sequences, kv_heads, splits)](
         _rows(q),
@@ -270,9 +273,11 @@ def decode(
         CAPPED=softcap is not None,
         COUNTED=count is not None,
         WRITES=new is not None,
+        EARLY=starts_early,
         num_warps=4,
         num_stages=3,
         maxnreg=REGISTERS if splits > 1 and padded <= 128 and q.element_size() == 2 else None,
+        **early.options(starts_early),
     )
 
 

@@ -217,7 +217,8 @@ def _kernels(
         from service.engine.attention_triton import TritonPagedAttention
 
         attention = TritonPagedAttention(*size, uniform=config.deterministic)
-        return attention, TritonKernels(arena, tails=_tails(config, loaded)), draw_triton.draw
+        lora = TritonKernels(arena, tails=_tails(config, loaded), rows_alone=not config.deterministic)
+        return attention, lora, draw_triton.draw
     linears = loaded.manifest.linears
     kernels = ReferenceKernels(
         arena, [module.in_features for module in linears], [module.out_features for module in linears]

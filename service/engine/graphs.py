@@ -303,7 +303,7 @@ class StepGraphs:
         if variant is not None:
             size = places.plans[variant]
             plan = DevicePlan(size, part("plan")[: size.size], variant.rank, covers=True)
-        self._kernels.use(plan)
+        self._kernels.use(plan, shape.tokens)
         self._set_active(plan is not None)
         wanted = part("wanted") if shape.wanted else None
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from adapters.layers import LoraLinear
+from adapters.layers import LoraLinear, OutputProduct
 from service.engine.errors import CannotStart
 
 
@@ -19,7 +19,7 @@ def check_products(model: nn.Module, rows: int) -> None:
     """Tries each kind of weight once. Raises CannotStart, with the weight."""
     tried: set[tuple[object, ...]] = set()
     for name, module in model.named_modules():
-        if not isinstance(module, LoraLinear | nn.Linear) or module.weight is None:
+        if not isinstance(module, LoraLinear | OutputProduct | nn.Linear) or module.weight is None:
             continue
         kind = (module.weight.shape, module.bias is None)
         if kind in tried:

@@ -9,6 +9,7 @@ import torch._dynamo.exc
 import torch._inductor.exc
 
 from adapters.arena import Arena
+from adapters.kernels import early
 from service.engine import compiled
 from service.engine.attention import Attention
 from service.engine.config import EngineConfig
@@ -57,6 +58,11 @@ def prepare(
         deterministic=config.deterministic,
     )
 
+    def one_row() -> bool:
+        return kernels.one_row
+
+    starts_early = one_row if early.can_start_early(loaded.device) else None
+
     def capture() -> bool:
         warm_up(runner, arena, loaded.manifest, budget, deterministic=config.deterministic)
         try:
@@ -75,7 +81,7 @@ def prepare(
         return True
 
     with torch.inference_mode():
-        compiled.compile_layers(loaded.model)
+        compiled.compile_layers(loaded.model, starts_early=starts_early)
         try:
             captured = capture()
         except UNCOMPILED:

@@ -42,6 +42,8 @@ class LoraKernels(Protocol):
     """It wants weights with spare columns (adapters/kernels/tail.py)."""
     compiled: bool
     """The layers that use it are."""
+    one_row: bool
+    """The current step is one token, and its products are of kernels of their own (adapters/kernels/one_row.py)."""
 
     def bind(self, installed: list[LoraLinear], targets: int) -> None:
         """The layers that will use it; targets: number of all target indices."""
@@ -49,6 +51,8 @@ class LoraKernels(Protocol):
     def begin_step(self, plan: LoraPlan | None, tokens: int) -> None: ...
 
     def apply(self, y: Tensor, x: Tensor, site: Site) -> None: ...
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
 
     def linear(
         self, x: Tensor, weight: Tensor, whole: Tensor | None, bias: Tensor | None, targets: Tensor, site: Site
@@ -61,6 +65,7 @@ class ReferenceKernels:
     fused = False
     tails = False
     compiled = False
+    one_row = False
 
     def __init__(self, arena: Arena, in_features: list[int], out_features: list[int]) -> None:
         self._arena = arena
@@ -77,10 +82,13 @@ class ReferenceKernels:
         if self._plan is not None:
             reference.apply(y, x, site, self._plan)
 
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return functional.linear(x, weight, bias)
+
     def linear(
         self, x: Tensor, weight: Tensor, whole: Tensor | None, bias: Tensor | None, targets: Tensor, site: Site
     ) -> Tensor:
-        y = functional.linear(x, weight, bias)
+        y = self.product(x, weight, bias)
         self.apply(y, x, site)
         return y
 
@@ -90,6 +98,9 @@ class _Hook:
         self.kernels = kernels
         self.fused = kernels.fused
         self.active = False
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self.kernels.product(x, weight, bias)
 
     def linear(
         self, x: Tensor, weight: Tensor, whole: Tensor | None, bias: Tensor | None, targets: Tensor, site: Site

@@ -444,7 +444,7 @@ def test_what_is_warmed_up_is_what_compiled_layers_launch(step: ops.Step, monkey
         host = np.zeros(shape.size, dtype=np.int32)
         pack(None, shape, host)
         empty = DevicePlan(shape, torch.from_numpy(host).to(DEVICE), 16, covers=True)
-        kernels.use(empty)
+        kernels.use(empty, 64)
         kernels.warm_up(empty, 64)
         warm = set(met)
         met.clear()
