@@ -38,11 +38,7 @@ def shrink_kernel(
     SPLITS: tl.constexpr,
     VEC: tl.constexpr,
     MOST_BLOCKS: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
-    if EARLY:  # early.py
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     K_SPLIT: tl.constexpr = ((K + BK - 1) // BK + SPLITS - 1) // SPLITS * BK
     total = tl.load(num_blocks) * (NT * SPLITS)
     for item in range(tl.program_id(0), total, tl.num_programs(0)):

@@ -1,10 +1,11 @@
-"""Products of a single row: what a step of one decoding sequence does, base weights and adapters in one kernel.
+"""Products of a single row: what a step of one decoding sequence does.
 
-    y = x W0ᵀ + bias + Σ w · scale · (x Aᵀ) B           x [1, k] -> y [1, d]; x Aᵀ is triton_lora.shrink's
+    shrink     s = w · scale · (x Aᵀ)             float32, of every adapter of the row
+    product    y = x W0ᵀ + bias + Σ s B           x [1, k] -> y [1, d]
 
-Such a step is the time of reading the weights. A library's product for one row reads them at 2.0 to 2.8 TB/s where
-this one reaches 2.7 to 3.1 (H100, 3.35 by its data sheet; benchmarks/RESULTS.md), as its programs are small and many,
-and as it starts early: its first tiles are on their way while the kernel before is still at work.
+Such a step takes the time of reading the weights. A library's product for one row reads them at 2.0 to 2.8 TB/s where
+this one reaches 2.7 to 3.1 (H100, 3.35 by its data sheet; benchmarks/RESULTS.md): its programs are small and many, and
+they start early (early.py), so that their first tiles are on their way while the kernels before are at work.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from adapters.kernels import early
 from adapters.kernels.device_plan import DevicePlan
-from adapters.kernels.one_row_kernels import one_row_kernel
+from adapters.kernels.one_row_kernels import one_row_kernel, shrink_row_kernel
 from adapters.kernels.triton_lora import Tables
 from adapters.site import Site
 
@@ -26,17 +27,24 @@ COLUMNS = 4
 each of an 8B model's four products."""
 _TILE_BYTES = 2048
 """Of one column's part of a tile at most."""
-_RANKS = 32
-"""Expanded at once at most."""
+_RANKS_AT_ONCE = 32
+"""Of an adapter that product adds at once, at most."""
+_SHRINK_TILE = 8192
+"""Elements of a row of A that shrink reads at once, at most."""
+_SHRINK_PROGRAMS = 32
+"""For one adapter in one target, at most."""
 
 
 @dataclass(frozen=True, slots=True)
 class Deltas:
-    """What the adapters of the row add: arguments as for triton_lora.expand."""
+    """The adapters of the row."""
 
-    partials: Tensor
+    s: Tensor
+    """float32 [entries, targets * rank bucket], what `shrink` gave."""
     targets: Tensor
+    """int32 [n], target indices on the device."""
     offsets: tuple[int, ...]
+    """First column of each target."""
     widths: tuple[int, ...]
     plan: DevicePlan
     tables: Tables
@@ -47,79 +55,100 @@ def fits(site: Site) -> bool:
     return all(n % COLUMNS == 0 for n in (*site.offsets, *site.widths))
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None, deltas: Deltas | None = None) -> Tensor:
-    """x [1, k], weight [d, k] with adjacent elements of a row, bias [d] or None -> [1, d] in x's dtype."""
-    n, k = weight.shape
-    if x.shape != (1, k):
-        raise ValueError(f"x: expected [1, {k}], found {list(x.shape)}")
-    if x.stride(1) != 1 or weight.stride(1) != 1:
-        raise ValueError("elements of a row must be adjacent")
-    y = torch.empty(1, n, dtype=x.dtype, device=x.device)
+def shrink(x: Tensor, targets: Tensor, plan: DevicePlan, tables: Tables) -> Tensor:
+    """x [1, k] -> s. `product` must be the next that is launched on the stream."""
+    _check(x, x.shape[1])
+    count, k = targets.numel(), x.shape[1]
+    s = torch.empty(plan.shape.entries, count * plan.bucket, dtype=torch.float32, device=x.device)
     starts_early = early.can_start_early(x.device)
-    tile = min(_TILE_BYTES // x.element_size(), max(64, triton.next_power_of_2(-(-k // 2))))
-    grid = (-(-n // COLUMNS),)
-    shared = {
-        "K": k,
-        "BN": COLUMNS,
-        "BK": tile,
-        "WHOLE": n % COLUMNS == 0 and k % (2 * tile) == 0,
-        "BIAS": bias is not None,
-        "EARLY": starts_early,
-        "num_warps": max(1, min(4, COLUMNS * tile * x.element_size() // 2048)),
-        **early.options(starts_early),
-    }
-    if deltas is None:
-        one_row_kernel[grid](
-            x,
-            weight,
-            y if bias is None else bias,
-            y,
-            *[y] * 10,
-            n,
-            weight.stride(0),
-            0,
-            0,
-            ADAPTERS=False,
-            WAVES=0,
-            NT=1,
-            OFFSETS=(0,),
-            WIDTHS=(n,),
-            BUCKET=16,
-            BR=16,
-            SPLITS=1,
-            SPLITS_PADDED=1,
-            **shared,
-        )
-        return y
-    plan, tables, partials = deltas.plan, deltas.tables, deltas.partials
-    one_row_kernel[grid](
+    ranks = max(1, plan.bucket // _SHRINK_PROGRAMS)
+    tile = min(_SHRINK_TILE, _half(k))
+    shrink_row_kernel[(plan.shape.tiles * count * (plan.bucket // ranks),)](
         x,
-        weight,
-        y if bias is None else bias,
-        y,
         tables.data,
         tables.ranks,
         tables.offsets,
         tables.scales,
-        deltas.targets,
+        targets,
         plan.weights,
         plan.tile_row,
         plan.tile_start,
         plan.wave_tiles,
-        partials,
+        s,
+        tables.ranks.stride(0),
+        K=k,
+        BK=tile,
+        WAVES=plan.shape.waves,
+        NT=count,
+        BUCKET=plan.bucket,
+        RANKS=ranks,
+        VEC=16 // x.element_size(),
+        EARLY=starts_early,
+        num_warps=max(1, min(8, tile // 512)),
+        **early.options(starts_early),
+    )
+    return s
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, deltas: Deltas | None = None) -> Tensor:
+    """x [1, k], weight [d, k] with adjacent elements of a row, bias [d] or None -> [1, d] in x's dtype."""
+    n, k = weight.shape
+    _check(x, k)
+    if weight.stride(1) != 1:
+        raise ValueError(f"weight: elements of a row must be adjacent, found strides {weight.stride()}")
+    y = torch.empty(1, n, dtype=x.dtype, device=x.device)
+    starts_early = early.can_start_early(x.device)
+    tile = min(_TILE_BYTES // x.element_size(), _half(k))
+    adapters = (y,) * 10
+    if deltas is not None:
+        tables, plan = deltas.tables, deltas.plan
+        adapters = (
+            tables.data,
+            tables.ranks,
+            tables.offsets,
+            tables.scales,
+            deltas.targets,
+            plan.weights,
+            plan.tile_row,
+            plan.tile_start,
+            plan.wave_tiles,
+            deltas.s,
+        )
+    one_row_kernel[(-(-n // COLUMNS),)](
+        x,
+        weight,
+        y if bias is None else bias,
+        y,
+        *adapters,
         n,
         weight.stride(0),
-        tables.ranks.stride(0),
-        partials.stride(0),
-        ADAPTERS=True,
-        WAVES=plan.shape.waves,
-        NT=len(deltas.widths),
-        OFFSETS=deltas.offsets,
-        WIDTHS=deltas.widths,
-        BUCKET=plan.bucket,
-        BR=min(plan.bucket, _RANKS),
-        SPLITS=partials.shape[0],
-        SPLITS_PADDED=triton.next_power_of_2(partials.shape[0]),
-        **shared,
+        deltas.tables.ranks.stride(0) if deltas else 0,
+        K=k,
+        BN=COLUMNS,
+        BK=tile,
+        WHOLE=n % COLUMNS == 0 and k % (2 * tile) == 0,
+        BIAS=bias is not None,
+        ADAPTERS=deltas is not None,
+        WAVES=deltas.plan.shape.waves if deltas else 0,
+        NT=len(deltas.widths) if deltas else 1,
+        OFFSETS=deltas.offsets if deltas else (0,),
+        WIDTHS=deltas.widths if deltas else (n,),
+        BUCKET=deltas.plan.bucket if deltas else 1,
+        BR=min(deltas.plan.bucket, _RANKS_AT_ONCE) if deltas else 1,
+        EARLY=starts_early,
+        num_warps=max(1, min(4, tile // 256)),
+        **early.options(starts_early),
     )
     return y
+
+
+def _half(k: int) -> int:
+    """Elements of a tile of which two hold a row: a power of two."""
+    return max(64, triton.next_power_of_2(-(-k // 2)))
+
+
+def _check(x: Tensor, k: int) -> None:
+    if x.shape != (1, k):
+        raise ValueError(f"x: expected [1, {k}], found {list(x.shape)}")
+    if x.stride(1) != 1:
+        raise ValueError(f"x: elements of a row must be adjacent, found strides {x.stride()}")

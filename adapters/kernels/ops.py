@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from adapters.kernels import early, one_row, tail, triton_lora, triton_tail
+from adapters.kernels import one_row, tail, triton_lora, triton_tail
 from adapters.kernels.device_plan import DevicePlan
 from adapters.kernels.opaque import opaque
 from adapters.kernels.triton_lora import Tables
@@ -109,6 +109,6 @@ def one_row_linear(
     plan, tables = STEP.plan, STEP.tables
     if plan is None or tables is None:
         return one_row.product(x, weight, bias)
-    partials = triton_lora.shrink(x, targets, plan, tables, starts_early=early.can_start_early(x.device))
-    deltas = one_row.Deltas(partials, targets, tuple(offsets), tuple(widths), plan, tables)
+    s = one_row.shrink(x, targets, plan, tables)
+    deltas = one_row.Deltas(s, targets, tuple(offsets), tuple(widths), plan, tables)
     return one_row.product(x, weight, bias, deltas)

@@ -17,7 +17,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from adapters.kernels import early
 from adapters.kernels.device_plan import MOST_BLOCKS, DevicePlan, rank_block
 from adapters.kernels.lora_kernels import expand_kernel, shrink_kernel
 from adapters.kernels.tuning import ExpandConfig, ShrinkConfig, expand_config, shrink_config
@@ -50,11 +49,8 @@ def shrink(
     plan: DevicePlan,
     tables: Tables,
     config: ShrinkConfig | None = None,
-    *,
-    starts_early: bool = False,
 ) -> Tensor:
-    """x [T, k] -> partials for `expand`. targets: int32 [n], target indices on the device. starts_early: see early.py;
-    what is launched next must then be `one_row.product`."""
+    """x [T, k] -> partials for `expand`. targets: int32 [n], target indices on the device."""
     _check(x, tables)
     count, k = targets.numel(), x.shape[1]
     shape = plan.shape
@@ -92,10 +88,8 @@ def shrink(
         SPLITS=splits,
         VEC=16 // x.element_size(),
         MOST_BLOCKS=MOST_BLOCKS,
-        EARLY=starts_early,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        **early.options(starts_early),
     )
     return partials
 

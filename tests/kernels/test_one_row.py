@@ -40,8 +40,8 @@ def test_a_base_product(k: int, d: int, dtype: torch.dtype, with_bias: bool) -> 
 
 def linear(x: Tensor, weight: Tensor, site: Site, plan: DevicePlan, table: Table) -> Tensor:
     targets = triton_lora.target_tensor(site.targets, DEVICE)
-    partials = triton_lora.shrink(x, targets, plan, table)
-    return one_row.product(x, weight, None, one_row.Deltas(partials, targets, site.offsets, site.widths, plan, table))
+    s = one_row.shrink(x, targets, plan, table)
+    return one_row.product(x, weight, None, one_row.Deltas(s, targets, site.offsets, site.widths, plan, table))
 
 
 @pytest.mark.usefixtures("poisoned_memory")
@@ -61,6 +61,16 @@ def test_adapters_of_the_row(rows: tuple[tuple[int, float], ...], dtype: torch.d
     device_plan = DevicePlan.from_plan(plan, table.max_rank, DEVICE, covers=True, ranks=table.ranks_of(plan))
     y = linear(x, weight, site, device_plan, table)
     assert error(y, expected(x.double() @ weight.double().T, x, site, plan, table)) < LIMIT[dtype]
+
+
+def test_rows_longer_than_two_tiles() -> None:
+    k, site = 17000, make_site(17000, (8,))
+    table = make_table([[3]], [(k, 8)], torch.float32, DEVICE)
+    plan = plan_of([(1, ((0, 1.0),))])
+    assert plan is not None
+    x, weight, _ = tensors(k, 8, torch.float32)
+    y = linear(x, weight, site, DevicePlan.from_plan(plan, 3, DEVICE), table)
+    assert error(y, expected(x.double() @ weight.double().T, x, site, plan, table)) < 1e-6
 
 
 def test_a_graphs_plan_has_room_for_more() -> None:
