@@ -37,6 +37,7 @@ def layers() -> Iterator[Callable[[Tensor], Tensor]]:
     plan = plan_of([(1, ((0, 1.0), (1, 0.5)))])
     assert plan is not None
     ops.STEP.tables, ops.STEP.plan = table, DevicePlan.from_plan(plan, table.max_rank, DEVICE)
+    ops.STEP.counters = torch.zeros(2, dtype=torch.int32, device=DEVICE)
     targets = triton_lora.target_tensor(site.targets, DEVICE)
     generator = torch.Generator(DEVICE).manual_seed(0)
 
@@ -53,7 +54,7 @@ def layers() -> Iterator[Callable[[Tensor], Tensor]]:
         return x
 
     yield run
-    ops.STEP.plan = ops.STEP.tables = None
+    ops.STEP.plan = ops.STEP.tables = ops.STEP.counters = None
 
 
 def compiled(layers: Callable[[Tensor], Tensor], *, starts_early: bool) -> Callable[[Tensor], Tensor]:
@@ -75,13 +76,13 @@ def test_the_same_bits_in_a_graph(layers: Callable[[Tensor], Tensor], monkeypatc
         graph, y = captured(compiled(layers, starts_early=True), x)
         monkeypatch.setattr(early, "can_start_early", lambda device: False)
         later, wanted = captured(compiled(layers, starts_early=False), x)
-    for _ in range(300):
-        x.normal_()
-        later.replay()
-        y.fill_(torch.nan)
-        graph.replay()
-        assert torch.equal(y, wanted)
-    assert torch.isfinite(y).all()
+        for _ in range(300):
+            x.normal_()
+            later.replay()
+            y.fill_(torch.nan)
+            graph.replay()
+            assert torch.equal(y, wanted)
+        assert torch.isfinite(y).all()
 
 
 def test_every_kernel_of_the_compiler_waits(layers: Callable[[Tensor], Tensor]) -> None:
