@@ -63,7 +63,6 @@ class TritonKernels:
     def bind(self, installed: list[LoraLinear], targets: int) -> None:
         """The layers that will use it; targets: number of all target indices."""
         self._installed = installed
-        STEP.counters = torch.zeros(targets, dtype=torch.int32, device=self.arena.data.device)
         if self.tails:
             weights = [(layer.site, layer.whole) for layer in installed if layer.whole is not None]
             STEP.tails = triton_tail.Tails(weights, targets, self.arena.data.device)

@@ -5,8 +5,8 @@ may be read only behind `gdc_wait`, which waits until the kernel before has ende
 kernel of a step writes: weights, the step's plan, adapters.
 
 A kernel lets the next one start behind its own wait. That way all but the last kernel have ended when one starts,
-which is what the compiler's kernels count on. All its programs wait, those with nothing to do as well: otherwise it
-might end before the one before it.
+which is what the compiler's kernels count on. Only where the next kernel is known to read nothing of a step before its
+wait may it be let start at once (`shrink`, whose next is `one_row`).
 """
 
 from __future__ import annotations

@@ -1,13 +1,11 @@
-"""Products of a single row: what a step of one decoding sequence does. One kernel for a base weight and the adapters.
+"""Products of a single row: what a step of one decoding sequence does.
 
-    s = w · scale · (x Aᵀ)             float32, of every adapter of the row
-    y = x W0ᵀ + bias + Σ s B           x [1, k] -> y [1, d]
+    shrink     s = w · scale · (x Aᵀ)             float32, of every adapter of the row
+    product    y = x W0ᵀ + bias + Σ s B           x [1, k] -> y [1, d]
 
 Such a step takes the time of reading the weights. A library's product for one row reads them at 2.0 to 2.8 TB/s where
 this one reaches 2.7 to 3.1 (H100, 3.35 by its data sheet; benchmarks/RESULTS.md): its programs are small and many, and
-they start early (early.py), so that their first tiles are on their way while the kernels before are at work. The first
-few compute s, while the others are at x W0ᵀ, and count it in a counter of the site, which the others look at before
-they add s B.
+they start early (early.py), so that their first tiles are on their way while the kernels before are at work.
 """
 
 from __future__ import annotations
@@ -20,29 +18,32 @@ from torch import Tensor
 
 from adapters.kernels import early
 from adapters.kernels.device_plan import DevicePlan
-from adapters.kernels.one_row_kernels import one_row_kernel
+from adapters.kernels.one_row_kernels import one_row_kernel, shrink_row_kernel
 from adapters.kernels.triton_lora import Tables
 from adapters.site import Site
 
 COLUMNS = 4
 """Of a program. With tiles of 4 x 1,024 elements, of which two are on their way, this was the fastest of 14 layouts in
 each of an 8B model's four products."""
+REGISTERS = 128
+"""Of a thread, with adapters: four programs to a multiprocessor. Left alone the compiler takes more, and a step of an
+8B model's takes 4% longer."""
 _TILE_BYTES = 2048
 """Of one column's part of a tile at most."""
 _RANKS_AT_ONCE = 32
-"""Of an adapter that are added at once, at most."""
-_SHRINK_TILE = 2048
-"""Elements of a row of A that a program reads at once, at most; it reads two."""
-_ADDER = 1 << 13
-"""What a program that adds s B counts, where one that computes s counts 1."""
+"""Of an adapter that product adds at once, at most."""
+_SHRINK_TILE = 8192
+"""Elements of a row of A that shrink reads at once, at most."""
 _SHRINK_PROGRAMS = 32
-"""Among which the ranks of one adapter in one target are divided, at most."""
+"""For one adapter in one target, at most."""
 
 
 @dataclass(frozen=True, slots=True)
-class Adapters:
-    """Those of the row."""
+class Deltas:
+    """The adapters of the row."""
 
+    s: Tensor
+    """float32 [entries, targets * rank bucket], what `shrink` gave."""
     targets: Tensor
     """int32 [n], target indices on the device."""
     offsets: tuple[int, ...]
@@ -50,9 +51,6 @@ class Adapters:
     widths: tuple[int, ...]
     plan: DevicePlan
     tables: Tables
-    counters: Tensor
-    """int32, one for each target index of the model. The site's, that of its first target, is zero, and is again
-    afterwards."""
 
 
 def fits(site: Site) -> bool:
@@ -60,87 +58,102 @@ def fits(site: Site) -> bool:
     return all(n % COLUMNS == 0 for n in (*site.offsets, *site.widths))
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Adapters | None = None) -> Tensor:
-    """x [1, k], weight [d, k] with adjacent elements of a row, bias [d] or None -> [1, d] in x's dtype."""
-    n, k = weight.shape
-    if x.shape != (1, k):
-        raise ValueError(f"x: expected [1, {k}], found {list(x.shape)}")
-    if x.stride(1) != 1 or weight.stride(1) != 1:
-        raise ValueError(f"elements of a row must be adjacent, found strides {x.stride()} and {weight.stride()}")
-    y = torch.empty(1, n, dtype=x.dtype, device=x.device)
+def shrink(x: Tensor, targets: Tensor, plan: DevicePlan, tables: Tables) -> Tensor:
+    """x [1, k] -> s. `product` must be the next that is launched on the stream."""
+    _check(x, x.shape[1])
+    count, k = targets.numel(), x.shape[1]
+    s = torch.empty(plan.shape.entries, count * plan.bucket, dtype=torch.float32, device=x.device)
     starts_early = early.can_start_early(x.device)
-    tile = min(_TILE_BYTES // x.element_size(), _half(k))
-    arguments, constants, shrinks = _nothing(y) if adapters is None else _of(adapters, k, x)
-    programs = -(-n // COLUMNS)
-    if adapters is not None and (shrinks >= _ADDER or programs * _ADDER >= 2**31):
-        raise ValueError(f"weight: {n} columns and {shrinks} programs for s are more than are counted")
-    one_row_kernel[(shrinks + programs,)](
-        x,
-        weight,
-        y if bias is None else bias,
-        y,
-        *arguments,
-        n,
-        weight.stride(0),
-        K=k,
-        BN=COLUMNS,
-        BK=tile,
-        WHOLE=n % COLUMNS == 0 and k % (2 * tile) == 0,
-        BIAS=bias is not None,
-        ADAPTERS=adapters is not None,
-        SHRINKS=shrinks,
-        ADDER=_ADDER,
-        **constants,
-        VEC=16 // x.element_size(),
-        EARLY=starts_early,
-        num_warps=max(1, min(4, tile // 256)),
-        **early.options(starts_early),
-    )
-    return y
-
-
-def _of(adapters: Adapters, k: int, x: Tensor) -> tuple[tuple[Tensor | int, ...], dict[str, object], int]:
-    """(arguments, constants, programs that compute s) of a launch with adapters."""
-    plan, tables, count = adapters.plan, adapters.tables, len(adapters.widths)
     ranks = max(1, plan.bucket // _SHRINK_PROGRAMS)
     tile = min(_SHRINK_TILE, _half(k))
-    splits = -(-k // (2 * tile))
-    s = torch.empty(splits, plan.shape.entries, count * plan.bucket, dtype=torch.float32, device=x.device)
-    arguments = (
+    shrink_row_kernel[(plan.shape.tiles * count * (plan.bucket // ranks),)](
+        x,
         tables.data,
         tables.ranks,
         tables.offsets,
         tables.scales,
-        adapters.targets,
+        targets,
         plan.weights,
         plan.tile_row,
         plan.tile_start,
         plan.wave_tiles,
         s,
-        adapters.counters,
         tables.ranks.stride(0),
-        s.stride(0),
+        K=k,
+        BK=tile,
+        WAVES=plan.shape.waves,
+        NT=count,
+        BUCKET=plan.bucket,
+        RANKS=ranks,
+        VEC=16 // x.element_size(),
+        EARLY=starts_early,
+        num_warps=max(1, min(8, tile // 512)),
+        **early.options(starts_early),
     )
-    constants = {
-        "SHRINK_K": tile,
-        "SPLITS": splits,
-        "RANKS": ranks,
-        "WAVES": plan.shape.waves,
-        "NT": count,
-        "OFFSETS": adapters.offsets,
-        "WIDTHS": adapters.widths,
-        "BUCKET": plan.bucket,
-        "BR": min(plan.bucket, _RANKS_AT_ONCE),
-    }
-    return arguments, constants, plan.shape.tiles * count * (plan.bucket // ranks) * splits
+    return s
 
 
-def _nothing(y: Tensor) -> tuple[tuple[Tensor | int, ...], dict[str, object], int]:
-    """The same of one without; what is in the places is not read."""
-    names = ("SHRINK_K", "SPLITS", "RANKS", "WAVES", "NT", "BUCKET", "BR")
-    return (*[y] * 11, 0, 0), {**dict.fromkeys(names, 1), "OFFSETS": (0,), "WIDTHS": (y.shape[1],)}, 0
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, deltas: Deltas | None = None) -> Tensor:
+    """x [1, k], weight [d, k] with adjacent elements of a row, bias [d] or None -> [1, d] in x's dtype."""
+    n, k = weight.shape
+    _check(x, k)
+    if weight.stride(1) != 1:
+        raise ValueError(f"weight: elements of a row must be adjacent, found strides {weight.stride()}")
+    y = torch.empty(1, n, dtype=x.dtype, device=x.device)
+    starts_early = early.can_start_early(x.device)
+    tile = min(_TILE_BYTES // x.element_size(), _half(k))
+    adapters = (y,) * 10
+    if deltas is not None:
+        tables, plan = deltas.tables, deltas.plan
+        adapters = (
+            tables.data,
+            tables.ranks,
+            tables.offsets,
+            tables.scales,
+            deltas.targets,
+            plan.weights,
+            plan.tile_row,
+            plan.tile_start,
+            plan.wave_tiles,
+            deltas.s,
+        )
+    one_row_kernel[(-(-n // COLUMNS),)](
+        x,
+        weight,
+        y if bias is None else bias,
+        y,
+        *adapters,
+        n,
+        weight.stride(0),
+        deltas.tables.ranks.stride(0) if deltas else 0,
+        K=k,
+        BN=COLUMNS,
+        BK=tile,
+        WHOLE=n % COLUMNS == 0 and k % (2 * tile) == 0,
+        BIAS=bias is not None,
+        ADAPTERS=deltas is not None,
+        MORE=deltas is not None and (deltas.plan.shape.waves > 1 or deltas.plan.bucket > _RANKS_AT_ONCE),
+        WAVES=deltas.plan.shape.waves if deltas else 0,
+        NT=len(deltas.widths) if deltas else 1,
+        OFFSETS=deltas.offsets if deltas else (0,),
+        WIDTHS=deltas.widths if deltas else (n,),
+        BUCKET=deltas.plan.bucket if deltas else 1,
+        BR=min(deltas.plan.bucket, _RANKS_AT_ONCE) if deltas else 1,
+        EARLY=starts_early,
+        num_warps=max(1, min(4, tile // 256)),
+        maxnreg=None if deltas is None else REGISTERS,
+        **early.options(starts_early),
+    )
+    return y
 
 
 def _half(k: int) -> int:
     """Elements of a tile of which two hold a row: a power of two."""
     return max(64, triton.next_power_of_2(-(-k // 2)))
+
+
+def _check(x: Tensor, k: int) -> None:
+    if x.shape != (1, k):
+        raise ValueError(f"x: expected [1, {k}], found {list(x.shape)}")
+    if x.stride(1) != 1:
+        raise ValueError(f"x: elements of a row must be adjacent, found strides {x.stride()}")

@@ -1,4 +1,4 @@
-"""The Triton kernel of a step of one row; one_row.py says what it computes, and launches it.
+"""The Triton kernels of a step of one row; one_row.py says what they compute, and launches them.
 
 Tiles are loaded two at a time, and the first two before the wait (early.py): weights and adapters are nobody's output.
 """
@@ -23,9 +23,8 @@ def _adapter(tile, there, side, ranks, offsets, scales, weights, tile_row, tile_
     return entry, rank, factor, tl.load(offsets + 2 * cell + side, mask=row >= 0, other=0)
 
 
-@triton.jit
-def _shrink(
-    number,
+@triton.jit(do_not_specialize_on_alignment=["targets", "weights", "tile_row", "tile_start", "wave_tiles"])
+def shrink_row_kernel(
     x,
     data,
     ranks,
@@ -37,12 +36,9 @@ def _shrink(
     tile_start,
     wave_tiles,
     s,
-    counter,
     stride_table,
-    stride_split,
     K: tl.constexpr,
     BK: tl.constexpr,
-    SPLITS: tl.constexpr,
     WAVES: tl.constexpr,
     NT: tl.constexpr,
     BUCKET: tl.constexpr,
@@ -50,49 +46,39 @@ def _shrink(
     VEC: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """The work of one program: s = w · scale · (x A^T) of RANKS ranks of one tile's adapter in one target, over a share
-    of k. Counted when it is there, and when there is none to do."""
+    """s = w · scale · (x A^T) of RANKS ranks of one tile's adapter in one target. What is launched next reads nothing
+    of a step before its own wait, so it may start at once. All programs wait, those with nothing to do as well."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     BLOCKS: tl.constexpr = BUCKET // RANKS
-    split = number % SPLITS
-    first = number // SPLITS % BLOCKS * RANKS
-    j = number // (SPLITS * BLOCKS) % NT
-    tile = number // (SPLITS * BLOCKS * NT)
+    first = tl.program_id(0) % BLOCKS * RANKS
+    j = tl.program_id(0) // BLOCKS % NT
+    tile = tl.program_id(0) // (BLOCKS * NT)
     there = tile < tl.load(wave_tiles + WAVES)
     target = tl.load(targets + j)
     entry, rank, factor, begin = _adapter(
         tile, there, 0, ranks, offsets, scales, weights, tile_row, tile_start, stride_table, target
     )
-    one_k = split * (2 * BK) + tl.arange(0, BK)
-    two_k = one_k + BK
+    k = tl.arange(0, BK)
     a = data + begin // VEC * VEC + first * K
     end = tl.where(first < rank, K, 0)
-    one = tl.load(a + one_k, mask=one_k < end, other=0.0)
-    two = tl.load(a + two_k, mask=two_k < end, other=0.0)
+    one = tl.load(a + k, mask=k < end, other=0.0)
+    two = tl.load(a + BK + k, mask=BK + k < end, other=0.0)
     if EARLY:
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     if first < rank:
-        x_one = tl.load(x + one_k, mask=one_k < K, other=0.0).to(tl.float32)
-        x_two = tl.load(x + two_k, mask=two_k < K, other=0.0).to(tl.float32)
-        s_at = s + split * stride_split + entry * (NT * BUCKET) + j * BUCKET
+        x_one = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
+        x_two = tl.load(x + BK + k, mask=BK + k < K, other=0.0).to(tl.float32)
         for r in range(first, tl.minimum(first + RANKS, rank)):
-            total = tl.sum(one.to(tl.float32) * x_one + two.to(tl.float32) * x_two, 0)
-            tl.store(s_at + r, total * factor)
+            acc = one.to(tl.float32) * x_one + two.to(tl.float32) * x_two
+            for k0 in range(2 * BK, K, BK):
+                more = tl.load(a + k0 + k, mask=k0 + k < K, other=0.0).to(tl.float32)
+                acc += more * tl.load(x + k0 + k, mask=k0 + k < K, other=0.0).to(tl.float32)
+            tl.store(s + entry * (NT * BUCKET) + j * BUCKET + r, tl.sum(acc, 0) * factor)
             a += K
             end = tl.where(rank > r + 1, K, 0)
-            one = tl.load(a + one_k, mask=one_k < end, other=0.0)
-            two = tl.load(a + two_k, mask=two_k < end, other=0.0)
-    tl.debug_barrier()
-    tl.atomic_add(counter, 1, sem="release")
-
-
-@triton.jit
-def _s_of(at, r, rank, stride_split, SPLITS: tl.constexpr):
-    """s of ranks r, 0 beyond `rank`. Read past the multiprocessor's own cache: others have written it."""
-    total = tl.load(at + r, mask=r < rank, other=0.0, cache_modifier=".cg")
-    for split in tl.static_range(1, SPLITS):
-        total += tl.load(at + split * stride_split + r, mask=r < rank, other=0.0, cache_modifier=".cg")
-    return total
+            one = tl.load(a + k, mask=k < end, other=0.0)
+            two = tl.load(a + BK + k, mask=BK + k < end, other=0.0)
 
 
 @triton.jit
@@ -132,68 +118,29 @@ def one_row_kernel(
     tile_start,
     wave_tiles,
     s,
-    counters,
-    stride_table,
-    stride_split,
     n,
     stride_weight,
+    stride_table,
     K: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     WHOLE: tl.constexpr,
     BIAS: tl.constexpr,
     ADAPTERS: tl.constexpr,
-    SHRINKS: tl.constexpr,
-    ADDER: tl.constexpr,
-    SHRINK_K: tl.constexpr,
-    SPLITS: tl.constexpr,
-    RANKS: tl.constexpr,
+    MORE: tl.constexpr,
     WAVES: tl.constexpr,
     NT: tl.constexpr,
     OFFSETS: tl.constexpr,
     WIDTHS: tl.constexpr,
     BUCKET: tl.constexpr,
     BR: tl.constexpr,
-    VEC: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """BN columns of y = x W0^T + bias, and with ADAPTERS of s B of the row's, which the first SHRINKS programs compute
-    meanwhile. WHOLE: no tile has anything to leave out."""
-    number = tl.program_id(0)
-    if ADAPTERS:
-        counter = counters + tl.load(targets)
-        if number < SHRINKS:
-            _shrink(
-                number,
-                x,
-                data,
-                ranks,
-                offsets,
-                scales,
-                targets,
-                weights,
-                tile_row,
-                tile_start,
-                wave_tiles,
-                s,
-                counter,
-                stride_table,
-                stride_split,
-                K,
-                SHRINK_K,
-                SPLITS,
-                WAVES,
-                NT,
-                BUCKET,
-                RANKS,
-                VEC,
-                EARLY,
-            )
-            return
-        number -= SHRINKS
+    """BN columns of y = x W0^T + bias, and with ADAPTERS of s B of the row's. WHOLE: no tile has anything to leave
+    out."""
     PAIR: tl.constexpr = 2 * BK
     LAST: tl.constexpr = (K - 1) // PAIR * PAIR
-    columns = number * BN + tl.arange(0, BN)
+    columns = tl.program_id(0) * BN + tl.arange(0, BN)
     live = columns < n
     k = tl.arange(0, BK)
     at = weight + (columns.to(tl.int64) * stride_weight)[:, None] + k[None, :]
@@ -201,7 +148,7 @@ def one_row_kernel(
     two = _tile(at + BK, columns, n, BK + k, K, WHOLE)
     if ADAPTERS:
         r = tl.arange(0, BR)
-        j, offset, width = _columns(number * BN, NT, OFFSETS, WIDTHS)
+        j, offset, width = _columns(tl.program_id(0) * BN, NT, OFFSETS, WIDTHS)
         target = tl.load(targets + j)
         tiles = tl.load(wave_tiles + WAVES)
         entry, rank, _, begin = _adapter(
@@ -212,6 +159,8 @@ def one_row_kernel(
     if EARLY:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+    if ADAPTERS:
+        s_row = tl.load(s + entry * (NT * BUCKET) + j * BUCKET + r, mask=r < rank, other=0.0)
     acc = tl.zeros([BN, BK], tl.float32)
     for k0 in range(0, LAST, PAIR):
         three = _tile(at + k0 + PAIR, columns, n, k0 + PAIR + k, K, WHOLE)
@@ -220,12 +169,6 @@ def one_row_kernel(
         acc += two.to(tl.float32) * tl.load(x + k0 + BK + k)[None, :].to(tl.float32)
         one = three
         two = four
-    if ADAPTERS:
-        # While the last tiles are on their way. Those that are waited for come first in
-        # the grid, so they run or have run.
-        while tl.atomic_add(counter, 0, sem="acquire") % ADDER < SHRINKS:
-            pass
-        s_row = _s_of(s + (entry * NT + j) * BUCKET, r, rank, stride_split, SPLITS)
     acc += one.to(tl.float32) * tl.load(x + LAST + k, mask=LAST + k < K, other=0.0)[None, :].to(tl.float32)
     acc += two.to(tl.float32) * tl.load(x + LAST + BK + k, mask=LAST + BK + k < K, other=0.0)[None, :].to(tl.float32)
     total = tl.sum(acc, 1)
@@ -233,22 +176,18 @@ def one_row_kernel(
         total += tl.load(bias + columns, mask=live, other=0.0).to(tl.float32)
     if ADAPTERS:
         total += tl.sum(s_row[:, None] * b.to(tl.float32), 0)
-        # Higher ranks, and the other adapters of a mix.
-        done = BR
-        for tile in range(tiles):
-            for r0 in range(done, rank, BR):
-                used = r0 + r < rank
-                s_row = _s_of(s + (entry * NT + j) * BUCKET, r0 + r, rank, stride_split, SPLITS)
-                b_at = data + begin + ((r0 + r) * width)[:, None] + (columns - offset)[None, :]
-                b = tl.load(b_at, mask=used[:, None] & live[None, :], other=0.0)
-                total += tl.sum(s_row[:, None] * b.to(tl.float32), 0)
-            done = 0
-            more = tile + 1
-            entry, rank, _, begin = _adapter(
-                more, tiles > more, 1, ranks, offsets, scales, weights, tile_row, tile_start, stride_table, target
-            )
+        if MORE:
+            done = BR
+            for tile in range(tiles):
+                for r0 in range(done, rank, BR):
+                    used = r0 + r < rank
+                    s_row = tl.load(s + entry * (NT * BUCKET) + j * BUCKET + r0 + r, mask=used, other=0.0)
+                    b_at = data + begin + ((r0 + r) * width)[:, None] + (columns - offset)[None, :]
+                    b = tl.load(b_at, mask=used[:, None] & live[None, :], other=0.0)
+                    total += tl.sum(s_row[:, None] * b.to(tl.float32), 0)
+                done = 0
+                more = tile + 1
+                entry, rank, _, begin = _adapter(
+                    more, tiles > more, 1, ranks, offsets, scales, weights, tile_row, tile_start, stride_table, target
+                )
     tl.store(y + columns, total.to(y.dtype.element_ty), mask=live)
-    if ADAPTERS:  # noqa: SIM102 - known when it is compiled
-        # The last that adds leaves the counter as it was.
-        if tl.atomic_add(counter, ADDER, sem="relaxed") // ADDER == tl.num_programs(0) - SHRINKS - 1:
-            tl.store(counter, 0)

@@ -30,8 +30,6 @@ class Step:
     """Where LoRA runs beside the base product; None: one after the other."""
     tails: triton_tail.Tails | None = None
     """Of the model's weights, for plans with places in them."""
-    counters: Tensor | None = None
-    """int32 zeros, one for each target index: see one_row.py."""
 
 
 STEP = Step()
@@ -109,7 +107,8 @@ def one_row_linear(
 ) -> Tensor:
     """The same, and the deltas of the step's plan."""
     plan, tables = STEP.plan, STEP.tables
-    if plan is None or tables is None or STEP.counters is None:
+    if plan is None or tables is None:
         return one_row.product(x, weight, bias)
-    adapters = one_row.Adapters(targets, tuple(offsets), tuple(widths), plan, tables, STEP.counters)
-    return one_row.product(x, weight, bias, adapters)
+    s = one_row.shrink(x, targets, plan, tables)
+    deltas = one_row.Deltas(s, targets, tuple(offsets), tuple(widths), plan, tables)
+    return one_row.product(x, weight, bias, deltas)

@@ -37,7 +37,6 @@ def layers() -> Iterator[Callable[[Tensor], Tensor]]:
     plan = plan_of([(1, ((0, 1.0), (1, 0.5)))])
     assert plan is not None
     ops.STEP.tables, ops.STEP.plan = table, DevicePlan.from_plan(plan, table.max_rank, DEVICE)
-    ops.STEP.counters = torch.zeros(2, dtype=torch.int32, device=DEVICE)
     targets = triton_lora.target_tensor(site.targets, DEVICE)
     generator = torch.Generator(DEVICE).manual_seed(0)
 
@@ -54,7 +53,7 @@ def layers() -> Iterator[Callable[[Tensor], Tensor]]:
         return x
 
     yield run
-    ops.STEP.plan = ops.STEP.tables = ops.STEP.counters = None
+    ops.STEP.plan = ops.STEP.tables = None
 
 
 def compiled(layers: Callable[[Tensor], Tensor], *, starts_early: bool) -> Callable[[Tensor], Tensor]:

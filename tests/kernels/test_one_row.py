@@ -39,14 +39,9 @@ def test_a_base_product(k: int, d: int, dtype: torch.dtype, with_bias: bool) -> 
 
 
 def linear(x: Tensor, weight: Tensor, site: Site, plan: DevicePlan, table: Table) -> Tensor:
-    """Twice, as a layer may be called more often than once in a step: the same bits, and counters of zero."""
     targets = triton_lora.target_tensor(site.targets, DEVICE)
-    counters = torch.zeros(8, dtype=torch.int32, device=DEVICE)
-    adapters = one_row.Adapters(targets, site.offsets, site.widths, plan, table, counters)
-    y = one_row.product(x, weight, None, adapters)
-    assert torch.equal(one_row.product(x, weight, None, adapters), y)
-    assert not counters.any()
-    return y
+    s = one_row.shrink(x, targets, plan, table)
+    return one_row.product(x, weight, None, one_row.Deltas(s, targets, site.offsets, site.widths, plan, table))
 
 
 @pytest.mark.usefixtures("poisoned_memory")
@@ -68,7 +63,7 @@ def test_adapters_of_the_row(rows: tuple[tuple[int, float], ...], dtype: torch.d
     assert error(y, expected(x.double() @ weight.double().T, x, site, plan, table)) < LIMIT[dtype]
 
 
-def test_long_rows_are_divided() -> None:
+def test_rows_longer_than_two_tiles() -> None:
     k, site = 17000, make_site(17000, (8,))
     table = make_table([[3]], [(k, 8)], torch.float32, DEVICE)
     plan = plan_of([(1, ((0, 1.0),))])
