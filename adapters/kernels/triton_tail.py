@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adapters.kernels import tail
+from adapters.kernels import early, tail
 from adapters.kernels.device_plan import DevicePlan
 from adapters.kernels.tail import RANKS, SLOTS
 from adapters.kernels.tail_kernels import shrink_kernel, stage_kernel
@@ -128,6 +128,9 @@ def _shrink(
     partials = torch.empty(
         items * splits * rows * plan.bucket if splits > 1 else 0, dtype=torch.float32, device=x.device
     )
+    copies = x.data_ptr() != out.data_ptr()
+    # Where x is copied it comes from attention, whose kernels may be on two streams.
+    starts_early = not copies and early.can_start_early(x.device)
     shrink_kernel[(items * splits,)](
         x,
         out,
@@ -157,7 +160,9 @@ def _shrink(
         BK=config.block_k,
         SPLITS=splits,
         VEC=16 // x.element_size(),
-        COPY=x.data_ptr() != out.data_ptr(),
+        COPY=copies,
+        EARLY=starts_early,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        **early.options(starts_early),
     )
