@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from adapters.kernels import triton_lora
+from adapters.kernels import one_row, triton_lora
 from adapters.kernels.device_plan import DevicePlan
 from adapters.kernels.tuning import ExpandConfig, ShrinkConfig
 from adapters.plan import build_plan
@@ -135,6 +136,38 @@ class LoraSetup:
         # y grows with every expand; it must stay a number.
         self.y.normal_()
         return replay_us(launch, self.layers, repeats)
+
+
+class OneRowSetup:
+    """A product of one row over several layers, each with a weight of its own, and an adapter of rank 16."""
+
+    def __init__(self, site: str) -> None:
+        self.lora = LoraSetup(LoraCase(site, 1, 1, (16,)))
+        shape = (self.lora.d, self.lora.k)
+        self.weight_bytes = 2 * shape[0] * shape[1]
+        layers = max(2, -(-COLD_BYTES // self.weight_bytes))
+        self.weights = [torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_(0, 0.02) for _ in range(layers)]
+
+    @property
+    def adapter_bytes(self) -> int:
+        return self.lora.a_bytes + self.lora.b_bytes
+
+    def time(self, kernel: str) -> float:
+        """us of "library", "base" or "adapter" (base product and adapter) for one layer."""
+        lora = self.lora
+
+        def launch() -> None:
+            for weight, targets in zip(self.weights, lora.targets, strict=False):
+                if kernel == "library":
+                    functional.linear(lora.x, weight)
+                    continue
+                deltas = None
+                if kernel == "adapter":
+                    s = one_row.shrink(lora.x, targets, lora.plan, lora)
+                    deltas = one_row.Deltas(s, targets, lora.columns, lora.widths, lora.plan, lora)
+                one_row.product(lora.x, weight, None, deltas)
+
+        return replay_us(launch, len(self.weights))
 
 
 class AttentionSetup:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import triton
 
-from benchmarks.kernel_cases import SITES, AttentionSetup, LoraCase, LoraSetup, copy_bandwidth
+from benchmarks.kernel_cases import SITES, AttentionSetup, LoraCase, LoraSetup, OneRowSetup, copy_bandwidth
 
 TENSOR_FLOPS = 790e12
 """bf16 products of an H200, measured on 8192-cubed ones."""
@@ -41,6 +41,25 @@ def report_lora(bandwidth: float, tokens: list[int], sites: list[str]) -> list[d
                 print(f"{setup.case!s:<50} {cells[0]:>24} {cells[1]:>24} {cells[2]:>24}", flush=True)
                 rows.append(row)
                 del setup
+    return rows
+
+
+def report_one_row(bandwidth: float) -> list[dict[str, object]]:
+    """Kernels start early here, each beside the end of the one before, as in a step."""
+    rows: list[dict[str, object]] = []
+    print(f"\n{'one row':<12} {'library us':>10} {'own us  floor ratio':>24} {'with adapter  floor ratio':>26}")
+    for site in SITES:
+        setup = OneRowSetup(site)
+        library, base, adapter = (setup.time(kernel) for kernel in ("library", "base", "adapter"))
+        floor, both = (n / bandwidth * 1e6 for n in (setup.weight_bytes, setup.weight_bytes + setup.adapter_bytes))
+        print(
+            f"{site:<12} {library:10.1f} {base:9.1f} {floor:6.1f} {base / floor:7.2f} "
+            f"{adapter:11.1f} {both:6.1f} {adapter / both:7.2f}",
+            flush=True,
+        )
+        rows.append({"case": f"one row, {site}", "library_us": library, "us": base, "floor_us": floor})
+        rows.append({"case": f"one row with an adapter, {site}", "us": adapter, "floor_us": both})
+        del setup
     return rows
 
 
@@ -81,7 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", default="1,32,64,256,4096", help="token counts")
     parser.add_argument("--sites", default=",".join(SITES), help="of " + ", ".join(SITES))
-    parser.add_argument("--only", choices=["lora", "attention"], help="one half of the report")
+    parser.add_argument("--only", choices=["lora", "attention", "one_row"], help="a part of the report")
     parser.add_argument("--json", type=Path, help="also write the report's numbers here")
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -92,10 +111,12 @@ def main() -> None:
     bandwidth = copy_bandwidth()
     print(f"{_environment()}  device copy {bandwidth / 1e12:.3f} TB/s\n")
     rows: list[dict[str, object]] = []
-    if args.only != "attention":
+    if args.only in (None, "lora"):
         rows += report_lora(bandwidth, tokens, sites)
-    if args.only != "lora":
+    if args.only in (None, "attention"):
         rows += report_attention(bandwidth)
+    if args.only in (None, "one_row"):
+        rows += report_one_row(bandwidth)
     if args.json:
         args.json.write_text(json.dumps({**_environment(), "bandwidth": bandwidth, "rows": rows}, indent=1) + "\n")
 
