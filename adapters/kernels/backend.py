@@ -122,7 +122,10 @@ class TritonKernels:
         plan: an empty one."""
         if plan.shape.tail and STEP.tails:
             STEP.tails.stage(plan, self.arena)
-        kinds = {(s.in_features, s.widths, self._copies(s)): layer for layer in self._installed for s in (layer.site,)}
+        kinds: dict[object, LoraLinear] = {}
+        for layer in self._installed:
+            site = layer.site
+            kinds[site.in_features, site.widths, self._copies(site), layer.bias is None] = layer
         for layer in kinds.values():
             site = layer.site
             targets = triton_lora.target_tensor(site.targets, self.arena.data.device)
@@ -168,7 +171,10 @@ class TritonKernels:
         return y + delta
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return ops.one_row_product(x, weight, bias) if self.one_row else functional.linear(x, weight, bias)
+        # The output layer sees only the tokens whose logits are wanted: in a step of one token perhaps none.
+        if self.one_row and x.shape[0] == 1:
+            return ops.one_row_product(x, weight, bias)
+        return functional.linear(x, weight, bias)
 
     def apply(self, y: Tensor, x: Tensor, site: Site) -> None:
         if STEP.plan is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -43,3 +45,30 @@ def test_a_model_without_a_list_of_layers_stays_as_it_is(caplog: pytest.LogCaptu
         compiled.compile_layers(model, "eager")
     assert not compiled_ones(model)
     assert "LlamaModel: no list of layers was found" in caplog.text
+
+
+def test_layers_that_start_early_are_compiled_twice_and_chosen_at_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = AutoModelForCausalLM.from_config(ARCHITECTURES["llama"]).eval()
+    ids = torch.arange(5)[None]
+    early, called = [False], []
+
+    def compile_(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            called.append(options.get("options"))
+            return function(*args, **kwargs)
+
+        return call
+
+    with torch.inference_mode():
+        wanted = model(ids).logits
+        monkeypatch.setattr(torch, "compile", compile_)
+        compiled.compile_layers(model, starts_early=lambda: early[0])
+        for early[0] in (False, True, False):
+            called.clear()
+            torch.testing.assert_close(model(ids).logits, wanted)
+            options = {"triton.enable_pdl": True} if early[0] else None
+            assert called == [options] * (SMALL["num_hidden_layers"] + 1)
+        compiled.undo(model)
+        called.clear()
+        torch.testing.assert_close(model(ids).logits, wanted)
+    assert not called

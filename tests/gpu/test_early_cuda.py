@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +13,17 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
 from torch import Tensor
+from torch._inductor.graph import GraphLowering
 from torch._inductor.utils import run_and_get_code
 from torch.nn import functional
 
-from adapters.kernels import early, ops, triton_lora
+from adapters.kernels import early, ops, tail, triton_lora, triton_tail
 from adapters.kernels.device_plan import DevicePlan
+from adapters.kernels.tail import Slots
+from service.engine.attention_triton import NewEntries, decode
+from service.engine.graphs import StepGraphs
+from tests.engine.oracle import ARCHITECTURES, recipes
+from tests.engine.test_parity import World
 from tests.kernels.lora_cases import make_site, make_table, plan_of
 
 pytestmark = [
@@ -82,6 +89,86 @@ def test_the_same_bits_in_a_graph(layers: Callable[[Tensor], Tensor], monkeypatc
             graph.replay()
             assert torch.equal(y, wanted)
         assert torch.isfinite(y).all()
+
+
+def slowly(x: Tensor) -> Tensor:
+    """x plus nothing, by a kernel that is long at it: who does not wait for it reads what was there before."""
+    return x + torch.zeros(8, 512, *x.shape, device=DEVICE, dtype=x.dtype).sum((0, 1))
+
+
+def same_in_turns(run: Callable[[], Tensor], inputs: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a graph and started early as one after the other, for other inputs each time."""
+    with torch.inference_mode():
+        run()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = run()
+        for _ in range(30):
+            for tensor in inputs:
+                tensor.normal_()
+            graph.replay()
+            torch.cuda.synchronize()
+            with monkeypatch.context() as patch:
+                patch.setattr(early, "can_start_early", lambda device: False)
+                assert torch.equal(y, run())
+
+
+def test_attention_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (torch.empty(1, heads, 128, device=DEVICE, dtype=torch.bfloat16) for heads in (32, 8, 8))
+    k_cache, v_cache = torch.randn(2, 8, 16, 8, 128, device=DEVICE).to(torch.bfloat16)
+    table = torch.arange(8, device=DEVICE, dtype=torch.int32)[None]
+    context, slot = (torch.tensor([n], device=DEVICE, dtype=torch.int32) for n in (100, 99))
+
+    def run() -> Tensor:
+        out = torch.empty_like(q)
+        given = slowly(torch.cat([q, k, v], 1))
+        mine, new_k, new_v = given.split([32, 8, 8], 1)
+        new = NewEntries(new_k, new_v, slot)
+        decode(mine, k_cache, v_cache, table, context, out, new=new, scale=0.1, max_context=128)
+        return out
+
+    same_in_turns(run, [q, k, v], monkeypatch)
+
+
+def test_shrink_of_the_tails_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    k, site = 256, make_site(256, (64, 64))
+    table = make_table([[16, 16]], [(k, 64)] * 2, torch.bfloat16, DEVICE)
+    plan = plan_of([(64, ((0, 1.0),))])
+    assert plan is not None
+    weight = tail.with_tail([torch.randn(64, k, device=DEVICE, dtype=torch.bfloat16) for _ in range(2)])
+    tails = triton_tail.Tails([(site, tail.whole(weight, 2))], 2, DEVICE)
+    placed = Slots().place(plan, table.ranks_of(plan), torch.zeros(1, dtype=torch.int64).numpy())
+    assert placed is not None
+    device_plan = DevicePlan.from_plan(plan, 16, DEVICE, 64, covers=True, placed=placed)
+    tails.stage(device_plan, table)
+    targets = triton_lora.target_tensor(site.targets, DEVICE)
+    x = torch.empty(64, k, device=DEVICE, dtype=torch.bfloat16)
+
+    def run() -> Tensor:
+        wide = slowly(torch.cat([x, x.new_zeros(64, tail.spare(2))], 1))
+        triton_tail.shrink_behind(wide, targets, device_plan, table, tails.counters)
+        return functional.linear(wide, tail.whole(weight, 2))
+
+    same_in_turns(run, [x], monkeypatch)
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_every_kernel_that_the_compiler_starts_early_waits_before_it_writes(
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It counts on who comes next, and who comes next on it. The compiler leaves the wait out of a kernel that reads
+    nothing."""
+    codes: list[str] = []
+    monkeypatch.setattr(GraphLowering, "save_output_code", codes.append)
+    monkeypatch.setattr(StepGraphs, "capture", lambda self: None)
+    world = World(architecture, tmp_path, {"rank4": recipes(architecture)["rank4"]}, [])
+    with torch._inductor.utils.fresh_cache():
+        world.engine(tmp_path, device="cuda", dtype="bfloat16", max_sequences=4).close()
+    kernels = [part for code in codes for part in re.split(r"async_compile\.triton\(", code)[1:]]
+    kernels = [kernel for kernel in kernels if "'launch_pdl': True" in kernel]
+    assert len(kernels) >= 5
+    for kernel in kernels:
+        assert 0 < kernel.find("gdc_wait()") < kernel.find("tl.store("), kernel
 
 
 def test_every_kernel_of_the_compiler_waits(layers: Callable[[Tensor], Tensor]) -> None:

@@ -50,7 +50,7 @@ def prepared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(build, "_kernels", kernels)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 1 << 30))
     compile_layers = compiled.compile_layers
-    monkeypatch.setattr(compiled, "compile_layers", lambda model, **_: compile_layers(model, "eager"))
+    monkeypatch.setattr(compiled, "compile_layers", lambda model, **options: compile_layers(model, "eager", **options))
     world = World("llama", tmp_path, {name: recipes("llama")[name] for name in ("rank4", "rank16")}, [])
 
     def start(capture: Callable[[], None], *, deterministic: bool = False, warm: bool = True) -> tuple[Any, World]:

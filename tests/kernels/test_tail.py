@@ -12,11 +12,11 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn import functional
 
 from adapters.arena import Arena
-from adapters.kernels import backend, ops, tail, triton_lora, triton_tail
+from adapters.kernels import backend, one_row, ops, tail, triton_lora, triton_tail
 from adapters.kernels.backend import TritonKernels
 from adapters.kernels.device_plan import RANK_BUCKETS, DevicePlan, PlanShape, pack
 from adapters.kernels.tail import GRANULE, RANKS, SLOTS, Slots
-from adapters.layers import install
+from adapters.layers import OutputProduct, install
 from adapters.manifest import Manifest, Module
 from adapters.plan import LoraPlan, covering
 from adapters.site import Site
@@ -420,6 +420,70 @@ def test_a_step_takes_the_tails_or_not_and_a_layer_is_compiled_once_for_each(
         assert not kernels.tailed
     assert traces.frame_count <= 2
     assert arena.generation.sum() == 0
+
+
+@pytest.mark.parametrize("active", [True, False])
+def test_a_step_of_one_token_has_kernels_of_its_own_and_they_are_warmed_up(
+    step: ops.Step, monkeypatch: pytest.MonkeyPatch, active: bool
+) -> None:
+    torch.manual_seed(0)
+    model = Block().to(DEVICE).requires_grad_(False)
+    manifest = manifest_of(model)
+    arena = Arena.for_manifest(manifest, device=DEVICE, nbytes=1 << 20, rows=8)
+    bind_adapter(arena, 0, 16, manifest)
+    kernels = TritonKernels(arena, overlap=False, tails=True)
+    hook = _Hook(kernels)
+    met: set[tuple[int, int, bool, bool]] = set()
+    product = one_row.product
+
+    def noting(x: Tensor, weight: Tensor, bias: Tensor | None, deltas: one_row.Deltas | None = None) -> Tensor:
+        met.add((*weight.shape, bias is not None, deltas is not None))
+        return product(x, weight, bias, deltas)
+
+    monkeypatch.setattr(one_row, "product", noting)
+    with torch.inference_mode():
+        kernels.bind(install(model, manifest, hook, tails=True), len(manifest.linears))
+        shape = PlanShape.bounded(1, 2, 1, 16, 16)
+        host = np.zeros(shape.size, dtype=np.int32)
+        pack(None, shape, host)
+        empty = DevicePlan(shape, torch.from_numpy(host).to(DEVICE), 16, covers=True)
+        kernels.use(empty, 1)
+        kernels.warm_up(empty, 1)
+        warm = set(met)
+        met.clear()
+        x = torch.randn(2, 64, device=DEVICE)
+        plan = plan_of([(1, ((0, 1.0),)), (1, ((0, 1.0),))]) if active else None
+        hook.active = active
+        kernels.begin_step(plan, 2)
+        assert not kernels.one_row
+        wanted = model(x)
+        assert not met
+        kernels.begin_step(plan_of([(1, ((0, 1.0),))]) if active else None, 1)
+        assert kernels.one_row
+        y = torch.compile(model, backend="aot_eager", fullgraph=True)(x[:1])
+        assert error(y, wanted[:1].cpu().double()) < 1e-6
+        assert met == {(96, 64, False, active), (64, 48, True, active)}
+        assert not active or met == warm
+        kernels.begin_step(None, 1)
+        assert kernels.product(x[:0], x, None).shape == (0, 2), "no logits are wanted of the step's token"
+        others = TritonKernels(arena, overlap=False, rows_alone=False)
+        others.begin_step(None, 1)
+        assert not others.one_row
+
+
+def test_the_output_layer_on_a_gpu_is_the_hook_s_product(step: ops.Step) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 40).to(DEVICE).requires_grad_(False)
+    manifest = manifest_of(Block())
+    kernels = TritonKernels(Arena.for_manifest(manifest, device=DEVICE, nbytes=1 << 20, rows=8), overlap=False)
+    layer = OutputProduct(linear, _Hook(kernels))
+    assert layer.weight is linear.weight
+    for rows in (0, 1, 3):
+        x = torch.randn(1, rows, 64, device=DEVICE)
+        for tokens in (1, 8):
+            kernels.begin_step(None, tokens)
+            with torch.inference_mode():
+                torch.testing.assert_close(layer(x), linear(x))
 
 
 def test_what_is_warmed_up_is_what_compiled_layers_launch(step: ops.Step, monkeypatch: pytest.MonkeyPatch) -> None:
