@@ -3,9 +3,10 @@
     shrink     s = w · scale · (x Aᵀ)             float32, of every adapter of the row
     product    y = x W0ᵀ + bias + Σ s B           x [1, k] -> y [1, d]
 
-Such a step takes the time of reading the weights. A library's product for one row reads them at 2.0 to 2.8 TB/s where
-this one reaches 2.7 to 3.1 (H100, 3.35 by its data sheet; benchmarks/RESULTS.md): its programs are small and many, and
-they start early (early.py), so that their first tiles are on their way while the kernels before are at work.
+Such a step takes the time of reading the weights. Product reads an 8B model's at 3.8 to 4.4 TB/s, where the library's
+product for one row reads them at 2.7 to 4.0 (H200, 4.8 by its data sheet; benchmarks/RESULTS.md): its programs are
+small and many, and they start early (early.py), so that their first tiles are on their way while the kernels before
+are at work.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from adapters.kernels.triton_lora import Tables
 from adapters.site import Site
 
 COLUMNS = 4
-"""Of a program. With tiles of 4 x 1,024 elements, of which two are on their way, this was the fastest of 14 layouts in
-each of an 8B model's four products."""
+"""Of a program."""
 REGISTERS = 128
-"""Of a thread, with adapters: four programs to a multiprocessor. Left alone the compiler takes more, and a step of an
-8B model's takes 4% longer."""
-_TILE_BYTES = 2048
-"""Of one column's part of a tile at most."""
+"""Of a thread, with adapters. With tiles of 1,024 elements the compiler, left alone, took more, and a step of an 8B
+model 4% longer (H100); with those of 512 either takes as long. 112 and less take longer."""
+_TILE_BYTES = 1024
+"""Of one column's part of a tile at most. Of 2 to 8 columns and 256 to 1,024 elements, 4 x 512 were the fastest, or
+within 5% of it, in each of an 8B model's four products, alone and with an adapter (H200)."""
 _RANKS_AT_ONCE = 32
 """Of an adapter that product adds at once, at most."""
 _SHRINK_TILE = 8192
