@@ -16,6 +16,7 @@ import torch
 import triton
 
 from benchmarks.kernel_cases import SITES, AttentionSetup, LoraCase, LoraSetup, OneRowSetup, copy_bandwidth
+from service.engine.build import prefer_cublaslt
 
 TENSOR_FLOPS = 790e12
 """bf16 products of an H200, measured on 8192-cubed ones."""
@@ -106,6 +107,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks.kernels needs a CUDA device")
     torch.manual_seed(0)
+    prefer_cublaslt()  # as the engine
     tokens = [int(v) for v in args.tokens.split(",")]
     sites = args.sites.split(",")
     bandwidth = copy_bandwidth()

@@ -41,9 +41,9 @@ class TritonKernels:
     fused = True
 
     def __init__(self, arena: Arena, *, overlap: bool = True, tails: bool = False, rows_alone: bool = True) -> None:
-        """overlap: LoRA runs on a side stream beside the base product. tails: in large steps whose tokens share few
-        adapters, one product does both (tail.py). rows_alone: products of a step of one token are those of one_row.py,
-        not the library's."""
+        """overlap: LoRA runs on a side stream beside the base product, where no one product does both. tails: in large
+        steps whose tokens share few adapters, one does (tail.py). rows_alone: products of a step of one token are
+        those of one_row.py, not the library's."""
         self.arena = arena
         self._installed: list[LoraLinear] = []
         """In the model, for `warm_up`."""
@@ -160,8 +160,8 @@ class TritonKernels:
         if self.tailed and whole is not None:
             if self._copies(site) or not torch.compiler.is_compiling():
                 return ops.tail_linear(x, whole, bias, targets)
-            # The compiled kernel that computes x writes it into the wide rows, if there is one. Only through as_strided
-            # does the compiler write to a part of a tensor in its place; the rest shrink writes.
+            # The compiled kernel that computes x writes it into the wide rows, if there is one. The compiler was found
+            # to write to a part of a tensor in its place through as_strided alone; the rest shrink writes.
             wide = x.new_empty(x.shape[0], whole.shape[1])
             wide.as_strided(x.shape, (whole.shape[1], 1)).copy_(x)
             return ops.wide_linear(wide, whole, bias, targets)

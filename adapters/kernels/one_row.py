@@ -3,10 +3,9 @@
     shrink     s = w · scale · (x Aᵀ)             float32, of every adapter of the row
     product    y = x W0ᵀ + bias + Σ s B           x [1, k] -> y [1, d]
 
-Such a step takes the time of reading the weights. Product reads an 8B model's at 3.8 to 4.4 TB/s, where the library's
-product for one row reads them at 2.7 to 4.0 (H200, 4.8 by its data sheet; benchmarks/RESULTS.md): its programs are
-small and many, and they start early (early.py), so that their first tiles are on their way while the kernels before
-are at work.
+Such a step takes the time of reading the weights. Product reads an 8B model's at 3.8 to 4.4 TB/s, where torch's way to
+cuBLAS for one row reads them at 2.7 to 4.0 (H200, 4.8 by its data sheet; benchmarks/RESULTS.md). Its programs are small
+and many, and they start early (early.py): their first tiles are on their way while the kernel before is at work.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ from adapters.site import Site
 COLUMNS = 4
 """Of a program."""
 REGISTERS = 128
-"""Of a thread, with adapters. With tiles of 1,024 elements the compiler, left alone, took more, and a step of an 8B
-model 4% longer (H100); with those of 512 either takes as long. 112 and less take longer."""
+"""Of a thread, with adapters. With tiles of 1,024 elements the compiler, left alone, took more, and 8 of an 8B model's
+layers 2 to 4% longer (H100); with those of 512 either takes as long. 112 and less take longer (H200)."""
 _TILE_BYTES = 1024
 """Of one column's part of a tile at most. Of 2 to 8 columns and 256 to 1,024 elements, 4 x 512 were the fastest, or
 within 5% of it, in each of an 8B model's four products, alone and with an adapter (H200)."""

@@ -230,7 +230,7 @@ def decode(
         if counters is None or counters.numel() < sequences * kv_heads:
             counters = torch.zeros(sequences * kv_heads, dtype=torch.int32, device=q.device)
     factor, cap = _scores(scale, softcap)
-    # In the graph of one sequence alone. With more, where products are the library's, nothing is gained.
+    # In the graph of one sequence alone, whose other kernels start early too.
     starts_early = sequences == 1 and new is not None and count is None and early.can_start_early(q.device)
     k, v, slots = (q, q, context_lens) if new is None else (_adjacent(new.k), _adjacent(new.v), new.slots)
     decode_kernel[(sequences, kv_heads, splits)](

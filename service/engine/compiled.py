@@ -1,8 +1,9 @@
 """Compiled layers: every decoder layer through torch.compile, all of them by the same code.
 
-One compiled layer serves all layers, batches and adapters, because nothing that differs between them is seen while
-tracing: KV caches and LoRA targets are buffers, the step's metadata is read inside opaque operators. The caches of
-Inductor and Triton live in the engine's cache folder, so only the first start compiles.
+One compiled layer serves all layers, batches and adapters (and one more the steps of a single token, see `_either`),
+because nothing that differs between them is seen while tracing: KV caches and LoRA targets are buffers, the step's
+metadata is read inside opaque operators. The caches of Inductor and Triton live in the engine's cache folder, so only
+the first start compiles.
 """
 
 from __future__ import annotations
@@ -56,8 +57,9 @@ def compile_layers(
 
 
 def _either(module: nn.Module, backend: str, starts_early: Callable[[], bool]) -> Callable[..., Any]:
-    """Calls the module as it is compiled, or as it is compiled with programmatic dependent launch: that takes 1 to 2%
-    off steps of up to 32 sequences and adds as much to larger ones (H100, benchmarks/RESULTS.md)."""
+    """Calls the module as it is compiled, or as it is compiled with programmatic dependent launch. With attention's,
+    that took 0.7 to 2% off the base's steps of up to 32 sequences and added 0 to 3% to larger ones (H100, one pair of
+    starts, benchmarks/RESULTS.md)."""
     usual = cast(Callable[..., Any], module._compiled_call_impl)
     early = torch.compile(module._call_impl, dynamic=True, backend=backend, options={"triton.enable_pdl": True})
 
