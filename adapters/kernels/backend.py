@@ -40,9 +40,9 @@ class TritonKernels:
 
     fused = True
 
-    def __init__(self, arena: Arena, *, overlap: bool = True, tails: bool = False, rows_alone: bool = True) -> None:
+    def __init__(self, arena: Arena, *, overlap: bool = True, tails: bool = False, own_one_row: bool = True) -> None:
         """overlap: LoRA runs on a side stream beside the base product, where no one product does both. tails: in large
-        steps whose tokens share few adapters, one does (tail.py). rows_alone: products of a step of one token are
+        steps whose tokens share few adapters, one does (tail.py). own_one_row: products of a step of one token are
         those of one_row.py, not the library's."""
         self.arena = arena
         self._installed: list[LoraLinear] = []
@@ -53,7 +53,7 @@ class TritonKernels:
         """Layers are: the kernel that computes x then writes it where it is wanted."""
         self.tailed = False
         """The step's adapters stand in the tails: read while layers are traced."""
-        self._rows_alone = rows_alone
+        self._own_one_row = own_one_row
         self.one_row = False
         """The step is one token, and computed as one_row.py does: read while layers are traced."""
         STEP.tables, STEP.plan, STEP.tails = arena, None, None
@@ -97,7 +97,7 @@ class TritonKernels:
     def use(self, plan: DevicePlan | None, tokens: int) -> None:
         """A plan that lies on the device already (a CUDA graph's own), for steps of so many tokens."""
         STEP.tables, STEP.plan = self.arena, plan
-        self.one_row = self._rows_alone and tokens == 1
+        self.one_row = self._own_one_row and tokens == 1
         self.tailed = plan is not None and plan.shape.tail
 
     def place(self, plan: LoraPlan, ranks: NDArray[np.integer]) -> Placed | None:
@@ -156,7 +156,7 @@ class TritonKernels:
         self, x: Tensor, weight: Tensor, whole: Tensor | None, bias: Tensor | None, targets: Tensor, site: Site
     ) -> Tensor:
         """Base product and deltas beside each other; their sum is left to the compiler, which folds it into the
-        kernel that reads the result anyway. Or one product, with the tails; or one kernel, for a single row."""
+        kernel that reads the result anyway. Or one product, with the tails; or the kernels of one_row.py."""
         if self.tailed and whole is not None:
             if self._copies(site) or not torch.compiler.is_compiling():
                 return ops.tail_linear(x, whole, bias, targets)
