@@ -7,14 +7,13 @@ computes the whole product; its siblings, called with the very same tensor, take
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from adapters.kernels import tail
 from adapters.kernels.dense import PackedWeight, can_pack
+from adapters.kernels.tail import Tail, with_tail
 from adapters.manifest import Manifest
 from adapters.site import Site
 
@@ -31,14 +30,21 @@ class LoraHook(Protocol):
     fused: bool
     """The hook computes base product and deltas together (`linear`), where that is faster than one after the other."""
 
+    @property
+    def tailed(self) -> bool:
+        """The step's adapters stand in the tails, so that `gated` may be called."""
+
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x [T, in] W0ᵀ + bias -> [T, out]; traceable by torch.compile."""
 
     def linear(
-        self, x: Tensor, weight: Tensor, whole: Tensor | None, bias: Tensor | None, targets: Tensor, site: Site
+        self, x: Tensor, weight: Tensor, tail: Tail | None, bias: Tensor | None, targets: Tensor, site: Site
     ) -> Tensor:
-        """x [T, in] W0ᵀ + bias + deltas -> [T, out]; traceable by torch.compile. whole: the weight with its tail, if
-        it has one. `targets`: int32, the site's."""
+        """x [T, in] W0ᵀ + bias + deltas -> [T, out]; traceable by torch.compile. tail: the weight's, if it has one.
+        `targets`: int32, the site's."""
+
+    def gated(self, x: Tensor, tail: Tail, gate: str) -> Tensor:
+        """x [T, in] -> activation(gate) · up, [T, width], of a site of these two with their deltas. gate: of GATES."""
 
     def __call__(self, y: Tensor, x: Tensor, site: Site) -> None:
         """y [T, out_features] += deltas of x [T, in_features], in place."""
@@ -48,20 +54,31 @@ class LoraLinear(nn.Module):
     """y = x W0ᵀ + b, plus the plan's deltas. W0 [out, in] is the model's own frozen parameter, never written (its
     tail, if it has one, is no part of it)."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, site: Site, hook: LoraHook, *, tails: bool = False) -> None:
-        """tails: the weight is one that tail.with_tail gave."""
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, site: Site, hook: LoraHook, tail: Tail | None = None
+    ) -> None:
+        """tail: whose first rows are the weight, and the bias."""
         super().__init__()
-        self.packed = PackedWeight(weight) if can_pack(weight) and not tails else None
+        self.packed = PackedWeight(weight) if can_pack(weight) and tail is None else None
         self.weight = None if self.packed else nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.site = site
         self.hook = hook
-        self.whole: Tensor | None
-        self.register_buffer("whole", tail.whole(weight, len(site.targets)) if tails else None, persistent=False)
-        # A buffer: compiled code takes it as an input, so layers that differ in nothing else share their code.
+        self.gate: str | None = None
+        """The site is gate and up of a GatedMlp with this activation."""
+        # Buffers: compiled code takes them as inputs, so layers that differ in nothing else share their code.
+        for name, tensor in zip(Tail._fields, tail or (None,) * len(Tail._fields), strict=True):
+            self.register_buffer(f"tail_{name}", tensor, persistent=False)
         self.register_buffer(
             "targets", torch.tensor(site.targets, dtype=torch.int32, device=weight.device), persistent=False
         )
+
+    @property
+    def tail(self) -> Tail | None:
+        if self.tail_whole is None:
+            return None
+        whole, b, scales = (cast(Tensor, part) for part in (self.tail_whole, self.tail_b, self.tail_scales))
+        return Tail(whole, cast(Tensor | None, self.tail_bias), b, scales)
 
     @property
     def in_features(self) -> int:
@@ -77,7 +94,7 @@ class LoraLinear(nn.Module):
             y = self.packed.product(rows, self.bias)
         elif self.hook.active and self.hook.fused:
             weight, targets = cast(Tensor, self.weight), cast(Tensor, self.targets)
-            y = self.hook.linear(rows, weight, self.whole, self.bias, targets, self.site)
+            y = self.hook.linear(rows, weight, self.tail, self.bias, targets, self.site)
         else:
             y = self.hook.product(rows, cast(Tensor, self.weight), self.bias)
         if self.hook.active and not self.hook.fused:
@@ -149,6 +166,49 @@ class SharedSlice(nn.Module):
         return self._product[0].part(x, self.index)
 
 
+class GatedMlp(nn.Module):
+    """Stands where an MLP stood whose code is `_gated_forward`. In steps with adapters in the tails, what reads the
+    product of gate and up, the activation, adds their deltas by the way."""
+
+    def __init__(self, into: LoraLinear, activation: nn.Module, gate: str, back: nn.Module) -> None:
+        super().__init__()
+        into.gate = gate
+        self.into, self.activation, self.back = into, activation, back
+        self.gate = gate
+
+    def forward(self, x: Tensor) -> Tensor:
+        hook, tail = self.into.hook, self.into.tail
+        if hook.tailed and tail is not None:
+            h = hook.gated(x.reshape(-1, x.shape[-1]), tail, self.gate)
+            return self.back(h.view(*x.shape[:-1], h.shape[-1]))
+        gate, up = self.into(x).split(self.into.site.widths, dim=-1)
+        return self.back(self.activation(gate) * up)
+
+
+GATES = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu_tanh"}
+"""Activations, by the names of their classes in torch and transformers, that the kernel of a gate knows."""
+
+
+def _gated_forward(self, x):  # type: ignore[no-untyped-def]
+    down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+    return down_proj
+
+
+def gated_mlp(module: nn.Module) -> GatedMlp | None:
+    """What takes the module's place, if its code is known to the byte: transformers has it in Llama, Mistral, Qwen,
+    Gemma and many more, with other activations too."""
+    code, known = getattr(type(module).forward, "__code__", None), _gated_forward.__code__
+    if code is None or (code.co_code, code.co_names) != (known.co_code, known.co_names):
+        return None
+    gate = GATES.get(type(module.act_fn).__name__)
+    first, second = module.gate_proj, module.up_proj
+    if gate is None or not (isinstance(first, SharedSlice) and isinstance(second, SharedSlice)):
+        return None
+    if (first.index, second.index) != (0, 1) or len(first.linear.site.widths) != 2 or module._forward_hooks:
+        return None
+    return GatedMlp(first.linear, cast(nn.Module, module.act_fn), gate, cast(nn.Module, module.down_proj))
+
+
 def install(
     model: nn.Module,
     manifest: Manifest,
@@ -156,10 +216,9 @@ def install(
     *,
     fuse: bool = True,
     tails: bool = False,
-    after_attention: Collection[str] = (),
 ) -> list[LoraLinear]:
     """Replaces every linear of the manifest in place and returns what stands there, in model order. tails: weights have
-    spare columns (adapters/kernels/tail.py). after_attention: names of linears whose input is what attention gave."""
+    spare rows (adapters/kernels/tail.py), and MLPs whose code is known take a gate with its deltas."""
     index = {module.name: i for i, module in enumerate(manifest.linears)}
     installed: list[LoraLinear] = []
     done: set[str] = set()
@@ -177,17 +236,18 @@ def install(
             widths=widths,
             in_features=linears[0].in_features,
             out_features=sum(widths),
-            after_attention=name in after_attention,
         )
         weight = linears[0].weight.data
         bias = None if linears[0].bias is None else linears[0].bias.data
-        if tails:
-            weight = tail.with_tail([linear.weight.data for linear in linears])
-        elif len(linears) > 1:
-            weight = torch.cat([linear.weight.data for linear in linears])
         if len(linears) > 1 and bias is not None:
             bias = torch.cat([linear.bias.data for linear in linears])
-        layer = LoraLinear(weight, bias, site, hook, tails=tails)
+        tail = None
+        if tails:
+            tail = with_tail([linear.weight.data for linear in linears], bias)
+            weight = tail.whole[: site.out_features]
+        elif len(linears) > 1:
+            weight = torch.cat([linear.weight.data for linear in linears])
+        layer = LoraLinear(weight, bias, site, hook, tail)
         if len(linears) == 1:
             setattr(parent, leaf, layer)
         else:
@@ -196,6 +256,10 @@ def install(
                 setattr(parent, sibling, SharedSlice(product, j))
         installed.append(layer)
         done.update(f"{parent_name}.{leaf}" if parent_name else leaf for leaf in group)
+    if tails:
+        for name, module in list(model.named_modules()):
+            if (mlp := gated_mlp(module)) is not None:
+                model.set_submodule(name, mlp)
     for module in manifest.modules:
         if module.kind == "output":
             weight = model.get_parameter(f"{module.name}.weight")

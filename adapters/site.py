@@ -18,5 +18,3 @@ class Site:
     widths: tuple[int, ...]
     in_features: int
     out_features: int
-    after_attention: bool = False
-    """x is what attention gave, laid out by its operator; otherwise by whatever compiled kernel computed it."""

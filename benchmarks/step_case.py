@@ -66,12 +66,14 @@ class Case:
 
     def capture(self, name: str, block_m: int, *, tail: bool = False) -> None:
         """Captures the case's graph anew, with LoRA tiles of `block_m` entries, as the only one there is. tail: with
-        adapters in the tails of the base weights."""
+        adapters in the tails of the base weights; block_m is then 64."""
         plan, variant = self.plans[name], None
         if plan is not None:
             rank = self.graphs._kernels.ranks(plan).max()
             wanted = (block_m, tail)
-            variant = next(v for v in self.places.variants if v and (v.block_m, v.tail) == wanted and rank <= v.rank)
+            variant = next(
+                v for v in self.places.variants if v and (v.block_m, bool(v.slots)) == wanted and rank <= v.rank
+            )
         graph = self.graphs._capture(self.places, variant, torch.cuda.graph_pool_handle())
         self.graphs._graphs = {(self.places.shape, variant): graph}
 

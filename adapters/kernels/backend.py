@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from adapters.arena import Arena
-from adapters.kernels import one_row, ops, tail, triton_lora, triton_tail
+from adapters.kernels import one_row, ops, triton_lora, triton_tail
 from adapters.kernels.device_plan import DevicePlan
 from adapters.kernels.ops import STEP
-from adapters.kernels.tail import Placed
+from adapters.kernels.tail import SLOTS, Placed, Tail
+from adapters.kernels.tail_plan import TailPlan
 from adapters.layers import LoraLinear
 from adapters.plan import LoraPlan, covering
 from adapters.site import Site
@@ -23,11 +24,9 @@ DECODE_ENTRIES = 512
 """Plans of at most so many (token, adapter) pairs use small tiles: their time is that of reading factors."""
 LARGE_SEGMENTS = 48
 """From so many tokens an adapter on, a step with prompts uses large LoRA tiles."""
-TAIL_TOKENS = 384
-"""Steps of so many tokens use the tails: in smaller ones a kernel before the base product costs what it saves
-(benchmarks/RESULTS.md)."""
-TAIL_TILE = 64
-"""Tokens of a tile of adapters that stand in the tails."""
+TAIL_TOKENS = 48
+"""Steps of so many tokens use the tails: in smaller ones what they add to the base product, and behind it, costs more
+than LoRA beside it (benchmarks/RESULTS.md)."""
 
 
 def many_tokens_each(plan: LoraPlan) -> bool:
@@ -41,22 +40,20 @@ class TritonKernels:
     fused = True
 
     def __init__(self, arena: Arena, *, overlap: bool = True, tails: bool = False, own_one_row: bool = True) -> None:
-        """overlap: LoRA runs on a side stream beside the base product, where no one product does both. tails: in large
-        steps whose tokens share few adapters, one does (tail.py). own_one_row: products of a step of one token are
+        """overlap: LoRA runs on a side stream beside the base product, where that does not do its share. tails: where
+        many tokens share few adapters, it does (tail.py). own_one_row: products of a step of one token are
         those of one_row.py, not the library's."""
         self.arena = arena
         self._installed: list[LoraLinear] = []
         """In the model, for `warm_up`."""
         self.tails = tails
         """May be switched off for a time."""
-        self.compiled = True
-        """Layers are: the kernel that computes x then writes it where it is wanted."""
         self.tailed = False
         """The step's adapters stand in the tails: read while layers are traced."""
         self._own_one_row = own_one_row
         self.one_row = False
         """The step is one token, and computed as one_row.py does: read while layers are traced."""
-        STEP.tables, STEP.plan, STEP.tails = arena, None, None
+        STEP.tables, STEP.plan, STEP.tail_plan, STEP.tails = arena, None, None, None
         # Of high priority: its kernels are short, and what follows waits for them; the base product takes what is left.
         STEP.side = torch.cuda.Stream(arena.data.device, priority=-1) if overlap and arena.data.is_cuda else None
 
@@ -64,8 +61,8 @@ class TritonKernels:
         """The layers that will use it; targets: number of all target indices."""
         self._installed = installed
         if self.tails:
-            weights = [(layer.site, layer.whole) for layer in installed if layer.whole is not None]
-            STEP.tails = triton_tail.Tails(weights, targets, self.arena.data.device)
+            sites = [(layer.site, layer.tail) for layer in installed if layer.tail is not None]
+            STEP.tails = triton_tail.Tails(sites, targets, self.arena.data.device)
 
     def begin_step(self, plan: LoraPlan | None, tokens: int) -> None:
         if plan is None:
@@ -76,36 +73,29 @@ class TritonKernels:
         large = tokens >= TAIL_TOKENS and many_tokens_each(plan)
         plan = covering(plan, tokens)
         ranks = self.ranks(plan)
-        placed = self.place(plan, ranks) if large else None
-        block_m = TAIL_TILE if placed else 16 if small else 64
-        self.use(
-            DevicePlan.from_plan(
-                plan,
-                int(ranks.max(initial=1)),
-                self.arena.data.device,
-                block_m,
-                covers=True,
-                ranks=ranks,
-                placed=placed,
-            ),
-            tokens,
-        )
-        if placed:
+        device = self.arena.data.device
+        if large and (placed := self.place(plan, ranks)):
+            self.use(TailPlan.from_plan(plan, placed, tokens, device), tokens)
             self.stage()
             self.launched(placed)
+            return
+        largest, block_m = int(ranks.max(initial=1)), 16 if small else 64
+        self.use(DevicePlan.from_plan(plan, largest, device, block_m, covers=True, ranks=ranks), tokens)
 
-    def use(self, plan: DevicePlan | None, tokens: int) -> None:
+    def use(self, plan: DevicePlan | TailPlan | None, tokens: int) -> None:
         """A plan that lies on the device already (a CUDA graph's own), for steps of so many tokens."""
-        STEP.tables, STEP.plan = self.arena, plan
+        self.tailed = isinstance(plan, TailPlan)
+        STEP.tables = self.arena
+        STEP.plan = plan if isinstance(plan, DevicePlan) else None
+        STEP.tail_plan = plan if isinstance(plan, TailPlan) else None
         self.one_row = self._own_one_row and tokens == 1
-        self.tailed = plan is not None and plan.shape.tail
 
-    def place(self, plan: LoraPlan, ranks: NDArray[np.integer]) -> Placed | None:
-        """Where the plan's adapters stand in the tails; None if they cannot. `launched` is told once the step is on
-        its way."""
+    def place(self, plan: LoraPlan, ranks: NDArray[np.integer], slots: int = SLOTS) -> Placed | None:
+        """Where the plan's adapters stand in the first `slots` of the tails; None if they cannot. `launched` is told
+        once the step is on its way."""
         if STEP.tails is None or not self.tails:
             return None
-        return STEP.tails.slots.place(plan, ranks, self.arena.generation)
+        return STEP.tails.slots.place(plan, ranks, self.arena.generation, slots)
 
     def launched(self, placed: Placed | None) -> None:
         """A step with these places, or without any, is on its way: the device will have what it stages."""
@@ -114,61 +104,54 @@ class TritonKernels:
 
     def stage(self) -> None:
         """Copies to the tails what the step's plan lists; before its first product."""
-        if STEP.tails and STEP.plan:
-            STEP.tails.stage(STEP.plan, self.arena)
+        if STEP.tails and STEP.tail_plan:
+            STEP.tails.stage(STEP.tail_plan, self.arena)
 
-    def warm_up(self, plan: DevicePlan, tokens: int) -> None:
-        """Launches the kernels of every kind of site once, as `linear` will, so that they are compiled and loaded.
-        plan: an empty one."""
-        if plan.shape.tail and STEP.tails:
+    def warm_up(self, plan: DevicePlan | TailPlan, tokens: int) -> None:
+        """Launches the kernels of every kind of site once, as `linear` and `gated` will, so that they are compiled and
+        loaded. plan: an empty one."""
+        if isinstance(plan, TailPlan) and STEP.tails:
             STEP.tails.stage(plan, self.arena)
         kinds: dict[object, LoraLinear] = {}
         for layer in self._installed:
             site = layer.site
-            kinds[site.in_features, site.widths, self._copies(site), layer.bias is None] = layer
+            kinds[site.in_features, site.widths, layer.gate, layer.bias is None] = layer
         for layer in kinds.values():
             site = layer.site
             targets = triton_lora.target_tensor(site.targets, self.arena.data.device)
             x = self.arena.data.new_zeros(tokens, site.in_features)
-            if plan.shape.tail and STEP.tails:
-                if self._copies(site):
-                    triton_tail.shrink(x, targets, plan, self.arena, STEP.tails.counters)
-                else:
-                    wide = x.new_zeros(tokens, site.in_features + tail.spare(len(site.targets)))
-                    triton_tail.shrink_behind(wide, targets, plan, self.arena, STEP.tails.counters)
+            if isinstance(plan, TailPlan):
+                if layer.tail is not None and layer.gate is not None:
+                    self.gated(x, layer.tail, layer.gate)
+                elif layer.tail is not None:
+                    self.linear(x, cast(Tensor, layer.weight), layer.tail, layer.bias, targets, site)
                 continue
             if self.one_row and one_row.fits(site):
-                self.linear(x, cast(Tensor, layer.weight), layer.whole, layer.bias, targets, site)
+                self.linear(x, cast(Tensor, layer.weight), layer.tail, layer.bias, targets, site)
                 continue
             y = x.new_zeros(tokens, site.out_features)
             partials = triton_lora.shrink(x, targets, plan, self.arena)
             triton_lora.expand(y, partials, targets, site.offsets, site.widths, plan, self.arena, add=not plan.covers)
-
-    def _copies(self, site: Site) -> bool:
-        """Whether x of this site has to be copied to rows with room for the tail."""
-        return site.after_attention or not self.compiled
 
     def ranks(self, plan: LoraPlan) -> NDArray[np.int32]:
         """[segments] the largest rank that each segment's row has in any target; 0 without an adapter."""
         return np.where(plan.seg_row < 0, 0, self.arena.largest[plan.seg_row])
 
     def linear(
-        self, x: Tensor, weight: Tensor, whole: Tensor | None, bias: Tensor | None, targets: Tensor, site: Site
+        self, x: Tensor, weight: Tensor, tail: Tail | None, bias: Tensor | None, targets: Tensor, site: Site
     ) -> Tensor:
         """Base product and deltas beside each other; their sum is left to the compiler, which folds it into the
-        kernel that reads the result anyway. Or one product, with the tails; or the kernels of one_row.py."""
-        if self.tailed and whole is not None:
-            if self._copies(site) or not torch.compiler.is_compiling():
-                return ops.tail_linear(x, whole, bias, targets)
-            # The compiled kernel that computes x writes it into the wide rows, if there is one. The compiler was found
-            # to write to a part of a tensor in its place through as_strided alone; the rest shrink writes.
-            wide = x.new_empty(x.shape[0], whole.shape[1])
-            wide.as_strided(x.shape, (whole.shape[1], 1)).copy_(x)
-            return ops.wide_linear(wide, whole, bias, targets)
+        kernel that reads the result anyway. Or the product that does their share, with the tails; or the kernels of
+        one_row.py."""
+        if self.tailed and tail is not None:
+            return ops.tail_linear(x, *tail, list(site.offsets), list(site.widths))[:, : site.out_features]
         if self.one_row and one_row.fits(site):
             return ops.one_row_linear(x, weight, bias, targets, list(site.offsets), list(site.widths))
         y, delta = ops.lora_linear(x, weight, bias, targets, list(site.offsets), list(site.widths))
         return y + delta
+
+    def gated(self, x: Tensor, tail: Tail, gate: str) -> Tensor:
+        return ops.tail_gated(x, *tail, gate)
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         # The output layer sees only the tokens whose logits are wanted: in a step of one token perhaps none.

@@ -15,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from adapters.kernels.tail import SLOTS, Placed
 from adapters.plan import LoraPlan, ranges
 
 RANK_BUCKETS = (16, 64, 512)
@@ -63,8 +62,6 @@ class PlanShape:
     rank_blocks: int = 1
     """Of a tile at most. If more than 1, the plan lists those that there are: in a batch of mixed ranks, programs for
     blocks that most tiles do not have would take longer than those of the small ranks."""
-    tail: bool = False
-    """Its adapters stand in the tails of the base weights (tail.py)."""
 
     def __post_init__(self) -> None:
         if self.block_m < 16 or self.block_m & (self.block_m - 1):
@@ -73,20 +70,16 @@ class PlanShape:
             raise ValueError(f"{self}: every capacity must be at least 1")
 
     @classmethod
-    def of(cls, plan: LoraPlan, block_m: int, max_rank: int, *, tail: bool = False) -> PlanShape:
+    def of(cls, plan: LoraPlan, block_m: int, max_rank: int) -> PlanShape:
         """The tightest shape for one plan, whose rows have no rank above `max_rank`."""
         tiles = int((-(-np.diff(plan.seg_start) // block_m)).sum())
-        return cls(len(plan.tokens), tiles, len(plan.waves), block_m, rank_blocks(max_rank, block_m), tail)
+        return cls(len(plan.tokens), tiles, len(plan.waves), block_m, rank_blocks(max_rank, block_m))
 
     @classmethod
-    def bounded(
-        cls, entries: int, segments: int, waves: int, block_m: int, max_rank: int, *, tail: bool = False
-    ) -> PlanShape:
+    def bounded(cls, entries: int, segments: int, waves: int, block_m: int, max_rank: int) -> PlanShape:
         """A shape that fits every plan of at most so many entries, segments and waves, and ranks up to `max_rank`."""
-        if tail:
-            segments = min(segments, SLOTS + 1)
         tiles = min(entries, segments + entries // block_m)
-        return cls(entries, tiles, waves, block_m, rank_blocks(max_rank, block_m), tail)
+        return cls(entries, tiles, waves, block_m, rank_blocks(max_rank, block_m))
 
     @cached_property
     def slices(self) -> dict[str, slice]:
@@ -100,8 +93,6 @@ class PlanShape:
         }
         if self.rank_blocks > 1:
             sizes |= {"num_blocks": 1, "blocks": self.tiles * self.rank_blocks}
-        if self.tail:
-            sizes |= {"columns": self.tiles, "staged": 1 + 2 * SLOTS}
         found, at = {}, 0
         for name, size in sizes.items():
             found[name] = slice(at, at + size)
@@ -119,14 +110,11 @@ def pack(
     shape: PlanShape,
     out: NDArray[np.int32],
     ranks: NDArray[np.integer] | None = None,
-    placed: Placed | None = None,
 ) -> None:
     """Writes `plan` into out [shape.size]; places beyond its lengths are left as they are, kernels do not read them.
 
     None is the empty plan. ranks [segments]: the largest of each segment's row in any target, 0 for none; if not given,
-    what the shape has room for. placed: where its adapters stand, for a shape with a tail. Raises PlanSizeError."""
-    if plan is not None and shape.tail != (placed is not None):
-        raise ValueError(f"placed: {placed}, for {shape}")
+    what the shape has room for. Raises PlanSizeError."""
     if out.shape != (shape.size,) or out.dtype != np.int32:
         raise ValueError(f"out: expected int32 [{shape.size}], found {out.dtype} {list(out.shape)}")
     part = {name: out[where] for name, where in shape.slices.items()}
@@ -134,8 +122,6 @@ def pack(
         part["wave_tiles"][:] = 0
         if shape.rank_blocks > 1:
             part["num_blocks"][:] = 0
-        if shape.tail:
-            part["staged"][0] = 0
         return
     starts = plan.seg_start[:-1]
     lengths = np.diff(plan.seg_start)
@@ -166,12 +152,6 @@ def pack(
         part["num_blocks"][:] = count
         firsts = np.arange(tiles, dtype=np.int32) * MOST_BLOCKS
         part["blocks"][:count] = ranges(firsts, blocks_of)
-    if placed is not None:
-        part["columns"][:tiles] = np.repeat(placed.columns, tiles_of)
-        staged = part["staged"]
-        staged[0] = len(placed.staged)
-        for i, (row, column) in enumerate(placed.staged):
-            staged[1 + i], staged[1 + SLOTS + i] = row, column
     # Waves that this plan does not have begin and end at the last tile, so a graph's spare launches find no work.
     part["wave_tiles"][:] = tiles
     for w, (first_segment, _) in enumerate(plan.waves):
@@ -208,10 +188,6 @@ class DevicePlan:
         """[1]; None: each tile is one block of ranks."""
         self.blocks = part.get("blocks")
         """[num_blocks] MOST_BLOCKS times the tile, plus the number of a block of ranks that it has."""
-        self.columns = part.get("columns")
-        """[tiles] where the tile's adapter stands in the tail of a target; None: plans packed here have none."""
-        self.staged = part.get("staged")
-        """[1 + 2 SLOTS] how many adapters are to be staged, their arena rows, and their columns."""
         if (self.blocks is not None) != (self.bucket > WALKED):
             raise ValueError(f"shape: {shape} is not one for ranks up to {max_rank}")
 
@@ -225,12 +201,11 @@ class DevicePlan:
         *,
         covers: bool = False,
         ranks: NDArray[np.integer] | None = None,
-        placed: Placed | None = None,
     ) -> DevicePlan:
-        """A plan in a buffer of its own, of just its size: one allocation, one copy. ranks, placed: as for `pack`."""
-        shape = PlanShape.of(plan, block_m, max_rank, tail=placed is not None)
+        """A plan in a buffer of its own, of just its size: one allocation, one copy. ranks: as for `pack`."""
+        shape = PlanShape.of(plan, block_m, max_rank)
         pinned = torch.device(device).type == "cuda"
         host = torch.empty(shape.size, dtype=torch.int32, pin_memory=pinned)
-        pack(plan, shape, host.numpy(), ranks, placed)
+        pack(plan, shape, host.numpy(), ranks)
         # A fresh pinned buffer per plan: the caching host allocator reuses it only after the copy's event.
         return cls(shape, host.to(device, non_blocking=True), max_rank, covers=covers)

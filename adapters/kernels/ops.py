@@ -14,22 +14,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from adapters.kernels import one_row, tail, triton_lora, triton_tail
+from adapters.kernels import one_row, triton_lora, triton_tail
 from adapters.kernels.device_plan import DevicePlan
 from adapters.kernels.opaque import opaque
+from adapters.kernels.tail_plan import TailPlan
 from adapters.kernels.triton_lora import Tables
 
 
 @dataclass(slots=True)
 class Step:
-    """What the operators of one step need. plan None: no token has an adapter, nothing is launched."""
+    """What the operators of one step need. No plan at all: no token has an adapter, nothing is launched."""
 
     plan: DevicePlan | None = None
+    tail_plan: TailPlan | None = None
+    """In its place, where the step's adapters stand in the tails of the base weights."""
     tables: Tables | None = None
     side: torch.cuda.Stream | None = None
     """Where LoRA runs beside the base product; None: one after the other."""
     tails: triton_tail.Tails | None = None
-    """Of the model's weights, for plans with places in them."""
+    """Of the model's weights."""
 
 
 STEP = Step()
@@ -70,29 +73,39 @@ def _one(x: Tensor, weight: Tensor, *_: object) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-@opaque(_one)
-def tail_linear(x: Tensor, whole: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-    """x W0^T + bias + the step's deltas, [T, d], in one product over k and the tail. whole: [d, k + spare], W0 with its
-    tail, in which the adapters of the step's plan have been staged."""
-    plan, tables, tails = STEP.plan, STEP.tables, STEP.tails
-    if plan is None or tables is None or tails is None:
-        return functional.linear(x, whole[:, : x.shape[1]], bias)
-    return functional.linear(triton_tail.shrink(x, targets, plan, tables, tails.counters), whole, bias)
+def _whole(x: Tensor, whole: Tensor, *_: object) -> Tensor:
+    return x.new_empty(x.shape[0], whole.shape[0])
 
 
-def _of_wide(wide: Tensor, whole: Tensor, *_: object) -> Tensor:
-    return wide.new_empty(wide.shape[0], whole.shape[0])
+@opaque(_whole)
+def tail_linear(
+    x: Tensor,
+    whole: Tensor,
+    bias: Tensor | None,
+    b: Tensor,
+    scales: Tensor,
+    offsets: Sequence[int],
+    widths: Sequence[int],
+) -> Tensor:
+    """x W0^T + bias + the step's deltas, in the first d columns of [T, d + spare]. whole, bias, b, scales: of a Tail,
+    in which the adapters of the step's plan have been staged."""
+    y = functional.linear(x, whole, bias)
+    if STEP.tail_plan is not None:
+        triton_tail.expand(y, b, scales, tuple(offsets), tuple(widths), STEP.tail_plan)
+    return y
 
 
-@opaque(_of_wide, mutates=("wide",))
-def wide_linear(wide: Tensor, whole: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-    """The same for x that lies in the first k columns of wide [T, k + spare]: what comes behind it is written."""
-    plan, tables, tails = STEP.plan, STEP.tables, STEP.tails
-    if plan is None or tables is None or tails is None:
-        k = whole.shape[1] - tail.spare(targets.numel())
-        return functional.linear(wide[:, :k], whole[:, :k], bias)
-    triton_tail.shrink_behind(wide, targets, plan, tables, tails.counters)
-    return functional.linear(wide, whole, bias)
+def _half(x: Tensor, whole: Tensor, bias: Tensor | None, b: Tensor, *_: object) -> Tensor:
+    return x.new_empty(x.shape[0], b.shape[1] // 2)
+
+
+@opaque(_half)
+def tail_gated(x: Tensor, whole: Tensor, bias: Tensor | None, b: Tensor, scales: Tensor, gate: str) -> Tensor:
+    """activation(gate) · up, [T, width], of the two halves of the same product. Raises ValueError in a step that has no
+    adapters in the tails."""
+    if STEP.tail_plan is None:
+        raise ValueError("tail_plan: the step has none")
+    return triton_tail.gated(functional.linear(x, whole, bias), b, scales, gate, STEP.tail_plan)
 
 
 @opaque(_one)

@@ -1,4 +1,4 @@
-"""The Triton kernels of adapters with a tail; triton_tail.py says what they compute, and launches them."""
+"""The Triton kernels of adapters in the tails; triton_tail.py says what they compute, and launches them."""
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
@@ -8,142 +8,190 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["stride_table"])
+@triton.jit(do_not_specialize=["num_pieces", "stride_table"])
 def stage_kernel(
     data,
     ranks,
     offsets,
-    places,
-    widths,
+    scales,
+    where,
+    scales_at,
     pieces,
     num_pieces,
     staged,
     stride_table,
-    SLOTS: tl.constexpr,
-    RANKS: tl.constexpr,
+    GRANULE: tl.constexpr,
+    STAGED: tl.constexpr,
     BN: tl.constexpr,
     VEC: tl.constexpr,
 ):
     count = tl.load(staged)
     if count > 0:
-        r = tl.arange(0, RANKS)
+        rows = tl.arange(0, GRANULE)
         for item in range(tl.program_id(0), num_pieces, tl.num_programs(0)):
-            target = tl.load(pieces + 2 * item).to(tl.int64)
-            n = tl.load(pieces + 2 * item + 1) + tl.arange(0, BN)
-            width = tl.load(widths + target)
-            # The divisions tell the compiler of alignments that it cannot see: 16-byte stores.
-            tail = (tl.load(places + 2 * target) // 16 * 16).to(data.dtype)
-            stride = tl.load(places + 2 * target + 1) // VEC * VEC
+            target = tl.load(pieces + 3 * item).to(tl.int64)
+            side = tl.load(pieces + 3 * item + 1)
+            begin = tl.load(pieces + 3 * item + 2)
+            n = begin + tl.arange(0, BN)
+            here = where + 4 * (2 * target + side)
+            # The divisions tell the compiler of alignments that it cannot see: 16-byte loads and stores.
+            address = tl.load(here)
+            if VEC > 1:
+                address = address // 16 * 16
+            to = address.to(data.dtype)
+            stride = tl.load(here + 1) // VEC * VEC
+            step = tl.load(here + 2) // VEC * VEC
+            width = tl.load(here + 3) // VEC * VEC
+            inside = (n < width)[None, :]
             for i in range(count):
-                cell = tl.load(staged + 1 + i).to(tl.int64) * stride_table + target
-                first = tl.load(staged + 1 + SLOTS + i) // VEC * VEC
-                used = r < tl.load(ranks + cell)
-                b = data + tl.load(offsets + 2 * cell + 1) // VEC * VEC
-                inside = n < width
-                block = tl.load(b + (r * width)[:, None] + n[None, :], mask=used[:, None] & inside[None, :], other=0.0)
-                at = tail + (n.to(tl.int64) * stride + first)[:, None] + r[None, :]
-                tl.store(at, tl.trans(block), mask=inside[:, None] & used[None, :])
+                row = tl.load(staged + 1 + STAGED * i).to(tl.int64)
+                first = tl.load(staged + 2 + STAGED * i)
+                slots = tl.load(staged + 3 + STAGED * i)
+                cell = row * stride_table + target
+                rank = tl.load(ranks + cell)
+                source = data + tl.load(offsets + 2 * cell + side, mask=rank > 0, other=0) // VEC * VEC
+                for slot in range(slots):
+                    r = slot * GRANULE + rows
+                    block = tl.load(
+                        source + r[:, None] * width + n[None, :], mask=(r < rank)[:, None] & inside, other=0.0
+                    )
+                    tl.store(to + (first + slot) * step + rows[:, None] * stride + n[None, :], block, mask=inside)
+                    at = tl.load(scales_at + target).to(scales.dtype) + first + slot
+                    tl.store(at, tl.load(scales + cell, mask=rank > 0, other=0.0), mask=begin == 0)
 
 
-@triton.jit(do_not_specialize_on_alignment=["num_tiles", "targets"])
-def shrink_kernel(
-    x,
-    out,
-    data,
-    ranks,
-    offsets,
+@triton.jit
+def _adapters(places, weights, m, there, SLOTS: tl.constexpr, GRANULE: tl.constexpr, ENDS: tl.constexpr):
+    """Of each row: its adapter's first slot, and its weight; and which of the slots' ranks are the row's."""
+    place = tl.load(places + m, mask=there, other=0)
+    weight = tl.load(weights + m, mask=place > 0, other=0.0)
+    begin = place % ENDS
+    slot = tl.arange(0, SLOTS * GRANULE) // GRANULE
+    own = (slot[None, :] >= begin[:, None]) & (slot[None, :] < (place // ENDS)[:, None])
+    return begin, weight, own
+
+
+@triton.jit
+def _factor(scales, begin, weight, SLOTS: tl.constexpr):
+    """w · scale of each row's adapter in a target."""
+    scale = tl.zeros_like(weight)
+    for slot in tl.static_range(SLOTS):
+        scale = tl.where(begin == slot, tl.load(scales + slot), scale)
+    return weight * scale
+
+
+@triton.jit
+def _read(inside, own, SLOTS: tl.constexpr):
+    """What is read of B: of several slots only ranks that any row has."""
+    if SLOTS > 1:
+        inside = inside & (tl.max(own.to(tl.int32), 0) > 0)[:, None]
+    return inside
+
+
+@triton.jit
+def _delta(row, at, b, own, factor, there):
+    """w · scale · s B, of s at `at` behind the product's own columns; zeros for rows without an adapter."""
+    s = tl.load(row + at[None, :], mask=own & there[:, None], other=0.0)
+    return tl.dot(s, b, input_precision="ieee") * factor[:, None]
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def expand_kernel(
+    y,
+    b,
     scales,
-    targets,
-    tokens,
+    places,
     weights,
-    tile_row,
-    tile_start,
-    tile_len,
-    tile_column,
-    num_tiles,
-    partials,
-    counters,
-    stride_x,
-    stride_out,
-    stride_table,
+    tokens,
+    stride_y,
     NT: tl.constexpr,
-    K: tl.constexpr,
-    RANKS: tl.constexpr,
-    PARTS: tl.constexpr,
+    OFFSETS: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    D: tl.constexpr,
+    SLOTS: tl.constexpr,
+    SCALES: tl.constexpr,
+    GRANULE: tl.constexpr,
+    ENDS: tl.constexpr,
     BM: tl.constexpr,
-    BR: tl.constexpr,
-    BK: tl.constexpr,
-    SPLITS: tl.constexpr,
+    BN: tl.constexpr,
     VEC: tl.constexpr,
-    COPY: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
-    """A program computes one target of BM rows, one of the PARTS of a tile, over a share of k. COPY: x is copied to out
-    by the way; otherwise it lies there already."""
-    K_SPLIT: tl.constexpr = ((K + BK - 1) // BK + SPLITS - 1) // SPLITS * BK
-    split = tl.program_id(0) % SPLITS
-    item = tl.program_id(0) // SPLITS
-    j = item % NT
-    part = item // NT % PARTS
-    tile = item // (NT * PARTS)
-    # All that is known before x is there.
-    there = tile < tl.load(num_tiles)
-    length = tl.load(tile_len + tile, mask=there, other=0) - part * BM
-    row = tl.load(tile_row + tile, mask=there, other=-1).to(tl.int64)
-    cell = row * stride_table + tl.load(targets + j)
-    rank = tl.load(ranks + cell, mask=row >= 0, other=0)
-    a = data + tl.load(offsets + 2 * cell, mask=row >= 0, other=0) // VEC * VEC
-    start = tl.load(tile_start + tile, mask=there, other=0) + part * BM
-    rows = tl.arange(0, BM)
-    live = rows < length
-    token = tl.load(tokens + start + rows, mask=live, other=0).to(tl.int64)
-    if EARLY:  # early.py
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    if length > 0:
-        r = tl.arange(0, BR)
-        used = r < rank
-        x_at = x + (token * stride_x)[:, None]
-        out_at = out + (token * stride_out)[:, None]
-        last = split == 0
-        total = tl.zeros([BM, BR], tl.float32)
-        if (rank > 0) | (COPY and j == 0):
-            k_begin = split * K_SPLIT
-            for k0 in range(k_begin, tl.minimum(k_begin + K_SPLIT, K), BK):
-                kk = k0 + tl.arange(0, BK)
-                x_mask = live[:, None]
-                a_mask = used[:, None]
-                if K % BK != 0:
-                    x_mask = x_mask & (kk < K)[None, :]
-                    a_mask = a_mask & (kk < K)[None, :]
-                xv = tl.load(x_at + kk[None, :], mask=x_mask, other=0.0)
-                av = tl.load(a + (r * K)[:, None] + kk[None, :], mask=a_mask, other=0.0)
-                total = tl.dot(xv, tl.trans(av), total, input_precision="ieee")
-                if COPY:  # noqa: SIM102 - known when it is compiled
-                    if j == 0:
-                        tl.store(out_at + kk[None, :], xv, mask=x_mask)
-        if SPLITS > 1:  # noqa: SIM102 - the same
-            if rank > 0:
-                # Whoever is last of the splits adds them up, always in their order: the same bits every time.
-                at = partials + item.to(tl.int64) * (SPLITS * BM * BR) + (rows * BR)[:, None] + r[None, :]
-                tl.store(at + split * (BM * BR), total, mask=used[None, :])
-                tl.debug_barrier()
-                last = tl.atomic_add(counters + item, 1, sem="acq_rel") == SPLITS - 1
-                if last:
-                    total = tl.zeros([BM, BR], tl.float32)
-                    for other in tl.static_range(SPLITS):
-                        # Past the multiprocessor's own cache: others have written them.
-                        total += tl.load(at + other * (BM * BR), mask=used[None, :], other=0.0, cache_modifier=".cg")
-                    tl.store(counters + item, 0)
-        if last:
-            column = tl.load(tile_column + tile) // VEC * VEC
-            s_at = out_at + (K + j * RANKS)
-            c = tl.arange(0, RANKS)
-            others = (c < column) | (c >= column + rank)
-            tl.store(
-                s_at + c[None, :], tl.zeros([BM, RANKS], out.dtype.element_ty), mask=live[:, None] & others[None, :]
-            )
-            if rank > 0:
-                factor = tl.load(weights + start + rows, mask=live, other=0.0) * tl.load(scales + cell)
-                s = (total * factor[:, None]).to(out.dtype.element_ty)
-                tl.store(s_at + column + r[None, :], s, mask=live[:, None] & used[None, :])
+    """BN columns of BM rows: y += w · scale · s B."""
+    # Which target's columns is this chunk of the site?
+    left = tl.program_id(0) % CHUNKS
+    j = 0
+    column = left * BN
+    width = tl.zeros([], tl.int32) + WIDTHS[0]
+    offset = tl.zeros([], tl.int32) + OFFSETS[0]
+    for i in tl.static_range(1, NT):
+        left -= (WIDTHS[i - 1] + BN - 1) // BN
+        j = tl.where(left >= 0, i, j)
+        column = tl.where(left >= 0, left * BN, column)
+        width = tl.where(left >= 0, WIDTHS[i], width)
+        offset = tl.where(left >= 0, OFFSETS[i], offset)
+    n = column + tl.arange(0, BN)
+    inside = (n < width // VEC * VEC)[None, :]
+    n += offset // VEC * VEC
+    m = tl.program_id(0) // CHUNKS * BM + tl.arange(0, BM)
+    there = m < tokens
+    r = tl.arange(0, SLOTS * GRANULE)
+    begin, weight, own = _adapters(places, weights, m, there, SLOTS, GRANULE, ENDS)
+    bv = tl.load(b + (r * D)[:, None] + n[None, :], mask=_read(inside, own, SLOTS), other=0.0)
+    factor = _factor(scales + j * SCALES, begin, weight, SLOTS)
+    row = y + (m.to(tl.int64) * stride_y)[:, None]
+    mask = there[:, None] & inside
+    total = tl.load(row + n[None, :], mask=mask, other=0.0).to(tl.float32)
+    total += _delta(row, D + (r // GRANULE * NT + j) * GRANULE + r % GRANULE, bv, own, factor, there)
+    tl.store(row + n[None, :], total.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _activated(x, GATE: tl.constexpr):
+    z = x
+    if GATE == "gelu_tanh":  # tanh(z) = 2 sigmoid(2 z) - 1
+        z = 1.5957691216057308 * (x + 0.044715 * x * x * x)
+    return x * tl.sigmoid(tl.maximum(z, -80.0))  # below it exp overflows, and the result is 0 in half precision
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def gated_kernel(
+    y,
+    h,
+    b,
+    scales,
+    places,
+    weights,
+    tokens,
+    stride_y,
+    WIDTH: tl.constexpr,
+    SLOTS: tl.constexpr,
+    SCALES: tl.constexpr,
+    GRANULE: tl.constexpr,
+    ENDS: tl.constexpr,
+    GATE: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """BN columns of BM rows: h = activation(gate + its delta) · (up + its delta), where y is [gate | up | s]."""
+    CHUNKS: tl.constexpr = (WIDTH + BN - 1) // BN
+    D: tl.constexpr = 2 * WIDTH
+    n = tl.program_id(0) % CHUNKS * BN + tl.arange(0, BN)
+    inside = (n < WIDTH)[None, :]
+    m = tl.program_id(0) // CHUNKS * BM + tl.arange(0, BM)
+    there = m < tokens
+    r = tl.arange(0, SLOTS * GRANULE)
+    begin, weight, own = _adapters(places, weights, m, there, SLOTS, GRANULE, ENDS)
+    read = _read(inside, own, SLOTS)
+    b_at = b + (r * D)[:, None] + n[None, :]
+    b_gate = tl.load(b_at, mask=read, other=0.0)
+    b_up = tl.load(b_at + WIDTH, mask=read, other=0.0)
+    row = y + (m.to(tl.int64) * stride_y)[:, None]
+    mask = there[:, None] & inside
+    gate = tl.load(row + n[None, :], mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(row + WIDTH + n[None, :], mask=mask, other=0.0).to(tl.float32)
+    at = D + r // GRANULE * (2 * GRANULE) + r % GRANULE
+    gate += _delta(row, at, b_gate, own, _factor(scales, begin, weight, SLOTS), there)
+    up += _delta(row, at + GRANULE, b_up, own, _factor(scales + SCALES, begin, weight, SLOTS), there)
+    out = _activated(gate, GATE) * up
+    tl.store(h + (m.to(tl.int64) * WIDTH)[:, None] + n[None, :], out.to(h.dtype.element_ty), mask=mask)

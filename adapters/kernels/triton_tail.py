@@ -1,10 +1,12 @@
-"""Launches the kernels of adapters with a tail (tail.py says what that is): staging once a step, shrink once a site.
+"""Launches the kernels of adapters in the tails (tail.py says what that is).
 
-    stage    W's tail[o_j + n, c + r] = B_j[r, n]                             of the adapters that are not there yet
-    shrink   out[t] = [x[t] | s],  s[c + r] = w · scale_j · (x[t] A_j^T)[r]   zeros elsewhere
+    stage     A, B and scale of the adapters that are not there yet                   once a step
+    expand    y[t, :d] += w · scale · s B,   y = x [W0 ; A]^T = [x W0^T | s]          once a site, in place
+    gated     the same for gate and up, and activation(gate) · up in the same pass
 
-Of two kernels and two passes over the outputs that a site costs otherwise (triton_lora.py), one kernel is left, but it
-has to run before the base product, not beside it. That pays where many tokens share few adapters: prompts.
+Of the two kernels beside a product that a site costs otherwise (triton_lora.py) shrink is part of the product, and
+expand, which has no table to look anything up in, one round trip to memory. That pays where many tokens share few
+adapters: prompts, and many sequences that decode with one.
 """
 
 from __future__ import annotations
@@ -15,154 +17,150 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adapters.kernels import early, tail
-from adapters.kernels.device_plan import DevicePlan
-from adapters.kernels.tail import RANKS, SLOTS
-from adapters.kernels.tail_kernels import shrink_kernel, stage_kernel
+from adapters.kernels import tail
+from adapters.kernels.tail import GRANULE, SLOTS, Tail
+from adapters.kernels.tail_kernels import expand_kernel, gated_kernel, stage_kernel
+from adapters.kernels.tail_plan import ENDS, STAGED, TailPlan
 from adapters.kernels.triton_lora import Tables, multiprocessors
 from adapters.site import Site
 
-PIECE = 64
-"""Rows of W that one step of a staging program fills."""
-LEAST_SHARE, MOST_SHARE = 512, 2048
-"""Elements of k of a shrink program: with fewer, adding the splits up takes longer than they save; with more, few
-programs walk long ones. Between them there is one program a multiprocessor. Of 32 launch configurations on an H100
-the rule's was the best or at most 6% slower from 512 tokens on, as far as it was among them (benchmarks/RESULTS.md)."""
-COUNTERS = 1 << 14
+PIECE = 512
+"""Columns that one step of a staging program copies, of GRANULE rows."""
 
 
 class Tails:
     """The tails of a model's sites: where they lie, and what stands in them."""
 
-    def __init__(self, sites: Iterable[tuple[Site, Tensor]], targets: int, device: torch.device | str) -> None:
-        """sites: each with its weight and tail, [d, k + spare]. targets: number of all target indices."""
-        places = torch.zeros(targets, 2, dtype=torch.int64)
-        widths = torch.zeros(targets, dtype=torch.int32)
-        pieces: list[tuple[int, int]] = []
-        for site, whole in sites:
-            stride = whole.stride(0)
+    def __init__(self, sites: Iterable[tuple[Site, Tail]], targets: int, device: torch.device | str) -> None:
+        """targets: number of all target indices."""
+        where = torch.zeros(targets, 2, 4, dtype=torch.int64)
+        scales_at = torch.zeros(targets, dtype=torch.int64)
+        pieces: list[tuple[int, int, int]] = []
+        for site, (whole, _, b, scales) in sites:
+            count, k, d = len(site.targets), site.in_features, site.out_features
             for j, (target, offset, width) in enumerate(zip(site.targets, site.offsets, site.widths, strict=True)):
-                first = offset * stride + site.in_features + j * RANKS
-                places[target, 0] = whole.data_ptr() + first * whole.element_size()
-                places[target, 1] = stride
-                widths[target] = width
-                pieces += [(target, n) for n in range(0, width, PIECE)]
+                a_at = whole.data_ptr() + (d + j * GRANULE) * k * whole.element_size()
+                b_at = b.data_ptr() + offset * b.element_size()
+                where[target, 0] = torch.tensor([a_at, k, count * GRANULE * k, k])
+                where[target, 1] = torch.tensor([b_at, d, GRANULE * d, width])
+                scales_at[target] = scales[j].data_ptr()
+                pieces += [(target, side, n) for side, size in ((0, k), (1, width)) for n in range(0, size, PIECE)]
         self.slots = tail.Slots()
-        self.counters = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
-        """Of `shrink`; zero between its launches."""
-        self._places, self._widths = places.to(device), widths.to(device)
+        vector = 16 // whole.element_size()
+        self._vector = vector if bool((where[..., 1:] % vector == 0).all() and (where[..., 0] % 16 == 0).all()) else 1
+        self._where, self._scales_at = where.to(device), scales_at.to(device)
         self._pieces = torch.tensor(pieces, dtype=torch.int32).to(device)
 
-    def stage(self, plan: DevicePlan, tables: Tables) -> None:
+    def stage(self, plan: TailPlan, tables: Tables) -> None:
         """Copies what the plan lists; to be launched before the step's first product."""
-        vector = 16 // tables.data.element_size()
         stage_kernel[(4 * multiprocessors(tables.data.device),)](
             tables.data,
             tables.ranks,
             tables.offsets,
-            self._places,
-            self._widths,
+            tables.scales,
+            self._where,
+            self._scales_at,
             self._pieces,
             len(self._pieces),
             plan.staged,
             tables.ranks.stride(0),
-            SLOTS=SLOTS,
-            RANKS=RANKS,
+            GRANULE=GRANULE,
+            STAGED=STAGED,
             BN=PIECE,
-            VEC=vector,
+            VEC=self._vector,
             num_warps=4,
         )
 
 
 @dataclass(frozen=True, slots=True)
-class ShrinkConfig:
-    """How shrink is launched."""
+class Config:
+    """How a kernel is launched."""
 
     rows: int
-    """Of a program: a power of two, 16 to a tile's."""
-    splits: int
-    """Programs among which k is divided."""
-    block_k: int = 128
+    columns: int
+    """Of a program: powers of two, 16 or more."""
     num_warps: int = 4
-    num_stages: int = 3
 
 
-def config_of(k: int, tokens: int, targets: int, device: torch.device) -> ShrinkConfig:
-    """For rows of k elements, so many of them, and targets of a site."""
-    rows = 32
-    programs = max(1, -(-tokens // rows) * targets)
-    filling = 1 << max(0, (multiprocessors(device) // programs).bit_length() - 1)
-    return ShrinkConfig(rows, max(1, -(-k // MOST_SHARE), min(filling, k // LEAST_SHARE)))
+ONE_SLOT = Config(16, 128)
+MORE_SLOTS = Config(32, 128)
 
 
-def shrink(x: Tensor, targets: Tensor, plan: DevicePlan, tables: Tables, counters: Tensor) -> Tensor:
-    """x [T, k] -> [T, k + spare]: x, and behind it s. Rows that the plan does not name hold anything."""
-    out = x.new_empty(x.shape[0], x.shape[1] + tail.spare(targets.numel()))
-    _shrink(x, out, targets, plan, tables, counters)
-    return out
+def _config(plan: TailPlan) -> Config:
+    return ONE_SLOT if plan.shape.slots == 1 else MORE_SLOTS
 
 
-def shrink_behind(wide: Tensor, targets: Tensor, plan: DevicePlan, tables: Tables, counters: Tensor) -> None:
-    """Writes s behind x in wide [T, k + spare], whose first k columns are x already."""
-    _shrink(wide[:, : wide.shape[1] - tail.spare(targets.numel())], wide, targets, plan, tables, counters)
-
-
-def _shrink(
-    x: Tensor,
-    out: Tensor,
-    targets: Tensor,
-    plan: DevicePlan,
-    tables: Tables,
-    counters: Tensor,
-    config: ShrinkConfig | None = None,
+def expand(
+    y: Tensor,
+    b: Tensor,
+    scales: Tensor,
+    offsets: tuple[int, ...],
+    widths: tuple[int, ...],
+    plan: TailPlan,
+    config: Config | None = None,
 ) -> None:
-    count, k = targets.numel(), x.shape[1]
-    shape = plan.shape
-    if plan.columns is None:
-        raise ValueError("plan: it has no places in the tail")
-    config = config or config_of(k, shape.entries, count, x.device)
-    rows, splits = min(config.rows, shape.block_m), config.splits
-    items = shape.tiles * (shape.block_m // rows) * count
-    if items > len(counters):
-        raise ValueError(f"plan: {shape.tiles} tiles of {count} targets are more than {len(counters)} counters")
-    partials = torch.empty(
-        items * splits * rows * plan.bucket if splits > 1 else 0, dtype=torch.float32, device=x.device
-    )
-    copies = x.data_ptr() != out.data_ptr()
-    # Where x is copied it comes from attention, whose kernels may be on two streams.
-    starts_early = not copies and early.can_start_early(x.device)
-    shrink_kernel[(items * splits,)](
-        x,
-        out,
-        tables.data,
-        tables.ranks,
-        tables.offsets,
-        tables.scales,
-        targets,
-        plan.tokens,
+    """Adds to the first d columns of y [T, d + spare], in place, what its last ones and the plan say. offsets, widths:
+    columns of each target. b, scales: as in Tail."""
+    config = config or _config(plan)
+    tokens, d = _check(y, b, plan), sum(widths)
+    vector = 16 // y.element_size()
+    chunks = sum(-(-width // config.columns) for width in widths)
+    expand_kernel[(-(-tokens // config.rows) * chunks,)](
+        y,
+        b,
+        scales,
+        plan.places,
         plan.weights,
-        plan.tile_row,
-        plan.tile_start,
-        plan.tile_len,
-        plan.columns,
-        plan.wave_tiles[-1:],
-        partials,
-        counters,
-        x.stride(0),
-        out.stride(0),
-        tables.ranks.stride(0),
-        NT=count,
-        K=k,
-        RANKS=RANKS,
-        PARTS=shape.block_m // rows,
-        BM=rows,
-        BR=plan.bucket,
-        BK=config.block_k,
-        SPLITS=splits,
-        VEC=16 // x.element_size(),
-        COPY=copies,
-        EARLY=starts_early,
+        tokens,
+        y.stride(0),
+        NT=len(widths),
+        OFFSETS=offsets,
+        WIDTHS=widths,
+        CHUNKS=chunks,
+        D=d,
+        SLOTS=plan.shape.slots,
+        SCALES=SLOTS,
+        GRANULE=GRANULE,
+        ENDS=ENDS,
+        BM=config.rows,
+        BN=config.columns,
+        VEC=vector if all(n % vector == 0 for n in (*offsets, *widths)) else 1,
         num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        **early.options(starts_early),
     )
+
+
+def gated(y: Tensor, b: Tensor, scales: Tensor, gate: str, plan: TailPlan, config: Config | None = None) -> Tensor:
+    """y [T, 2 width + spare] -> [T, width]: activation(gate + its delta) · (up + its delta). gate: of GATES."""
+    config = config or _config(plan)
+    tokens, width = _check(y, b, plan), b.shape[1] // 2
+    h = y.new_empty(tokens, width)
+    gated_kernel[(-(-tokens // config.rows) * -(-width // config.columns),)](
+        y,
+        h,
+        b,
+        scales,
+        plan.places,
+        plan.weights,
+        tokens,
+        y.stride(0),
+        WIDTH=width,
+        SLOTS=plan.shape.slots,
+        SCALES=SLOTS,
+        GRANULE=GRANULE,
+        ENDS=ENDS,
+        GATE=gate,
+        BM=config.rows,
+        BN=config.columns,
+        num_warps=config.num_warps,
+    )
+    return h
+
+
+def _check(y: Tensor, b: Tensor, plan: TailPlan) -> int:
+    """Rows of y."""
+    tokens = y.shape[0]
+    if tokens > plan.shape.tokens:
+        raise ValueError(f"y: {tokens} rows are more than the {plan.shape.tokens} tokens that the plan has room for")
+    if y.stride(1) != 1 or y.shape[1] < b.shape[1]:
+        raise ValueError(f"y: expected rows of adjacent elements, {b.shape[1]} or more, found {list(y.shape)}")
+    return tokens

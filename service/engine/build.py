@@ -227,14 +227,14 @@ def _kernels(
 
 
 def _tails(config: EngineConfig, loaded: LoadedModel) -> bool:
-    """Whether base weights have spare columns. In the deterministic engine every step has the same products."""
+    """Whether base weights have spare rows. In the deterministic engine every step has the same products."""
     if config.device == "cpu" or config.deterministic:
         return False
     from adapters.kernels.backend import TAIL_TOKENS
 
     if (config.max_tokens_per_step or tokens_per_step(config.device)) < TAIL_TOKENS:
         return False
-    return tail.can_have((module.in_features for module in loaded.manifest.linears), loaded.dtype)
+    return tail.can_have(loaded.dtype)
 
 
 def _try_out(runner: Runner, manifest: Manifest, slots: int) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from adapters.kernels import tail
-from adapters.kernels.backend import TAIL_TILE, TAIL_TOKENS
+from adapters.kernels.backend import TAIL_TOKENS
 from service.engine.attention import StepLayout
 from service.engine.budgets import MIXED_SEQUENCES, STEP_SIZES
 from service.engine.step_arrays import SMALL_TILE
@@ -60,8 +60,9 @@ class Variant:
     waves: int
     block_m: int
     """Entries of a tile."""
-    tail: bool = False
-    """Its adapters stand in the tails of the base weights (adapters/kernels/tail.py)."""
+    slots: int = 0
+    """Its adapters stand in the tails of the base weights (adapters/kernels/tail.py), in so many slots; 0: they do
+    not."""
 
 
 VARIANTS = (Variant(16, 1, 16), Variant(64, 1, 16), Variant(512, 4, 16))
@@ -70,11 +71,13 @@ DECODE_VARIANTS = (*VARIANTS[:2], Variant(512, 1, 16), VARIANTS[2])
 """With one for high ranks without mixes: a step that only decodes takes a third of one with a prompt, so launches for
 nothing weigh more there."""
 LARGE_VARIANTS = (Variant(16, 1, 64), Variant(64, 1, 64), Variant(512, 4, 64))
-TAIL_VARIANTS = (Variant(16, 1, TAIL_TILE, tail=True), Variant(tail.RANKS, 1, TAIL_TILE, tail=True))
-"""For few adapters with many tokens each; the first that a large step is tried with."""
-SMALL_TILES_DO = 768
-"""From so many tokens on there is no other one with large tiles for ranks to 16: those of 16 are as fast (1,024 tokens:
-27.9 ms and 27.7, 2,048 alike, H200)."""
+TAIL_VARIANTS = (Variant(tail.GRANULE, 1, 64, slots=1), Variant(tail.RANKS, 1, 64, slots=tail.SLOTS))
+"""For few adapters with many tokens each; the first that such a step is tried with."""
+SLOTS_TOKENS = 96
+"""From so many decoding sequences on there is one with all slots: two adapters have many tokens each then."""
+LARGE_TILES_TOKENS = 384
+"""Where there are tails, smaller steps have large tiles for mixes and the highest ranks only. For ranks to 16 none has
+them: small ones are as fast (1,024 tokens: 27.9 ms and 27.7, 2,048 alike, H200)."""
 MANY_VARIANT = Variant(512, MAX_MIX, 16)
 """For mixes of more adapters than the others hold. Each of its graphs has twice their launches, so few shapes have one,
 and a step with such a mix takes the next of those: at most some ms longer, where launched kernel by kernel it takes 26
@@ -88,26 +91,27 @@ SAME_VARIANTS = (Variant(512, 1, 16), MANY_VARIANT)
 def candidates(variants: Iterable[Variant], rank: int, waves: int, block_m: int) -> list[Variant]:
     """Those that can serve a plan of such a largest rank and so many waves, best first: the tails where large tiles are
     wanted, then the smallest class of ranks, then tiles of the size that is wanted."""
-    fitting = [v for v in variants if rank <= v.rank and waves <= v.waves and (not v.tail or v.block_m == block_m)]
-    return sorted(fitting, key=lambda v: (not v.tail, v.rank, v.block_m != block_m, v.waves))
+    fitting = [v for v in variants if rank <= v.rank and waves <= v.waves and (not v.slots or v.block_m == block_m)]
+    return sorted(fitting, key=lambda v: (not v.slots, v.rank, v.block_m != block_m, v.waves))
 
 
 def variants_of_shapes(
     max_sequences: int, max_tokens: int, *, large: bool, tails: bool
 ) -> dict[Shape, tuple[Variant | None, ...]]:
     """What is captured for each shape, in the order of `shapes`; None is a step without LoRA. large: large tiles are
-    worth something. tails: the base weights have spare columns."""
+    worth something. tails: the base weights have spare rows."""
     found: dict[Shape, tuple[Variant | None, ...]] = {}
     every = shapes(max_sequences, max_tokens)
     for shape in every:
         alike = [other.tokens for other in every if bool(other.tiles) == bool(shape.tiles)]
         first = min((size for size in alike if size >= (MANY_TOKENS if shape.tiles else MANY_DECODING)), default=0)
         many = (MANY_VARIANT,) if shape.tokens in (first, alike[-1]) else ()
+        tailed = TAIL_VARIANTS if tails and shape.tokens >= TAIL_TOKENS else ()
         if not shape.tiles:
-            found[shape] = (None, *DECODE_VARIANTS, *many)
-        elif tails and shape.tokens >= TAIL_TOKENS:
-            rest = LARGE_VARIANTS[1:] if shape.tokens >= SMALL_TILES_DO else LARGE_VARIANTS
-            found[shape] = (None, *TAIL_VARIANTS, *VARIANTS, *rest, *many)
+            found[shape] = (None, *tailed[: 1 if shape.tokens < SLOTS_TOKENS else 2], *DECODE_VARIANTS, *many)
+        elif tailed:
+            rest = LARGE_VARIANTS[1 if shape.tokens >= LARGE_TILES_TOKENS else 2 :]
+            found[shape] = (None, *tailed, *VARIANTS, *rest, *many)
         else:
             found[shape] = (None, *VARIANTS, *(LARGE_VARIANTS if large else ()), *many)
     return found

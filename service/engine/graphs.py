@@ -30,6 +30,7 @@ from torch import Tensor
 from adapters.kernels.backend import TritonKernels, many_tokens_each
 from adapters.kernels.device_plan import DevicePlan, PlanShape, PlanSizeError, pack
 from adapters.kernels.tail import Placed
+from adapters.kernels.tail_plan import TailPlan, TailShape, pack_tail
 from adapters.plan import NOTHING, LoraPlan, covering
 from service.engine import memsets
 from service.engine.attention import StepLayout
@@ -63,13 +64,14 @@ class _Places:
         self.shape = shape
         self.variants = variants
         self.plans = {
-            variant: PlanShape.bounded(
+            variant: TailShape(shape.tokens, variant.slots)
+            if variant.slots
+            else PlanShape.bounded(
                 shape.tokens * variant.waves,
                 shape.sequences * variant.waves + 1,
                 variant.waves,
                 variant.block_m,
                 variant.rank,
-                tail=variant.tail,
             )
             for variant in variants
             if variant is not None
@@ -270,14 +272,18 @@ class StepGraphs:
         ranks = self._kernels.ranks(plan)
         for variant in candidates(places.plans, ranks.max(initial=0), len(plan.waves), block_m):
             shape = places.plans[variant]
-            placed = None
-            if variant.tail and (placed := self._kernels.place(plan, ranks)) is None:
-                continue
+            host = self._inputs.host[places.of["plan"]][: shape.size]
+            if isinstance(shape, TailShape):
+                placed = self._kernels.place(plan, ranks, shape.slots)
+                if placed is None:
+                    continue
+                pack_tail(plan, placed, shape, host)
+                return variant, placed
             try:
-                pack(plan, shape, self._inputs.host[places.of["plan"]][: shape.size], ranks, placed)
+                pack(plan, shape, host, ranks)
             except PlanSizeError:
                 continue
-            return variant, placed
+            return variant, None
         return None, None
 
     def _capture(self, places: _Places, variant: Variant | None, pool: Any) -> torch.cuda.CUDAGraph:
@@ -299,16 +305,20 @@ class StepGraphs:
             max_context=self._max_positions,
             count=part("count") if shape.tiles else None,
         )
-        plan = None
+        plan: DevicePlan | TailPlan | None = None
         if variant is not None:
             size = places.plans[variant]
-            plan = DevicePlan(size, part("plan")[: size.size], variant.rank, covers=True)
+            buffer = part("plan")[: size.size]
+            if isinstance(size, TailShape):
+                plan = TailPlan(size, buffer)
+            else:
+                plan = DevicePlan(size, buffer, variant.rank, covers=True)
         self._kernels.use(plan, shape.tokens)
         self._set_active(plan is not None)
         wanted = part("wanted") if shape.wanted else None
 
         def step() -> None:
-            if variant is not None and variant.tail:
+            if variant is not None and variant.slots:
                 self._kernels.stage()
             logits = self._forward(part("ids"), part("positions"), wanted)
             draw_into(self._tokens[: len(logits)], logits, part("rules").view(-1, WIDTH))

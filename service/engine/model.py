@@ -39,8 +39,6 @@ class LoadedModel:
     manifest: Manifest
     shapes: list[LayerShape]
     attention_modules: list[nn.Module]
-    after_attention: frozenset[str]
-    """Names of the linears whose input is what attention gave, as it gave it."""
     device: torch.device
     dtype: torch.dtype
 
@@ -120,7 +118,7 @@ def describe(
     if "logits_to_keep" not in inspect.signature(model.forward).parameters:
         raise UnsupportedModel(f"{type(model).__name__}: forward has no logits_to_keep")
     model.config._attn_implementation = attention.NAME
-    calls, after_attention = _probe(model, device)
+    calls = _probe(model, device)
     manifest = Manifest(
         fingerprint=identity,
         architecture=type(model).__name__,
@@ -136,7 +134,6 @@ def describe(
         manifest=manifest,
         shapes=[shape for _, shape in calls],
         attention_modules=[module for module, _ in calls],
-        after_attention=after_attention,
         device=device,
         dtype=dtype,
     )
@@ -171,17 +168,17 @@ def _max_positions(config: EngineConfig, hf_config: Any) -> int:
     return wanted
 
 
-def _probe(model: PreTrainedModel, device: torch.device) -> tuple[list[tuple[nn.Module, LayerShape]], frozenset[str]]:
-    """One forward pass over PROBED tokens that notes every attention call, and which linears come right after one.
-    Refuses what cannot be served."""
+def _probe(model: PreTrainedModel, device: torch.device) -> list[tuple[nn.Module, LayerShape]]:
+    """One forward pass over PROBED tokens that notes every attention call, and what the linears see. Refuses what
+    cannot be served."""
     text = model.config.get_text_config()
     types = set(getattr(text, "layer_types", None) or ["full_attention"])
     if types - {"full_attention", "sliding_attention"}:
         raise UnsupportedModel(f"layer_types: {sorted(types)}, served are full_attention and sliding_attention")
-    probe = attention.Probe(keep=True)
+    probe = attention.Probe()
     attention.register(probe)
     try:
-        with torch.inference_mode(), _watched_linears(model, probe) as after_attention:
+        with torch.inference_mode(), _all_tokens_in_every_linear(model):
             positions = torch.arange(PROBED, device=device)[None]
             model(
                 input_ids=positions % cast(nn.Embedding, model.get_input_embeddings()).num_embeddings,
@@ -211,19 +208,15 @@ def _probe(model: PreTrainedModel, device: torch.device) -> tuple[list[tuple[nn.
         for (_, shape), kind in zip(probe.calls, windows, strict=True):
             if (kind == "sliding_attention") != (shape.window is not None):
                 raise UnsupportedModel(f"layer {shape.layer}: {kind}, but its attention call has window {shape.window}")
-    return probe.calls, frozenset(after_attention)
+    return probe.calls
 
 
 @contextmanager
-def _watched_linears(model: PreTrainedModel, probe: attention.Probe) -> Iterator[set[str]]:
-    """Refuses a forward pass in which a linear sees other rows than the tokens: LoRA's plan is by the step's tokens.
-    Gives the names of those that read what an attention call gave."""
+def _all_tokens_in_every_linear(model: PreTrainedModel) -> Iterator[None]:
+    """Refuses a forward pass in which a linear sees other rows than the tokens: LoRA's plan is by the step's tokens."""
     output = model.get_output_embeddings()
-    found: set[str] = set()
 
     def check(name: str, x: Tensor) -> None:
-        if x.data_ptr() in probe.given:
-            found.add(name)
         if x.shape.numel() != PROBED * x.shape[-1]:
             raise UnsupportedModel(
                 f"{type(model).__name__}: {name} is called with {list(x.shape)} for {PROBED} tokens; served are only "
@@ -236,7 +229,7 @@ def _watched_linears(model: PreTrainedModel, probe: attention.Probe) -> Iterator
         if isinstance(module, nn.Linear) and module is not output
     ]
     try:
-        yield found
+        yield
     finally:
         for hook in hooks:
             hook.remove()

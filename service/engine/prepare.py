@@ -87,7 +87,6 @@ def prepare(
         except UNCOMPILED:
             log.warning("this model's layers do not compile; they run uncompiled", exc_info=True)
             compiled.undo(loaded.model)
-            kernels.compiled = False
             captured = capture()
     runner.graphs = graphs if captured else None
     if config.deterministic:

@@ -13,6 +13,7 @@ from torch.nn import functional
 from adapters import layers
 from adapters.arena import Arena
 from adapters.kernels import reference
+from adapters.kernels.tail import Tail
 from adapters.layers import LoraLinear
 from adapters.plan import LoraPlan
 from adapters.site import Site
@@ -39,9 +40,9 @@ class LoraKernels(Protocol):
 
     fused: bool
     tails: bool
-    """It wants weights with spare columns (adapters/kernels/tail.py)."""
-    compiled: bool
-    """The layers that use it are."""
+    """It wants weights with spare rows (adapters/kernels/tail.py)."""
+    tailed: bool
+    """The current step's adapters stand in them."""
     one_row: bool
     """The current step is one token, and its products are of kernels of their own (adapters/kernels/one_row.py)."""
 
@@ -55,8 +56,10 @@ class LoraKernels(Protocol):
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
 
     def linear(
-        self, x: Tensor, weight: Tensor, whole: Tensor | None, bias: Tensor | None, targets: Tensor, site: Site
+        self, x: Tensor, weight: Tensor, tail: Tail | None, bias: Tensor | None, targets: Tensor, site: Site
     ) -> Tensor: ...
+
+    def gated(self, x: Tensor, tail: Tail, gate: str) -> Tensor: ...
 
 
 class ReferenceKernels:
@@ -64,7 +67,7 @@ class ReferenceKernels:
 
     fused = False
     tails = False
-    compiled = False
+    tailed = False
     one_row = False
 
     def __init__(self, arena: Arena, in_features: list[int], out_features: list[int]) -> None:
@@ -86,11 +89,14 @@ class ReferenceKernels:
         return functional.linear(x, weight, bias)
 
     def linear(
-        self, x: Tensor, weight: Tensor, whole: Tensor | None, bias: Tensor | None, targets: Tensor, site: Site
+        self, x: Tensor, weight: Tensor, tail: Tail | None, bias: Tensor | None, targets: Tensor, site: Site
     ) -> Tensor:
         y = self.product(x, weight, bias)
         self.apply(y, x, site)
         return y
+
+    def gated(self, x: Tensor, tail: Tail, gate: str) -> Tensor:
+        raise NotImplementedError("gated: there are no tails")
 
 
 class _Hook:
@@ -103,9 +109,16 @@ class _Hook:
         return self.kernels.product(x, weight, bias)
 
     def linear(
-        self, x: Tensor, weight: Tensor, whole: Tensor | None, bias: Tensor | None, targets: Tensor, site: Site
+        self, x: Tensor, weight: Tensor, tail: Tail | None, bias: Tensor | None, targets: Tensor, site: Site
     ) -> Tensor:
-        return self.kernels.linear(x, weight, whole, bias, targets, site)
+        return self.kernels.linear(x, weight, tail, bias, targets, site)
+
+    @property
+    def tailed(self) -> bool:
+        return self.kernels.tailed
+
+    def gated(self, x: Tensor, tail: Tail, gate: str) -> Tensor:
+        return self.kernels.gated(x, tail, gate)
 
     def __call__(self, y: Tensor, x: Tensor, site: Site) -> None:
         self.kernels.apply(y, x, site)
@@ -143,7 +156,6 @@ class Runner:
             self.hook,
             fuse=fuse,
             tails=kernels.tails,
-            after_attention=loaded.after_attention,
         )
         self.sites = [layer.site for layer in installed]
         kernels.bind(installed, len(loaded.manifest.linears))

@@ -16,7 +16,6 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from service.engine.build import build_engine
 from service.engine.config import EngineConfig
 from service.engine.errors import CannotStart, UnsupportedModel
-from service.engine.model import load_model
 from tests.engine import oracle
 from tests.engine.oracle import SMALL, Recipe
 from tests.engine.test_parity import World, ask_all, check_all
@@ -56,24 +55,6 @@ def test_answers_are_peft_s(kind: str, tmp_path: Path, monkeypatch: pytest.Monke
     engine.run()
     check_all(engine, world)
     engine.close()
-
-
-@pytest.mark.parametrize(
-    ("kind", "last"),
-    [
-        ("llama", "self_attn.o_proj"),
-        ("phi3", "self_attn.o_proj"),
-        ("gpt_neox", "attention.dense"),
-        ("olmo2", "self_attn.o_proj"),
-    ],
-)
-def test_the_linears_behind_attention_are_known(kind: str, last: str, tmp_path: Path) -> None:
-    config = CONFIG_MAPPING[kind](**SMALL | SERVED.get(kind, {}))
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "m")
-    settings = {"blobs_dir": str(tmp_path / "b"), "cache_dir": str(tmp_path / "c"), "socket": ""}
-    loaded = load_model(EngineConfig(model_path=str(tmp_path / "m"), **settings))
-    assert len(loaded.after_attention) == config.num_hidden_layers
-    assert all(name.endswith(last) for name in loaded.after_attention)
 
 
 def start(folder: Path, cache: Path) -> None:

@@ -14,6 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from adapters.kernels import backend, ops, triton_tail
 from adapters.kernels.backend import TritonKernels
+from adapters.layers import GatedMlp
 from service.engine import build, compiled, draw
 from service.engine.attention_triton import TritonPagedAttention
 from tests.engine.oracle import recipes
@@ -46,7 +47,7 @@ def staged(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(backend, "TAIL_TOKENS", 20)
     monkeypatch.setattr(backend, "LARGE_SEGMENTS", 8)
     yield steps
-    ops.STEP.plan = ops.STEP.tables = ops.STEP.side = ops.STEP.tails = None
+    ops.STEP.plan = ops.STEP.tail_plan = ops.STEP.tables = ops.STEP.side = ops.STEP.tails = None
 
 
 @pytest.mark.parametrize("architecture", ["gemma2", "phi3"])
@@ -59,9 +60,9 @@ def test_tokens_and_distributions_are_peft_s(
     world = World(architecture, tmp_path, {name: every[name] for name in NAMES}, mixes)
     engine = world.engine(tmp_path, max_tokens_per_step=48, prefix_caching=False)
     runner: Any = engine.engine.runner
-    copied: list[int] = []
-    shrink = triton_tail.shrink
-    monkeypatch.setattr(triton_tail, "shrink", lambda x, *rest: copied.append(x.shape[1]) or shrink(x, *rest))
+    gates: list[int] = []
+    gated = triton_tail.gated
+    monkeypatch.setattr(triton_tail, "gated", lambda y, *rest: gates.append(len(y)) or gated(y, *rest))
     model = runner._model
     traces = CompileCounterWithBackend("aot_eager")
     compiled.compile_layers(model, traces)
@@ -74,7 +75,8 @@ def test_tokens_and_distributions_are_peft_s(
         compiled.undo(model)
         engine.close()
     assert staged
-    behind = sum(site.after_attention for site in runner.sites)
-    assert len(copied) == behind * len(staged), "x is copied that the kernel before could have put in its place"
+    known = sum(isinstance(module, GatedMlp) for module in model.modules())
+    assert known == (0 if architecture == "phi3" else model.config.num_hidden_layers)
+    assert len(gates) == known * len(staged)
     kinds = len({module.loraplex_window for module in model.modules() if hasattr(module, "loraplex_window")})
     assert traces.frame_count <= kinds * VERSIONS + 2, "the last norm: one token or many"

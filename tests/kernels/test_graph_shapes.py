@@ -8,6 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from adapters.kernels.tail_plan import TailShape
 from service.engine.attention import StepLayout
 from service.engine.budgets import STEP_SIZES
 from service.engine.build import MAX_ADAPTERS_PER_REQUEST, MAX_RANK
@@ -74,10 +75,11 @@ def test_inputs_do_not_overlap_and_the_page_table_is_last(shape: Shape) -> None:
         assert one.stop <= other.start
         assert other.start % 16 == 0
     assert places.of["table"].stop <= places.size
-    room = places.of["plan"].stop - places.of["plan"].start
-    assert all(plan.size <= room for plan in places.plans.values())
+    length = places.of["plan"].stop - places.of["plan"].start
+    assert all(plan.size <= length for plan in places.plans.values())
     assert set(places.plans) == variants - {None}
-    assert all(plan.entries >= shape.tokens for plan in places.plans.values())
+    room = [plan.tokens if isinstance(plan, TailShape) else plan.entries for plan in places.plans.values()]
+    assert min(room) >= shape.tokens
 
 
 @pytest.mark.parametrize("counts", [(1,), (1,) * 256, (256,), (17,) * 15, (1,) * 200 + (56,), (2,) * 128, (129, 127)])
@@ -102,19 +104,19 @@ def test_a_decode_step_launches_nothing_for_mixes_that_it_has_not(
 @pytest.mark.parametrize(
     ("rank", "waves", "block_m", "wanted"),
     [
-        (16, 1, 64, [(16, 64, True), (64, 64, True), (16, 64, False), (16, 16, False), (64, 64, False)]),
-        (16, 1, 16, [(16, 16, False), (16, 64, False), (64, 16, False)]),
-        (30, 1, 64, [(64, 64, True), (64, 64, False), (64, 16, False), (512, 64, False)]),
-        (65, 1, 64, [(512, 64, False), (512, 16, False)]),
-        (16, 2, 64, [(512, 64, False), (512, 16, False)]),
+        (16, 1, 64, [(16, 64, 1), (64, 64, 4), (16, 64, 0), (16, 16, 0), (64, 64, 0)]),
+        (16, 1, 16, [(16, 16, 0), (16, 64, 0), (64, 16, 0)]),
+        (30, 1, 64, [(64, 64, 4), (64, 64, 0), (64, 16, 0), (512, 64, 0)]),
+        (65, 1, 64, [(512, 64, 0), (512, 16, 0)]),
+        (16, 2, 64, [(512, 64, 0), (512, 16, 0)]),
         (16, 5, 64, []),
     ],
 )
 def test_a_step_with_prompts_tries_the_tails_first_then_the_least_class_of_ranks(
-    rank: int, waves: int, block_m: int, wanted: list[tuple[int, int, bool]]
+    rank: int, waves: int, block_m: int, wanted: list[tuple[int, int, int]]
 ) -> None:
     found = candidates((*LARGE_VARIANTS, *VARIANTS, *TAIL_VARIANTS), rank, waves, block_m)
-    assert [(v.rank, v.block_m, v.tail) for v in found][: len(wanted) or None] == wanted
+    assert [(v.rank, v.block_m, v.slots) for v in found][: len(wanted) or None] == wanted
     if rank > 64 or waves > 1:
         assert len(found) == len(wanted)
 

@@ -68,7 +68,7 @@ def prepared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     for engine in made:
         compiled.undo(engine.engine.runner._model)
         engine.close()
-    ops.STEP.plan = ops.STEP.tables = ops.STEP.side = ops.STEP.tails = None
+    ops.STEP.plan = ops.STEP.tail_plan = ops.STEP.tables = ops.STEP.side = ops.STEP.tails = None
 
 
 def test_a_model_whose_steps_cannot_be_captured_is_served_without_graphs(

@@ -32,9 +32,8 @@ def staged(monkeypatch: pytest.MonkeyPatch):
     stage = TritonKernels.stage
 
     def counting(self: TritonKernels) -> None:
-        plan = ops.STEP.plan
+        plan = ops.STEP.tail_plan
         assert plan is not None
-        assert plan.staged is not None
         counts.append(int(plan.staged[0]))
         stage(self)
 
@@ -43,7 +42,7 @@ def staged(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(backend, "LARGE_SEGMENTS", 1)
     monkeypatch.setattr(TritonKernels, "stage", counting)
     yield counts
-    ops.STEP.plan = ops.STEP.tables = ops.STEP.side = ops.STEP.tails = None
+    ops.STEP.plan = ops.STEP.tail_plan = ops.STEP.tables = ops.STEP.side = ops.STEP.tails = None
 
 
 def test_tokens_and_distributions_are_peft_s(staged: list[int], tmp_path: Path) -> None:

@@ -1,0 +1,314 @@
+"""What a step is computed by: the tails, LoRA beside the products, or the kernels of one row; and what is warmed up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+from torch.nn import functional
+
+from adapters.arena import Arena
+from adapters.kernels import backend, one_row, ops, triton_tail
+from adapters.kernels.backend import TritonKernels
+from adapters.kernels.device_plan import RANK_BUCKETS, DevicePlan, PlanShape, pack
+from adapters.kernels.tail import SLOTS
+from adapters.kernels.tail_plan import TailPlan, TailShape, pack_tail
+from adapters.layers import GatedMlp, OutputProduct, install
+from adapters.manifest import Manifest, Module
+from adapters.tiers import RowEntries
+from service.engine.runner import _Hook
+from service.engine.warmup import dummy_adapter
+from tests.kernels.lora_cases import error, plan_of
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def step() -> Iterator[ops.Step]:
+    yield ops.STEP
+    ops.STEP.plan = ops.STEP.tail_plan = ops.STEP.tables = ops.STEP.side = ops.STEP.tails = None
+
+
+class Mlp(nn.Module):
+    """As transformers writes it for Llama: two projections that share their input, and one behind them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(64, 48, bias=False), nn.Linear(64, 48, bias=False)
+        self.down_proj = nn.Linear(48, 64)
+        self.act_fn = nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        return down_proj
+
+
+class OtherMlp(Mlp):
+    """The same in other words, which are not known."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.up_proj(x) * functional.silu(self.gate_proj(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, kind: type[Mlp] = Mlp) -> None:
+        super().__init__()
+        self.mlp = kind()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(x)
+
+
+def manifest_of(model: nn.Module) -> Manifest:
+    modules = tuple(
+        Module(name, "linear", module.in_features, module.out_features)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    )
+    return Manifest("0" * 64, "Block", "block", "float32", 10, 10, modules)
+
+
+def bind_adapter(arena: Arena, row: int, rank: int, manifest: Manifest) -> None:
+    ends = np.cumsum([rank * (m.in_features + m.out_features) for m in manifest.linears])
+    region = arena.allocate(int(ends[-1]) * 4)
+    assert region is not None
+    values = torch.randn(int(ends[-1]), generator=torch.Generator().manual_seed(row)) / 8
+    arena.data[region.offset // 4 : region.offset // 4 + len(values)] = values.to(DEVICE)
+    starts = np.concatenate(([0], ends[:-1]))
+    offsets = np.array([(s, s + rank * m.in_features) for s, m in zip(starts, manifest.linears, strict=True)], np.int64)
+    count = len(manifest.linears)
+    arena.bind(row, region, RowEntries(np.full(count, rank, np.int32), offsets, np.full(count, 2.0, np.float32)))
+
+
+def test_a_step_takes_the_tails_or_not_and_a_layer_is_compiled_once_for_each(
+    step: ops.Step, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "TAIL_TOKENS", 240)
+    torch.manual_seed(0)
+    model = Block().to(DEVICE).requires_grad_(False)
+    manifest = manifest_of(model)
+    arena = Arena.for_manifest(manifest, device=DEVICE, nbytes=1 << 20, rows=8)
+    for row in range(6):
+        bind_adapter(arena, row, 16, manifest)
+    kernels = TritonKernels(arena, overlap=False, tails=True)
+    hook = _Hook(kernels)
+    with torch.inference_mode():
+        kernels.bind(install(model, manifest, hook, tails=True), len(manifest.linears))
+    traces = CompileCounter()
+    forward = torch.compile(model, backend=traces, fullgraph=True)
+    x = torch.randn(240, 64, device=DEVICE)
+
+    def ask(sequences: list[tuple[int, tuple[tuple[int, float], ...]]], *, tails: bool) -> Tensor:
+        kernels.tails = tails
+        kernels.begin_step(plan_of(sequences), len(x))
+        hook.active = True
+        with torch.inference_mode():
+            return forward(x)
+
+    cases = [
+        ([(140, ((1, 1.0),)), (100, ((2, 0.5),))], True),
+        ([(48, ((row, 1.0),)) for row in range(5)], False),  # more adapters than there are places
+        ([(1, ((0, 1.0),)), (99, ((1, 1.0),)), (140, ())], True),
+        ([(240, ((0, 0.5), (1, 0.5)))], False),
+        ([(10, ((0, 1.0),))], False),  # tokens of the base model, nearly all
+    ]
+    for sequences, tailed in cases:
+        y = ask(sequences, tails=True)
+        assert kernels.tailed == tailed, sequences
+        assert error(y, ask(sequences, tails=False).cpu().double()) < 1e-6
+        assert not kernels.tailed
+    assert traces.frame_count <= 2
+    assert arena.generation.sum() == 0
+
+
+@pytest.mark.parametrize("active", [True, False])
+def test_a_step_of_one_token_has_kernels_of_its_own_and_they_are_warmed_up(
+    step: ops.Step, monkeypatch: pytest.MonkeyPatch, active: bool
+) -> None:
+    torch.manual_seed(0)
+    model = Block().to(DEVICE).requires_grad_(False)
+    manifest = manifest_of(model)
+    arena = Arena.for_manifest(manifest, device=DEVICE, nbytes=1 << 20, rows=8)
+    bind_adapter(arena, 0, 16, manifest)
+    kernels = TritonKernels(arena, overlap=False, tails=True)
+    hook = _Hook(kernels)
+    met: set[tuple[int, int, bool, bool]] = set()
+    product = one_row.product
+
+    def noting(x: Tensor, weight: Tensor, bias: Tensor | None, deltas: one_row.Deltas | None = None) -> Tensor:
+        met.add((*weight.shape, bias is not None, deltas is not None))
+        return product(x, weight, bias, deltas)
+
+    monkeypatch.setattr(one_row, "product", noting)
+    with torch.inference_mode():
+        kernels.bind(install(model, manifest, hook, tails=True), len(manifest.linears))
+        shape = PlanShape.bounded(1, 2, 1, 16, 16)
+        host = np.zeros(shape.size, dtype=np.int32)
+        pack(None, shape, host)
+        empty = DevicePlan(shape, torch.from_numpy(host).to(DEVICE), 16, covers=True)
+        kernels.use(empty, 1)
+        kernels.warm_up(empty, 1)
+        warm = set(met)
+        met.clear()
+        x = torch.randn(2, 64, device=DEVICE)
+        plan = plan_of([(1, ((0, 1.0),)), (1, ((0, 1.0),))]) if active else None
+        hook.active = active
+        kernels.begin_step(plan, 2)
+        assert not kernels.one_row
+        wanted = model(x)
+        assert not met
+        kernels.begin_step(plan_of([(1, ((0, 1.0),))]) if active else None, 1)
+        assert kernels.one_row
+        y = torch.compile(model, backend="aot_eager", fullgraph=True)(x[:1])
+        assert error(y, wanted[:1].cpu().double()) < 1e-6
+        assert met == {(96, 64, False, active), (64, 48, True, active)}
+        assert not active or met == warm
+        kernels.begin_step(None, 1)
+        assert kernels.product(x[:0], x, None).shape == (0, 2), "no logits are wanted of the step's token"
+        others = TritonKernels(arena, overlap=False, own_one_row=False)
+        others.begin_step(None, 1)
+        assert not others.one_row
+
+
+def test_the_output_layer_on_a_gpu_is_the_hook_s_product(step: ops.Step) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 40).to(DEVICE).requires_grad_(False)
+    manifest = manifest_of(Block())
+    kernels = TritonKernels(Arena.for_manifest(manifest, device=DEVICE, nbytes=1 << 20, rows=8), overlap=False)
+    layer = OutputProduct(linear, _Hook(kernels))
+    assert layer.weight is linear.weight
+    for rows in (0, 1, 3):
+        x = torch.randn(1, rows, 64, device=DEVICE)
+        for tokens in (1, 8):
+            kernels.begin_step(None, tokens)
+            with torch.inference_mode():
+                torch.testing.assert_close(layer(x), linear(x))
+
+
+def test_warming_up_over_a_fresh_arena_leaves_numbers_in_the_tails(
+    step: ops.Step, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is staged stays behind the weights: no numbers there would be none for every token of every later step."""
+    monkeypatch.setattr(backend, "TAIL_TOKENS", 100)
+    model = Block().to(DEVICE).requires_grad_(False)
+    manifest = manifest_of(model)
+    arena = Arena.for_manifest(manifest, device=DEVICE, nbytes=1 << 20, rows=8)
+    arena.data.fill_(torch.nan)
+    kernels = TritonKernels(arena, overlap=False, tails=True)
+    with torch.inference_mode():
+        installed = install(model, manifest, _Hook(kernels), tails=True)
+        kernels.bind(installed, len(manifest.linears))
+        with dummy_adapter(arena, manifest, RANK_BUCKETS[0]) as row:
+            assert row is not None
+            kernels.begin_step(plan_of([(100, ((row, 1.0),))]), 100)
+            assert kernels.tailed
+    tails = [layer.tail for layer in installed if layer.tail is not None]
+    assert len(tails) == 2
+    assert all(bool(part.isfinite().all()) for part in (*tails[0], *tails[1]) if part is not None)
+
+
+def test_what_is_warmed_up_is_what_compiled_layers_launch(step: ops.Step, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Block().to(DEVICE).requires_grad_(False)
+    manifest = manifest_of(model)
+    arena = Arena.for_manifest(manifest, device=DEVICE, nbytes=1 << 20, rows=8)
+    bind_adapter(arena, 0, 16, manifest)
+    kernels = TritonKernels(arena, overlap=False, tails=True)
+    hook = _Hook(kernels)
+    met: set[tuple[str, int, int]] = set()
+    for name in ("expand", "gated"):
+        launch = getattr(triton_tail, name)
+
+        def noting(y: Tensor, *rest: object, name: str = name, launch=launch) -> object:  # type: ignore[no-untyped-def]
+            met.add((name, *y.shape))
+            return launch(y, *rest)
+
+        monkeypatch.setattr(triton_tail, name, noting)
+    monkeypatch.setattr(backend, "TAIL_TOKENS", 64)
+    with torch.inference_mode():
+        kernels.bind(install(model, manifest, hook, tails=True), len(manifest.linears))
+        shape = TailShape(64, SLOTS)
+        host = np.zeros(shape.size, dtype=np.int32)
+        pack_tail(None, None, shape, host)
+        empty = TailPlan(shape, torch.from_numpy(host).to(DEVICE))
+        kernels.use(empty, 64)
+        kernels.warm_up(empty, 64)
+        warm = set(met)
+        met.clear()
+        kernels.begin_step(plan_of([(64, ((0, 1.0),))]), 64)
+        assert kernels.tailed
+        hook.active = True
+        torch.compile(model, backend="aot_eager", fullgraph=True)(torch.randn(64, 64, device=DEVICE))
+    assert met == warm == {("gated", 64, 96 + 128), ("expand", 64, 64 + 128)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_only_code_that_is_known_has_its_gate_replaced(step: ops.Step, dtype: torch.dtype) -> None:
+    from transformers import CONFIG_MAPPING
+    from transformers.models.gemma2.modeling_gemma2 import Gemma2MLP
+    from transformers.models.llama.modeling_llama import LlamaMLP
+    from transformers.models.phi3.modeling_phi3 import Phi3MLP
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
+
+    def mlp(kind: str, made: type[nn.Module], **other: object) -> nn.Module:
+        return made(CONFIG_MAPPING[kind](hidden_size=64, intermediate_size=48, **other))
+
+    cases = [
+        (Mlp(), "silu"),
+        (OtherMlp(), None),
+        (mlp("llama", LlamaMLP), "silu"),
+        (mlp("llama", LlamaMLP, mlp_bias=True), "silu"),
+        (mlp("llama", LlamaMLP, hidden_act="relu"), None),
+        (mlp("qwen3", Qwen3MLP), "silu"),
+        (mlp("gemma2", Gemma2MLP), "gelu_tanh"),
+        (mlp("phi3", Phi3MLP), None),
+    ]
+    for given, gate in cases:
+        model = nn.ModuleDict({"mlp": given.to(DEVICE, dtype)}).requires_grad_(False)
+        manifest = manifest_of(model)
+        kernels = TritonKernels(Arena.for_manifest(manifest, device=DEVICE, nbytes=1 << 20, rows=8), overlap=False)
+        x = torch.randn(2, 3, 64, device=DEVICE, dtype=dtype)
+        with torch.inference_mode():
+            wanted = given(x)
+            installed = install(model, manifest, _Hook(kernels), tails=True)
+            kernels.begin_step(None, 6)
+            torch.testing.assert_close(model["mlp"](x), wanted)
+        found = model["mlp"]
+        assert (found.gate if isinstance(found, GatedMlp) else None) == gate, type(given)
+        assert [layer.gate for layer in installed if layer.gate] == ([gate] if gate else [])
+
+
+def test_the_operators_are_registered_truthfully(step: ops.Step) -> None:
+    """torch's own check: schema, mutation and fake results agree with what the operators do."""
+    model = Block().to(DEVICE).requires_grad_(False)
+    manifest = manifest_of(model)
+    arena = Arena.for_manifest(manifest, device=DEVICE, nbytes=1 << 20, rows=8)
+    bind_adapter(arena, 0, 16, manifest)
+    kernels = TritonKernels(arena, overlap=False, tails=True)
+    into, back = install(model, manifest, _Hook(kernels), tails=True)
+    kernels.bind([into, back], len(manifest.linears))
+    plan = plan_of([(5, ((0, 1.0),))])
+    assert plan is not None
+    placed = kernels.place(plan, kernels.ranks(plan))
+    assert placed is not None
+    kernels.use(TailPlan.from_plan(plan, placed, 5, DEVICE), 5)
+    kernels.stage()
+    checks = ("test_schema", "test_faketensor")
+    x, h = torch.randn(5, 64, device=DEVICE), torch.randn(5, 48, device=DEVICE)
+    for layer, given in ((into, x), (back, h)):
+        assert layer.tail is not None
+        rest = (list(layer.site.offsets), list(layer.site.widths))
+        torch.library.opcheck(ops.tail_linear.default, (given, *layer.tail, *rest), test_utils=checks)
+    assert into.tail is not None
+    torch.library.opcheck(ops.tail_gated.default, (x, *into.tail, "silu"), test_utils=checks)
+    y = ops.tail_linear(x, *into.tail, list(into.site.offsets), list(into.site.widths))
+    gate, up = y[:, :96].chunk(2, -1)
+    torch.testing.assert_close(ops.tail_gated(x, *into.tail, "silu"), functional.silu(gate) * up)
+    kernels.use(None, 5)
+    y = ops.tail_linear(x, *into.tail, list(into.site.offsets), list(into.site.widths))
+    torch.testing.assert_close(y[:, :96], functional.linear(x, into.tail.whole[:96]))
+    with pytest.raises(ValueError, match="tail_plan"):
+        ops.tail_gated(x, *into.tail, "silu")
