@@ -64,16 +64,14 @@ class Case:
             raise ValueError(f"{decoding} decoding and {sum(prompts)} tokens of prompts fit no graph")
         self.places = found[0]
 
-    def capture(self, name: str, block_m: int, *, tail: bool = False) -> None:
-        """Captures the case's graph anew, with LoRA tiles of `block_m` entries, as the only one there is. tail: with
-        adapters in the tails of the base weights; block_m is then 64."""
+    def capture(self, name: str, block_m: int, slots: int = 0) -> None:
+        """Captures the case's graph anew, with LoRA tiles of `block_m` entries, as the only one there is. slots: of the
+        tails of the base weights, where its adapters stand; block_m is then 64."""
         plan, variant = self.plans[name], None
         if plan is not None:
             rank = self.graphs._kernels.ranks(plan).max()
-            wanted = (block_m, tail)
-            variant = next(
-                v for v in self.places.variants if v and (v.block_m, bool(v.slots)) == wanted and rank <= v.rank
-            )
+            fitting = [v for v in self.places.variants if v and (v.block_m, v.slots) == (block_m, slots)]
+            variant = next(v for v in fitting if rank <= v.rank)
         graph = self.graphs._capture(self.places, variant, torch.cuda.graph_pool_handle())
         self.graphs._graphs = {(self.places.shape, variant): graph}
 

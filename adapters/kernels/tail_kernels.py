@@ -1,4 +1,7 @@
-"""The Triton kernels of adapters in the tails; triton_tail.py says what they compute, and launches them."""
+"""The Triton kernels of adapters in the tails; triton_tail.py says what they compute, and launches them.
+
+Whatever they can they load at once, and leave out afterwards what is not a row's: one round trip to memory.
+"""
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
@@ -64,7 +67,7 @@ def stage_kernel(
 def _adapters(places, weights, m, there, SLOTS: tl.constexpr, GRANULE: tl.constexpr, ENDS: tl.constexpr):
     """Of each row: its adapter's first slot, and its weight; and which of the slots' ranks are the row's."""
     place = tl.load(places + m, mask=there, other=0)
-    weight = tl.load(weights + m, mask=place > 0, other=0.0)
+    weight = tl.where(place > 0, tl.load(weights + m, mask=there, other=0.0), 0.0)
     begin = place % ENDS
     slot = tl.arange(0, SLOTS * GRANULE) // GRANULE
     own = (slot[None, :] >= begin[:, None]) & (slot[None, :] < (place // ENDS)[:, None])
@@ -91,7 +94,7 @@ def _read(inside, own, SLOTS: tl.constexpr):
 @triton.jit
 def _delta(row, at, b, own, factor, there):
     """w · scale · s B, of s at `at` behind the product's own columns; zeros for rows without an adapter."""
-    s = tl.load(row + at[None, :], mask=own & there[:, None], other=0.0)
+    s = tl.where(own, tl.load(row + at[None, :], mask=there[:, None], other=0.0), 0.0)
     return tl.dot(s, b, input_precision="ieee") * factor[:, None]
 
 

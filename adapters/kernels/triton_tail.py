@@ -83,7 +83,7 @@ class Config:
 
 
 ONE_SLOT = Config(16, 128)
-MORE_SLOTS = Config(32, 128)
+MORE_SLOTS = Config(16, 256)
 
 
 def _config(plan: TailPlan) -> Config:
