@@ -43,7 +43,7 @@ class LoraHook(Protocol):
         """x [T, in] W0ᵀ + bias + deltas -> [T, out]; traceable by torch.compile. tail: the weight's, if it has one.
         `targets`: int32, the site's."""
 
-    def gated(self, x: Tensor, tail: Tail, gate: str) -> Tensor:
+    def gated(self, x: Tensor, tail: Tail, targets: Tensor, gate: str) -> Tensor:
         """x [T, in] -> activation(gate) · up, [T, width], of a site of these two with their deltas. gate: of GATES."""
 
     def __call__(self, y: Tensor, x: Tensor, site: Site) -> None:
@@ -179,7 +179,7 @@ class GatedMlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         hook, tail = self.into.hook, self.into.tail
         if hook.tailed and tail is not None:
-            h = hook.gated(x.reshape(-1, x.shape[-1]), tail, self.gate)
+            h = hook.gated(x.reshape(-1, x.shape[-1]), tail, cast(Tensor, self.into.targets), self.gate)
             return self.back(h.view(*x.shape[:-1], h.shape[-1]))
         gate, up = self.into(x).split(self.into.site.widths, dim=-1)
         return self.back(self.activation(gate) * up)

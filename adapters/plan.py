@@ -138,6 +138,32 @@ def covering(plan: LoraPlan, tokens: int) -> LoraPlan:
     )
 
 
+def parted(plan: LoraPlan, chosen: NDArray[np.bool_]) -> tuple[LoraPlan | None, LoraPlan | None]:
+    """The `chosen` [segments] of the first wave, none of whose tokens may stand in another one, and the rest; None for
+    a part of no segments."""
+    if not chosen.any():
+        return None, plan
+    waves = tuple(
+        (first - int(chosen[:first].sum()), last - int(chosen[:last].sum()))
+        for first, last in plan.waves
+        if not chosen[first:last].all()
+    )
+    part = _of_segments(plan, chosen, ((0, int(chosen.sum())),))
+    return part, _of_segments(plan, ~chosen, waves) if waves else None
+
+
+def _of_segments(plan: LoraPlan, segments: NDArray[np.bool_], waves: tuple[tuple[int, int], ...]) -> LoraPlan:
+    counts = np.diff(plan.seg_start)
+    entries = np.repeat(segments, counts)
+    return LoraPlan(
+        tokens=plan.tokens[entries],
+        weights=plan.weights[entries],
+        seg_row=plan.seg_row[segments],
+        seg_start=np.concatenate(([0], np.cumsum(counts[segments]))).astype(np.int32),
+        waves=waves,
+    )
+
+
 def ranges(begins: NDArray[Integer], counts: Sequence[int] | NDArray[np.integer]) -> NDArray[Integer]:
     """begins[0], begins[0] + 1, ... (counts[0] of them), begins[1], ..., in the dtype of `begins` [n]."""
     lengths = np.asarray(counts, dtype=begins.dtype)

@@ -84,7 +84,7 @@ def main() -> None:
             kind, streams = name.split(":")
             prompts = [PROMPT] if kind == "mixed" else []
             case = Case(driver, graphs, rows, int(streams) - len(prompts), prompts, CONTEXT)
-            for block_m in sorted({variant.block_m for variant in case.places.variants if variant}):
+            for block_m in sorted({v.block_m for v in case.places.variants if v and v.block_m}):
                 with torch.inference_mode():
                     found = tune(case, f"{name}, tiles of {block_m}", block_m, args.layers / layers)
                 if args.save:

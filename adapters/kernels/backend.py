@@ -14,16 +14,16 @@ from adapters.arena import Arena
 from adapters.kernels import one_row, ops, triton_lora, triton_tail
 from adapters.kernels.device_plan import DevicePlan
 from adapters.kernels.ops import STEP
-from adapters.kernels.tail import SLOTS, Placed, Tail
+from adapters.kernels.tail import GRANULE, SLOTS, Placed, Tail
 from adapters.kernels.tail_plan import TailPlan
 from adapters.layers import LoraLinear
-from adapters.plan import LoraPlan, covering
+from adapters.plan import LoraPlan, covering, parted
 from adapters.site import Site
 
 DECODE_ENTRIES = 512
 """Plans of at most so many (token, adapter) pairs use small tiles: their time is that of reading factors."""
 LARGE_SEGMENTS = 48
-"""From so many tokens an adapter on, a step with prompts uses large LoRA tiles."""
+"""From so many tokens an adapter on, it stands in the tails, or a step with prompts uses large LoRA tiles."""
 TAIL_TOKENS = 48
 """Steps of so many tokens use the tails: in smaller ones what they add to the base product, and behind it, costs more
 than LoRA beside it (benchmarks/RESULTS.md)."""
@@ -66,29 +66,55 @@ class TritonKernels:
 
     def begin_step(self, plan: LoraPlan | None, tokens: int) -> None:
         if plan is None:
-            self.use(None, tokens)
+            self.use(None, None, tokens)
             return
+        part, rest = self.parted(plan, tokens)
+        placed = None if part is None else self.place(part, self.ranks(part))
+        if placed is None:
+            self.use(self._beside(plan, covered=tokens), None, tokens)
+            return
+        tail = TailPlan.from_plan(part, placed, tokens, self.arena.data.device, beside=rest)
+        self.use(None if rest is None else self._beside(rest), tail, tokens)
+        self.stage()
+        self.launched(placed)
+
+    def _beside(self, plan: LoraPlan, covered: int = 0) -> DevicePlan:
+        """covered: tokens that the plan is to cover."""
         # float32 has no tensor cores to fill, and its larger tiles spill registers.
         small = len(plan.tokens) <= DECODE_ENTRIES or self.arena.data.element_size() == 4
-        large = tokens >= TAIL_TOKENS and many_tokens_each(plan)
-        plan = covering(plan, tokens)
-        ranks = self.ranks(plan)
-        device = self.arena.data.device
-        if large and (placed := self.place(plan, ranks)):
-            self.use(TailPlan.from_plan(plan, placed, tokens, device), tokens)
-            self.stage()
-            self.launched(placed)
-            return
-        largest, block_m = int(ranks.max(initial=1)), 16 if small else 64
-        self.use(DevicePlan.from_plan(plan, largest, device, block_m, covers=True, ranks=ranks), tokens)
+        if covered:
+            plan = covering(plan, covered)
+        ranks, device = self.ranks(plan), self.arena.data.device
+        return DevicePlan.from_plan(
+            plan, int(ranks.max(initial=1)), device, 16 if small else 64, covers=bool(covered), ranks=ranks
+        )
 
-    def use(self, plan: DevicePlan | TailPlan | None, tokens: int) -> None:
-        """A plan that lies on the device already (a CUDA graph's own), for steps of so many tokens."""
-        self.tailed = isinstance(plan, TailPlan)
-        STEP.tables = self.arena
-        STEP.plan = plan if isinstance(plan, DevicePlan) else None
-        STEP.tail_plan = plan if isinstance(plan, TailPlan) else None
+    def use(self, beside: DevicePlan | None, tail: TailPlan | None, tokens: int) -> None:
+        """Plans that lie on the device already (a CUDA graph's own), for steps of so many tokens."""
+        STEP.tables, STEP.plan, STEP.tail_plan = self.arena, beside, tail
+        self.tailed = tail is not None
         self.one_row = self._own_one_row and tokens == 1
+
+    def parted(self, plan: LoraPlan, tokens: int) -> tuple[LoraPlan | None, LoraPlan | None]:
+        """The adapters that are to stand in the tails, as many as have room there and those with most tokens first, and
+        the others; either may be None."""
+        if STEP.tails is None or not self.tails or tokens < TAIL_TOKENS:
+            return None, plan
+        counts = np.diff(plan.seg_start)
+        slots = -(-self.ranks(plan) // GRANULE)
+        last = plan.waves[0][1]
+        fit = (counts >= LARGE_SEGMENTS) & (slots > 0) & (slots <= SLOTS)
+        fit[last:] = False
+        if last < len(counts) and fit.any():  # mixes are no tail's
+            mixed = np.zeros(tokens, dtype=bool)
+            mixed[plan.tokens[plan.seg_start[last] :]] = True
+            fit[:last] &= ~np.maximum.reduceat(mixed[plan.tokens[: plan.seg_start[last]]], plan.seg_start[:last])
+        chosen, room = np.zeros(len(counts), dtype=bool), SLOTS
+        for segment in sorted(np.flatnonzero(fit).tolist(), key=lambda segment: -counts[segment]):
+            if slots[segment] <= room:
+                chosen[segment] = True
+                room -= slots[segment]
+        return parted(plan, chosen)
 
     def place(self, plan: LoraPlan, ranks: NDArray[np.integer], slots: int = SLOTS) -> Placed | None:
         """Where the plan's adapters stand in the first `slots` of the tails; None if they cannot. `launched` is told
@@ -107,11 +133,11 @@ class TritonKernels:
         if STEP.tails and STEP.tail_plan:
             STEP.tails.stage(STEP.tail_plan, self.arena)
 
-    def warm_up(self, plan: DevicePlan | TailPlan, tokens: int) -> None:
+    def warm_up(self, beside: DevicePlan | None, tail: TailPlan | None, tokens: int) -> None:
         """Launches the kernels of every kind of site once, as `linear` and `gated` will, so that they are compiled and
-        loaded. plan: an empty one."""
-        if isinstance(plan, TailPlan) and STEP.tails:
-            STEP.tails.stage(plan, self.arena)
+        loaded, for plans that are in use and empty."""
+        if tail is not None and STEP.tails:
+            STEP.tails.stage(tail, self.arena)
         kinds: dict[object, LoraLinear] = {}
         for layer in self._installed:
             site = layer.site
@@ -120,18 +146,15 @@ class TritonKernels:
             site = layer.site
             targets = triton_lora.target_tensor(site.targets, self.arena.data.device)
             x = self.arena.data.new_zeros(tokens, site.in_features)
-            if isinstance(plan, TailPlan):
-                if layer.tail is not None and layer.gate is not None:
-                    self.gated(x, layer.tail, layer.gate)
-                elif layer.tail is not None:
-                    self.linear(x, cast(Tensor, layer.weight), layer.tail, layer.bias, targets, site)
-                continue
-            if self.one_row and one_row.fits(site):
+            if tail is not None and layer.tail is not None and layer.gate is not None:
+                self.gated(x, layer.tail, targets, layer.gate)
+            elif tail is not None or (self.one_row and one_row.fits(site)):
                 self.linear(x, cast(Tensor, layer.weight), layer.tail, layer.bias, targets, site)
-                continue
-            y = x.new_zeros(tokens, site.out_features)
-            partials = triton_lora.shrink(x, targets, plan, self.arena)
-            triton_lora.expand(y, partials, targets, site.offsets, site.widths, plan, self.arena, add=not plan.covers)
+            elif beside is not None:
+                y = x.new_zeros(tokens, site.out_features)
+                partials = triton_lora.shrink(x, targets, beside, self.arena)
+                add = not beside.covers
+                triton_lora.expand(y, partials, targets, site.offsets, site.widths, beside, self.arena, add=add)
 
     def ranks(self, plan: LoraPlan) -> NDArray[np.int32]:
         """[segments] the largest rank that each segment's row has in any target; 0 without an adapter."""
@@ -144,14 +167,14 @@ class TritonKernels:
         kernel that reads the result anyway. Or the product that does their share, with the tails; or the kernels of
         one_row.py."""
         if self.tailed and tail is not None:
-            return ops.tail_linear(x, *tail, list(site.offsets), list(site.widths))[:, : site.out_features]
+            return ops.tail_linear(x, *tail, targets, list(site.offsets), list(site.widths))[:, : site.out_features]
         if self.one_row and one_row.fits(site):
             return ops.one_row_linear(x, weight, bias, targets, list(site.offsets), list(site.widths))
         y, delta = ops.lora_linear(x, weight, bias, targets, list(site.offsets), list(site.widths))
         return y + delta
 
-    def gated(self, x: Tensor, tail: Tail, gate: str) -> Tensor:
-        return ops.tail_gated(x, *tail, gate)
+    def gated(self, x: Tensor, tail: Tail, targets: Tensor, gate: str) -> Tensor:
+        return ops.tail_gated(x, *tail, targets, gate)
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         # The output layer sees only the tokens whose logits are wanted: in a step of one token perhaps none.

@@ -7,7 +7,8 @@ graph serves all layers of the same shape.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +28,8 @@ class Step:
 
     plan: DevicePlan | None = None
     tail_plan: TailPlan | None = None
-    """In its place, where the step's adapters stand in the tails of the base weights."""
+    """Of the adapters that stand in the tails of the base weights, if there are tails that the step uses. Then `plan`
+    is of the others."""
     tables: Tables | None = None
     side: torch.cuda.Stream | None = None
     """Where LoRA runs beside the base product; None: one after the other."""
@@ -51,22 +53,36 @@ def lora_linear(
     """(x W0^T + bias, the step's deltas), both [T, d]; the caller adds them, for instance in the compiled kernel that
     reads y anyway. With STEP.side everything of LoRA runs beside the base product."""
     plan, tables = STEP.plan, STEP.tables
-    delta = x.new_empty(x.shape[0], weight.shape[0])
     if plan is None or tables is None:
-        return functional.linear(x, weight, bias), delta.zero_()
-    side = main = STEP.side
+        return functional.linear(x, weight, bias), x.new_zeros(x.shape[0], weight.shape[0])
+    if plan.covers:
+        delta = x.new_empty(x.shape[0], weight.shape[0])
+    else:
+        delta = x.new_zeros(x.shape[0], weight.shape[0])
+    with _beside(x, delta, targets, offsets, widths, add=not plan.covers):
+        y = functional.linear(x, weight, bias)
+    return y, delta
+
+
+@contextmanager
+def _beside(
+    x: Tensor, delta: Tensor, targets: Tensor, offsets: Sequence[int], widths: Sequence[int], *, add: bool = False
+) -> Iterator[None]:
+    """The deltas of STEP.plan are written, or added, to delta while the block runs, and are there behind it."""
+    plan, tables, side = STEP.plan, STEP.tables, STEP.side
+    if plan is None or tables is None:
+        yield
+        return
+    main = side
     if side is not None:
         main = torch.cuda.current_stream(x.device)
         side.wait_stream(main)
     with torch.cuda.stream(side):
-        if not plan.covers:
-            delta.zero_()
         partials = triton_lora.shrink(x, targets, plan, tables)
-        triton_lora.expand(delta, partials, targets, tuple(offsets), tuple(widths), plan, tables, add=not plan.covers)
-    y = functional.linear(x, weight, bias)
+        triton_lora.expand(delta, partials, targets, tuple(offsets), tuple(widths), plan, tables, add=add)
+    yield
     if side is not None and main is not None:
         main.wait_stream(side)
-    return y, delta
 
 
 def _one(x: Tensor, weight: Tensor, *_: object) -> Tensor:
@@ -77,6 +93,22 @@ def _whole(x: Tensor, whole: Tensor, *_: object) -> Tensor:
     return x.new_empty(x.shape[0], whole.shape[0])
 
 
+def _both(
+    x: Tensor,
+    whole: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    offsets: Sequence[int],
+    widths: Sequence[int],
+) -> tuple[Tensor, Tensor | None]:
+    """x [W0 ; A]^T, and the deltas of the tokens that have theirs beside it, if there are any."""
+    if STEP.plan is None:
+        return functional.linear(x, whole, bias), None
+    delta = x.new_empty(x.shape[0], sum(widths))
+    with _beside(x, delta, targets, offsets, widths):
+        return functional.linear(x, whole, bias), delta
+
+
 @opaque(_whole)
 def tail_linear(
     x: Tensor,
@@ -84,14 +116,15 @@ def tail_linear(
     bias: Tensor | None,
     b: Tensor,
     scales: Tensor,
+    targets: Tensor,
     offsets: Sequence[int],
     widths: Sequence[int],
 ) -> Tensor:
     """x W0^T + bias + the step's deltas, in the first d columns of [T, d + spare]. whole, bias, b, scales: of a Tail,
-    in which the adapters of the step's plan have been staged."""
-    y = functional.linear(x, whole, bias)
+    in which the adapters of STEP.tail_plan have been staged; those of STEP.plan are computed beside the product."""
+    y, delta = _both(x, whole, bias, targets, offsets, widths)
     if STEP.tail_plan is not None:
-        triton_tail.expand(y, b, scales, tuple(offsets), tuple(widths), STEP.tail_plan)
+        triton_tail.expand(y, b, scales, tuple(offsets), tuple(widths), STEP.tail_plan, delta)
     return y
 
 
@@ -100,12 +133,22 @@ def _half(x: Tensor, whole: Tensor, bias: Tensor | None, b: Tensor, *_: object) 
 
 
 @opaque(_half)
-def tail_gated(x: Tensor, whole: Tensor, bias: Tensor | None, b: Tensor, scales: Tensor, gate: str) -> Tensor:
+def tail_gated(
+    x: Tensor,
+    whole: Tensor,
+    bias: Tensor | None,
+    b: Tensor,
+    scales: Tensor,
+    targets: Tensor,
+    gate: str,
+) -> Tensor:
     """activation(gate) · up, [T, width], of the two halves of the same product. Raises ValueError in a step that has no
     adapters in the tails."""
     if STEP.tail_plan is None:
         raise ValueError("tail_plan: the step has none")
-    return triton_tail.gated(functional.linear(x, whole, bias), b, scales, gate, STEP.tail_plan)
+    width = b.shape[1] // 2
+    y, delta = _both(x, whole, bias, targets, (0, width), (width, width))
+    return triton_tail.gated(y, b, scales, gate, STEP.tail_plan, delta)
 
 
 @opaque(_one)

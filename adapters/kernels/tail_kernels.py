@@ -64,14 +64,11 @@ def stage_kernel(
 
 
 @triton.jit
-def _adapters(places, weights, m, there, SLOTS: tl.constexpr, GRANULE: tl.constexpr, ENDS: tl.constexpr):
-    """Of each row: its adapter's first slot, and its weight; and which of the slots' ranks are the row's."""
+def _rows(places, weights, m, there, ENDS: tl.constexpr):
+    """Of each row: its place, its adapter's first slot and the one behind its last, and its weight."""
     place = tl.load(places + m, mask=there, other=0)
     weight = tl.where(place > 0, tl.load(weights + m, mask=there, other=0.0), 0.0)
-    begin = place % ENDS
-    slot = tl.arange(0, SLOTS * GRANULE) // GRANULE
-    own = (slot[None, :] >= begin[:, None]) & (slot[None, :] < (place // ENDS)[:, None])
-    return begin, weight, own
+    return place, tl.where(place > 0, place % ENDS, 0), tl.where(place > 0, place // ENDS, 0), weight
 
 
 @triton.jit
@@ -84,23 +81,16 @@ def _factor(scales, begin, weight, SLOTS: tl.constexpr):
 
 
 @triton.jit
-def _read(inside, own, SLOTS: tl.constexpr):
-    """What is read of B: of several slots only ranks that any row has."""
-    if SLOTS > 1:
-        inside = inside & (tl.max(own.to(tl.int32), 0) > 0)[:, None]
-    return inside
-
-
-@triton.jit
-def _delta(row, at, b, own, factor, there):
-    """w · scale · s B, of s at `at` behind the product's own columns; zeros for rows without an adapter."""
-    s = tl.where(own, tl.load(row + at[None, :], mask=there[:, None], other=0.0), 0.0)
-    return tl.dot(s, b, input_precision="ieee") * factor[:, None]
+def _product(row, at, own, there, b, inside):
+    """s B of one slot, of s at `at` behind the product's own columns; zeros for rows whose it is not."""
+    s = tl.where(own[:, None], tl.load(row + at[None, :], mask=there[:, None], other=0.0), 0.0)
+    return tl.dot(s, tl.load(b, mask=inside, other=0.0), input_precision="ieee")
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def expand_kernel(
     y,
+    delta,
     b,
     scales,
     places,
@@ -116,11 +106,12 @@ def expand_kernel(
     SCALES: tl.constexpr,
     GRANULE: tl.constexpr,
     ENDS: tl.constexpr,
+    BESIDE: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     VEC: tl.constexpr,
 ):
-    """BN columns of BM rows: y += w · scale · s B."""
+    """BN columns of BM rows: y += w · scale · s B; with BESIDE, for other rows, += delta."""
     # Which target's columns is this chunk of the site?
     left = tl.program_id(0) % CHUNKS
     j = 0
@@ -138,14 +129,24 @@ def expand_kernel(
     n += offset // VEC * VEC
     m = tl.program_id(0) // CHUNKS * BM + tl.arange(0, BM)
     there = m < tokens
-    r = tl.arange(0, SLOTS * GRANULE)
-    begin, weight, own = _adapters(places, weights, m, there, SLOTS, GRANULE, ENDS)
-    bv = tl.load(b + (r * D)[:, None] + n[None, :], mask=_read(inside, own, SLOTS), other=0.0)
-    factor = _factor(scales + j * SCALES, begin, weight, SLOTS)
+    r = tl.arange(0, GRANULE)
     row = y + (m.to(tl.int64) * stride_y)[:, None]
     mask = there[:, None] & inside
     total = tl.load(row + n[None, :], mask=mask, other=0.0).to(tl.float32)
-    total += _delta(row, D + (r // GRANULE * NT + j) * GRANULE + r % GRANULE, bv, own, factor, there)
+    place, begin, end, weight = _rows(places, weights, m, there, ENDS)
+    factor = _factor(scales + j * SCALES, begin, weight, SLOTS)[:, None]
+    at = D + j * GRANULE + r
+    b_at = b + (r * D)[:, None] + n[None, :]
+    if SLOTS == 1:
+        total += _product(row, at, end > 0, there, b_at, inside) * factor
+    else:
+        for slot in range(tl.min(tl.where(end > 0, begin, SLOTS)), tl.max(end)):
+            own = (slot >= begin) & (slot < end)
+            b_slot = b_at + slot * (GRANULE * D)
+            total += _product(row, at + slot * (NT * GRANULE), own, there, b_slot, inside) * factor
+    if BESIDE:
+        beside = delta + (m.to(tl.int64) * D)[:, None] + n[None, :]
+        total += tl.load(beside, mask=mask & (place < 0)[:, None], other=0.0).to(tl.float32)
     tl.store(row + n[None, :], total.to(y.dtype.element_ty), mask=mask)
 
 
@@ -160,6 +161,7 @@ def _activated(x, GATE: tl.constexpr):
 @triton.jit(do_not_specialize=["tokens"])
 def gated_kernel(
     y,
+    delta,
     h,
     b,
     scales,
@@ -172,6 +174,7 @@ def gated_kernel(
     SCALES: tl.constexpr,
     GRANULE: tl.constexpr,
     ENDS: tl.constexpr,
+    BESIDE: tl.constexpr,
     GATE: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -183,18 +186,30 @@ def gated_kernel(
     inside = (n < WIDTH)[None, :]
     m = tl.program_id(0) // CHUNKS * BM + tl.arange(0, BM)
     there = m < tokens
-    r = tl.arange(0, SLOTS * GRANULE)
-    begin, weight, own = _adapters(places, weights, m, there, SLOTS, GRANULE, ENDS)
-    read = _read(inside, own, SLOTS)
-    b_at = b + (r * D)[:, None] + n[None, :]
-    b_gate = tl.load(b_at, mask=read, other=0.0)
-    b_up = tl.load(b_at + WIDTH, mask=read, other=0.0)
+    r = tl.arange(0, GRANULE)
     row = y + (m.to(tl.int64) * stride_y)[:, None]
     mask = there[:, None] & inside
     gate = tl.load(row + n[None, :], mask=mask, other=0.0).to(tl.float32)
     up = tl.load(row + WIDTH + n[None, :], mask=mask, other=0.0).to(tl.float32)
-    at = D + r // GRANULE * (2 * GRANULE) + r % GRANULE
-    gate += _delta(row, at, b_gate, own, _factor(scales, begin, weight, SLOTS), there)
-    up += _delta(row, at + GRANULE, b_up, own, _factor(scales + SCALES, begin, weight, SLOTS), there)
+    place, begin, end, weight = _rows(places, weights, m, there, ENDS)
+    of_gate = _factor(scales, begin, weight, SLOTS)[:, None]
+    of_up = _factor(scales + SCALES, begin, weight, SLOTS)[:, None]
+    at = D + r
+    b_at = b + (r * D)[:, None] + n[None, :]
+    if SLOTS == 1:
+        gate += _product(row, at, end > 0, there, b_at, inside) * of_gate
+        up += _product(row, at + GRANULE, end > 0, there, b_at + WIDTH, inside) * of_up
+    else:
+        for slot in range(tl.min(tl.where(end > 0, begin, SLOTS)), tl.max(end)):
+            own = (slot >= begin) & (slot < end)
+            s_at = at + slot * (2 * GRANULE)
+            b_slot = b_at + slot * (GRANULE * D)
+            gate += _product(row, s_at, own, there, b_slot, inside) * of_gate
+            up += _product(row, s_at + GRANULE, own, there, b_slot + WIDTH, inside) * of_up
+    if BESIDE:
+        beside = delta + (m.to(tl.int64) * D)[:, None] + n[None, :]
+        other = mask & (place < 0)[:, None]
+        gate += tl.load(beside, mask=other, other=0.0).to(tl.float32)
+        up += tl.load(beside + WIDTH, mask=other, other=0.0).to(tl.float32)
     out = _activated(gate, GATE) * up
     tl.store(h + (m.to(tl.int64) * WIDTH)[:, None] + n[None, :], out.to(h.dtype.element_ty), mask=mask)

@@ -1,7 +1,8 @@
 """The batch plan of a step whose adapters stand in the tails (tail.py), as the GPU kernels read it.
 
-A token has one adapter or none, and its place says which slots that has, so there are no tiles and no segments: a
-kernel takes any rows of a product. int32 arrays in one buffer, at places that the shape alone decides, for CUDA graphs.
+A token has one such adapter or none, and its place says which slots that has, so there are no tiles and no segments: a
+kernel takes any rows of a product. Other tokens of the step may have adapters whose deltas are computed beside the
+product (device_plan.py). int32 arrays in one buffer, at places that the shape alone decides, for CUDA graphs.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from adapters.plan import LoraPlan
 
 ENDS = 16
 """A token's place is its adapter's first slot plus ENDS times the slot behind its last; 0 without an adapter."""
+BESIDE = -1
+"""The place of a token whose deltas are computed beside the product."""
 STAGED = 3
 """Numbers that say what is to be staged: arena row, first slot, number of slots."""
 _ALIGN = 16
@@ -51,9 +54,15 @@ class TailShape:
         return -(-max(where.stop for where in self.slices.values()) // _ALIGN) * _ALIGN
 
 
-def pack_tail(plan: LoraPlan | None, placed: Placed | None, shape: TailShape, out: NDArray[np.int32]) -> None:
-    """Writes a plan, and where its adapters stand, into out [shape.size]. Tokens that it does not name have none. None
-    is the empty plan. Raises PlanSizeError."""
+def pack_tail(
+    plan: LoraPlan | None,
+    placed: Placed | None,
+    shape: TailShape,
+    out: NDArray[np.int32],
+    beside: LoraPlan | None = None,
+) -> None:
+    """Writes a plan, and where its adapters stand, into out [shape.size]; None is the empty plan. beside: of the tokens
+    whose deltas are computed beside the product. All others have no adapter. Raises PlanSizeError."""
     if (plan is None) != (placed is None):
         raise ValueError(f"placed: {placed} for {plan}")
     if out.shape != (shape.size,) or out.dtype != np.int32:
@@ -61,6 +70,10 @@ def pack_tail(plan: LoraPlan | None, placed: Placed | None, shape: TailShape, ou
     part = {name: out[where] for name, where in shape.slices.items()}
     part["places"][:] = 0
     part["staged"][0] = 0
+    if beside is not None:
+        if beside.tokens.max(initial=0) >= shape.tokens:
+            raise PlanSizeError(f"{len(beside.tokens)} entries beside do not fit {shape}")
+        part["places"][beside.tokens] = BESIDE
     if plan is None or placed is None:
         return
     if plan.tokens.max(initial=0) >= shape.tokens or placed.slots.max(initial=0) > shape.slots:
@@ -84,7 +97,7 @@ class TailPlan:
         self.buffer = buffer
         part = {name: buffer[where] for name, where in shape.slices.items()}
         self.places = part["places"]
-        """[tokens], see ENDS."""
+        """[tokens], see ENDS and BESIDE."""
         self.weights = part["weights"].view(torch.float32)
         """[tokens]; anything where the place is 0."""
         self.staged = part["staged"]
@@ -92,11 +105,17 @@ class TailPlan:
 
     @classmethod
     def from_plan(
-        cls, plan: LoraPlan, placed: Placed, tokens: int, device: torch.device | str, slots: int = SLOTS
+        cls,
+        plan: LoraPlan | None,
+        placed: Placed | None,
+        tokens: int,
+        device: torch.device | str,
+        slots: int = SLOTS,
+        beside: LoraPlan | None = None,
     ) -> TailPlan:
-        """A plan for a step of so many tokens in a buffer of its own."""
+        """A plan for a step of so many tokens in a buffer of its own; see `pack_tail`."""
         shape = TailShape(tokens, slots)
         host = torch.empty(shape.size, dtype=torch.int32, pin_memory=torch.device(device).type == "cuda")
-        pack_tail(plan, placed, shape, host.numpy())
+        pack_tail(plan, placed, shape, host.numpy(), beside)
         # A fresh pinned buffer per plan: the caching host allocator reuses it only after the copy's event.
         return cls(shape, host.to(device, non_blocking=True))

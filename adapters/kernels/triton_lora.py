@@ -106,10 +106,8 @@ def expand(
     *,
     add: bool = True,
 ) -> None:
-    """Adds to y [T, d] in place, wave after wave. offsets, widths: columns of each target. add False: y may
-    hold anything and is written, by a plan that covers its tokens."""
-    if not (add or plan.covers):
-        raise ValueError("add: only a plan that covers its tokens writes all of y")
+    """Adds to y [T, d] in place, wave after wave. offsets, widths: columns of each target. add False: y may hold
+    anything, and rows that the plan names are written; it has to name all that are read."""
     _check(y, tables)
     shape, vector = plan.shape, 16 // y.element_size()
     config = config or expand_config(shape.entries, plan.bucket, shape.block_m, y.element_size())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from adapters.kernels import tail
 from adapters.kernels.backend import TAIL_TOKENS
@@ -56,13 +56,13 @@ class Variant:
     """A LoRA plan that a graph can serve."""
 
     rank: int
-    """Largest."""
+    """Largest, of the adapters whose deltas are computed beside the product; 0: it has none of those."""
     waves: int
     block_m: int
-    """Entries of a tile."""
+    """Entries of a tile of theirs."""
     slots: int = 0
-    """Its adapters stand in the tails of the base weights (adapters/kernels/tail.py), in so many slots; 0: they do
-    not."""
+    """Adapters with many tokens each stand in the tails of the base weights (adapters/kernels/tail.py), in so many
+    slots; 0: none does."""
 
 
 VARIANTS = (Variant(16, 1, 16), Variant(64, 1, 16), Variant(512, 4, 16))
@@ -71,8 +71,10 @@ DECODE_VARIANTS = (*VARIANTS[:2], Variant(512, 1, 16), VARIANTS[2])
 """With one for high ranks without mixes: a step that only decodes takes a third of one with a prompt, so launches for
 nothing weigh more there."""
 LARGE_VARIANTS = (Variant(16, 1, 64), Variant(64, 1, 64), Variant(512, 4, 64))
-TAIL_VARIANTS = (Variant(tail.GRANULE, 1, 64, slots=1), Variant(tail.RANKS, 1, 64, slots=tail.SLOTS))
-"""For few adapters with many tokens each; the first that such a step is tried with."""
+TAIL_VARIANTS = (Variant(0, 0, 0, slots=1), Variant(0, 0, 0, slots=tail.SLOTS))
+"""All adapters stand in the tails."""
+BOTH_VARIANTS = tuple(replace(variant, slots=tail.SLOTS) for variant in VARIANTS)
+"""Those of the prompts do, others decode: what VARIANTS are where there are no tails."""
 SLOTS_TOKENS = 96
 """From so many decoding sequences on there is one with all slots: two adapters have many tokens each then."""
 LARGE_TILES_TOKENS = 384
@@ -88,11 +90,32 @@ SAME_VARIANTS = (Variant(512, 1, 16), MANY_VARIANT)
 """The deterministic engine's: they differ in launches that find nothing to do, and give every token the same bits."""
 
 
-def candidates(variants: Iterable[Variant], rank: int, waves: int, block_m: int) -> list[Variant]:
-    """Those that can serve a plan of such a largest rank and so many waves, best first: the tails where large tiles are
-    wanted, then the smallest class of ranks, then tiles of the size that is wanted."""
-    fitting = [v for v in variants if rank <= v.rank and waves <= v.waves and (not v.slots or v.block_m == block_m)]
-    return sorted(fitting, key=lambda v: (not v.slots, v.rank, v.block_m != block_m, v.waves))
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What a plan asks of the kernels beside the product."""
+
+    rank: int
+    waves: int
+    block_m: int
+    """Tiles that are best for it."""
+
+
+def candidates(variants: Iterable[Variant], whole: Need, rest: Need | None) -> list[Variant]:
+    """Those that can serve a step, best first. whole: of all its adapters; rest: of those that cannot stand in the
+    tails, None if all can. If the rest wants larger tiles than a variant has, all stay beside the product."""
+
+    def fits(v: Variant) -> bool:
+        if not v.slots:
+            return whole.rank <= v.rank and whole.waves <= v.waves
+        if rest is None:
+            return True
+        small = rest.block_m == v.block_m or rest.rank <= tail.GRANULE
+        return rest.rank <= v.rank and rest.waves <= v.waves and small
+
+    return sorted(
+        filter(fits, variants),
+        key=lambda v: (not v.slots, v.slots > 0 and v.waves > 0, v.slots, v.rank, v.block_m != whole.block_m, v.waves),
+    )
 
 
 def variants_of_shapes(
@@ -111,7 +134,7 @@ def variants_of_shapes(
             found[shape] = (None, *tailed[: 1 if shape.tokens < SLOTS_TOKENS else 2], *DECODE_VARIANTS, *many)
         elif tailed:
             rest = LARGE_VARIANTS[1 if shape.tokens >= LARGE_TILES_TOKENS else 2 :]
-            found[shape] = (None, *tailed, *VARIANTS, *rest, *many)
+            found[shape] = (None, *tailed, *BOTH_VARIANTS, *rest, *many)
         else:
             found[shape] = (None, *VARIANTS, *(LARGE_VARIANTS if large else ()), *many)
     return found

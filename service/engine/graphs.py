@@ -18,7 +18,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -39,6 +39,7 @@ from service.engine.draw import WIDTH
 from service.engine.draw_triton import draw_into
 from service.engine.graph_shapes import (
     SAME_VARIANTS,
+    Need,
     Shape,
     Variant,
     candidates,
@@ -56,6 +57,32 @@ its products, as cuBLAS does for 448 tokens of an 8B model (steps of 18.3 ms, an
 _ALIGN = 16
 
 
+@dataclass(frozen=True, slots=True)
+class _PlanShapes:
+    """Of one variant's plans, one behind the other."""
+
+    tail: TailShape | None
+    beside: PlanShape | None
+
+    @classmethod
+    def of(cls, variant: Variant, shape: Shape) -> _PlanShapes:
+        tail = TailShape(shape.tokens, variant.slots) if variant.slots else None
+        if not variant.rank:
+            return cls(tail, None)
+        waves = variant.waves
+        entries, segments = shape.tokens * waves, shape.sequences * waves + 1
+        return cls(tail, PlanShape.bounded(entries, segments, waves, variant.block_m, variant.rank))
+
+    @property
+    def first(self) -> int:
+        """Where the plan of those beside the product begins."""
+        return self.tail.size if self.tail else 0
+
+    @property
+    def size(self) -> int:
+        return self.first + (self.beside.size if self.beside else 0)
+
+
 class _Places:
     """Where the inputs of one shape lie in the buffer."""
 
@@ -63,19 +90,7 @@ class _Places:
         """variants: None is a step without LoRA."""
         self.shape = shape
         self.variants = variants
-        self.plans = {
-            variant: TailShape(shape.tokens, variant.slots)
-            if variant.slots
-            else PlanShape.bounded(
-                shape.tokens * variant.waves,
-                shape.sequences * variant.waves + 1,
-                variant.waves,
-                variant.block_m,
-                variant.rank,
-            )
-            for variant in variants
-            if variant is not None
-        }
+        self.plans = {variant: _PlanShapes.of(variant, shape) for variant in variants if variant is not None}
         """All at the same place."""
         self.waves = max(variant.waves for variant in self.plans)
         lengths = {
@@ -267,24 +282,31 @@ class StepGraphs:
         """The variant that it fits, after it has been written, and where its adapters stand in the tails."""
         if len(plan.waves) > places.waves:
             return None, None
-        block_m = 64 if many_tokens_each(plan) else 16
-        plan = covering(plan, tokens)
-        ranks = self._kernels.ranks(plan)
-        for variant in candidates(places.plans, ranks.max(initial=0), len(plan.waves), block_m):
-            shape = places.plans[variant]
-            host = self._inputs.host[places.of["plan"]][: shape.size]
-            if isinstance(shape, TailShape):
-                placed = self._kernels.place(plan, ranks, shape.slots)
-                if placed is None:
-                    continue
-                pack_tail(plan, placed, shape, host)
-                return variant, placed
+        kernels = self._kernels
+        part, rest = kernels.parted(plan, tokens)
+        whole = covering(plan, tokens)
+        ranks = kernels.ranks(whole)
+        for variant in candidates(places.plans, self._need(plan), None if rest is None else self._need(rest)):
+            shapes = places.plans[variant]
+            host = self._inputs.host[places.of["plan"]][: shapes.size]
             try:
-                pack(plan, shape, host, ranks)
+                if shapes.tail is None:
+                    pack(whole, shapes.beside, host, ranks)  # type: ignore[arg-type]
+                    return variant, None
+                placed = None if part is None else kernels.place(part, kernels.ranks(part), variant.slots)
+                if placed is None and part is not None:
+                    continue
+                pack_tail(part, placed, shapes.tail, host[: shapes.first], rest)
+                if shapes.beside is not None:
+                    pack(rest, shapes.beside, host[shapes.first :], None if rest is None else kernels.ranks(rest))
             except PlanSizeError:
                 continue
-            return variant, None
+            return variant, placed
         return None, None
+
+    def _need(self, plan: LoraPlan) -> Need:
+        block_m = 64 if many_tokens_each(plan) else 16
+        return Need(self._kernels.ranks(plan).max(initial=0), len(plan.waves), block_m)
 
     def _capture(self, places: _Places, variant: Variant | None, pool: Any) -> torch.cuda.CUDAGraph:
         shape = places.shape
@@ -305,16 +327,17 @@ class StepGraphs:
             max_context=self._max_positions,
             count=part("count") if shape.tiles else None,
         )
-        plan: DevicePlan | TailPlan | None = None
+        beside: DevicePlan | None = None
+        tail: TailPlan | None = None
         if variant is not None:
-            size = places.plans[variant]
-            buffer = part("plan")[: size.size]
-            if isinstance(size, TailShape):
-                plan = TailPlan(size, buffer)
-            else:
-                plan = DevicePlan(size, buffer, variant.rank, covers=True)
-        self._kernels.use(plan, shape.tokens)
-        self._set_active(plan is not None)
+            shapes = places.plans[variant]
+            buffer = part("plan")[: shapes.size]
+            if shapes.tail is not None:
+                tail = TailPlan(shapes.tail, buffer[: shapes.first])
+            if shapes.beside is not None:
+                beside = DevicePlan(shapes.beside, buffer[shapes.first :], variant.rank, covers=tail is None)
+        self._kernels.use(beside, tail, shape.tokens)
+        self._set_active(variant is not None)
         wanted = part("wanted") if shape.wanted else None
 
         def step() -> None:
@@ -326,12 +349,12 @@ class StepGraphs:
 
         stream = self._stream
         stream.wait_stream(torch.cuda.current_stream(self._device))
-        whole = plan is None or self.deterministic
+        whole = variant is None or self.deterministic
         with torch.cuda.stream(stream):  # compiles and loads what it needs outside the capture
             if whole:
                 step()
-            elif plan is not None:
-                self._kernels.warm_up(plan, shape.tokens)
+            else:
+                self._kernels.warm_up(beside, tail, shape.tokens)
         stream.synchronize()
         if whole:  # what the step has left in the allocator's cache is the graph's; the kernels leave little
             torch.cuda.empty_cache()

@@ -59,7 +59,7 @@ class LoraKernels(Protocol):
         self, x: Tensor, weight: Tensor, tail: Tail | None, bias: Tensor | None, targets: Tensor, site: Site
     ) -> Tensor: ...
 
-    def gated(self, x: Tensor, tail: Tail, gate: str) -> Tensor: ...
+    def gated(self, x: Tensor, tail: Tail, targets: Tensor, gate: str) -> Tensor: ...
 
 
 class ReferenceKernels:
@@ -95,7 +95,7 @@ class ReferenceKernels:
         self.apply(y, x, site)
         return y
 
-    def gated(self, x: Tensor, tail: Tail, gate: str) -> Tensor:
+    def gated(self, x: Tensor, tail: Tail, targets: Tensor, gate: str) -> Tensor:
         raise NotImplementedError("gated: there are no tails")
 
 
@@ -117,8 +117,8 @@ class _Hook:
     def tailed(self) -> bool:
         return self.kernels.tailed
 
-    def gated(self, x: Tensor, tail: Tail, gate: str) -> Tensor:
-        return self.kernels.gated(x, tail, gate)
+    def gated(self, x: Tensor, tail: Tail, targets: Tensor, gate: str) -> Tensor:
+        return self.kernels.gated(x, tail, targets, gate)
 
     def __call__(self, y: Tensor, x: Tensor, site: Site) -> None:
         self.kernels.apply(y, x, site)

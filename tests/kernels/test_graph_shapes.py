@@ -8,16 +8,17 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from adapters.kernels.tail_plan import TailShape
 from service.engine.attention import StepLayout
 from service.engine.budgets import STEP_SIZES
 from service.engine.build import MAX_ADAPTERS_PER_REQUEST, MAX_RANK
 from service.engine.graph_shapes import (
+    BOTH_VARIANTS,
     DECODE_VARIANTS,
     LARGE_VARIANTS,
     SAME_VARIANTS,
     TAIL_VARIANTS,
     VARIANTS,
+    Need,
     Shape,
     candidates,
     decode_sizes,
@@ -67,7 +68,7 @@ def test_usual_steps_fit_with_their_tiles(counts: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("shape", [Shape(1, 1), Shape(48, 48), Shape(576, 256, 36, 256), one_shape(64, 256)])
 def test_inputs_do_not_overlap_and_the_page_table_is_last(shape: Shape) -> None:
-    variants = {None, *DECODE_VARIANTS, *VARIANTS, *LARGE_VARIANTS, *SAME_VARIANTS, *TAIL_VARIANTS}
+    variants = {None, *DECODE_VARIANTS, *LARGE_VARIANTS, *SAME_VARIANTS, *TAIL_VARIANTS, *BOTH_VARIANTS}
     places = _Places(shape, 17, tuple(variants))
     parts = sorted(places.of.items(), key=lambda item: item[1].start)
     assert parts[-1][0] == "table"
@@ -78,8 +79,11 @@ def test_inputs_do_not_overlap_and_the_page_table_is_last(shape: Shape) -> None:
     length = places.of["plan"].stop - places.of["plan"].start
     assert all(plan.size <= length for plan in places.plans.values())
     assert set(places.plans) == variants - {None}
-    room = [plan.tokens if isinstance(plan, TailShape) else plan.entries for plan in places.plans.values()]
-    assert min(room) >= shape.tokens
+    for variant, plans in places.plans.items():
+        assert (plans.tail is not None) == (variant.slots > 0)
+        assert (plans.beside is not None) == (variant.rank > 0)
+        assert plans.tail is None or plans.tail.tokens == shape.tokens
+        assert plans.beside is None or plans.beside.entries >= shape.tokens
 
 
 @pytest.mark.parametrize("counts", [(1,), (1,) * 256, (256,), (17,) * 15, (1,) * 200 + (56,), (2,) * 128, (129, 127)])
@@ -97,26 +101,53 @@ def test_every_step_fits_the_one_shape_of_the_deterministic_engine(counts: tuple
 def test_a_decode_step_launches_nothing_for_mixes_that_it_has_not(
     rank: int, waves: int, wanted: tuple[int, int]
 ) -> None:
-    found = candidates(DECODE_VARIANTS, rank, waves, 64)[0]
+    need = Need(rank, waves, 64)
+    found = candidates((*TAIL_VARIANTS, *DECODE_VARIANTS), need, need)[0]
     assert (found.rank, found.waves) == wanted
+
+
+def served(whole: Need, rest: Need | None) -> list[tuple[int, int, int, int]]:
+    found = candidates((*LARGE_VARIANTS, *VARIANTS, *BOTH_VARIANTS, *TAIL_VARIANTS), whole, rest)
+    return [(v.slots, v.rank, v.waves, v.block_m) for v in found]
+
+
+def test_a_step_whose_adapters_all_stand_in_the_tails_needs_nothing_beside() -> None:
+    assert served(Need(16, 1, 64), None)[:4] == [(1, 0, 0, 0), (4, 0, 0, 0), (4, 16, 1, 16), (4, 64, 1, 16)]
+
+
+@pytest.mark.parametrize(
+    ("rest", "wanted"),
+    [
+        (Need(8, 1, 16), [(4, 16, 1, 16), (4, 64, 1, 16), (4, 512, 4, 16)]),
+        (Need(16, 1, 64), [(4, 16, 1, 16), (4, 64, 1, 16), (4, 512, 4, 16)]),
+        (Need(40, 1, 16), [(4, 64, 1, 16), (4, 512, 4, 16)]),
+        (Need(8, 2, 16), [(4, 512, 4, 16)]),
+        (Need(40, 1, 64), []),
+        (Need(16, 5, 16), []),
+    ],
+)
+def test_the_others_are_computed_beside_the_product(rest: Need, wanted: list[tuple[int, int, int, int]]) -> None:
+    found = served(Need(max(16, rest.rank), rest.waves, 64), rest)
+    assert found[: len(wanted)] == wanted
+    assert not any(slots for slots, *_ in found[len(wanted) :])
 
 
 @pytest.mark.parametrize(
     ("rank", "waves", "block_m", "wanted"),
     [
-        (16, 1, 64, [(16, 64, 1), (64, 64, 4), (16, 64, 0), (16, 16, 0), (64, 64, 0)]),
-        (16, 1, 16, [(16, 16, 0), (16, 64, 0), (64, 16, 0)]),
-        (30, 1, 64, [(64, 64, 4), (64, 64, 0), (64, 16, 0), (512, 64, 0)]),
-        (65, 1, 64, [(512, 64, 0), (512, 16, 0)]),
-        (16, 2, 64, [(512, 64, 0), (512, 16, 0)]),
+        (16, 1, 16, [(16, 16), (16, 64), (64, 16)]),
+        (30, 1, 64, [(64, 64), (64, 16), (512, 64)]),
+        (65, 1, 64, [(512, 64), (512, 16)]),
+        (16, 2, 64, [(512, 64), (512, 16)]),
         (16, 5, 64, []),
     ],
 )
-def test_a_step_with_prompts_tries_the_tails_first_then_the_least_class_of_ranks(
-    rank: int, waves: int, block_m: int, wanted: list[tuple[int, int, int]]
+def test_without_tails_the_least_class_of_ranks_comes_first(
+    rank: int, waves: int, block_m: int, wanted: list[tuple[int, int]]
 ) -> None:
-    found = candidates((*LARGE_VARIANTS, *VARIANTS, *TAIL_VARIANTS), rank, waves, block_m)
-    assert [(v.rank, v.block_m, v.slots) for v in found][: len(wanted) or None] == wanted
+    need = Need(rank, waves, block_m)
+    found = candidates((*LARGE_VARIANTS, *VARIANTS), need, need)
+    assert [(v.rank, v.block_m) for v in found][: len(wanted) or None] == wanted
     if rank > 64 or waves > 1:
         assert len(found) == len(wanted)
 
@@ -134,11 +165,12 @@ def test_every_mix_has_a_graph_not_much_larger_than_its_step(
         for shape in alike:
             for rank in (1, 64, MAX_RANK):
                 for waves in range(1, MAX_ADAPTERS_PER_REQUEST + 1):
+                    need = Need(rank, waves, 64)
                     serving = next(
                         other
                         for other in alike
                         if other.tokens >= shape.tokens
-                        and candidates([v for v in every[other] if v is not None], rank, waves, 64)
+                        and candidates([v for v in every[other] if v is not None], need, need)
                     )
                     assert waves > 4 or serving == shape
     many = [shape for shape, those in every.items() if any(v is not None and v.waves > 4 for v in those)]

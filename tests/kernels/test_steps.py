@@ -111,8 +111,10 @@ def test_a_step_takes_the_tails_or_not_and_a_layer_is_compiled_once_for_each(
 
     cases = [
         ([(140, ((1, 1.0),)), (100, ((2, 0.5),))], True),
-        ([(48, ((row, 1.0),)) for row in range(5)], False),  # more adapters than there are places
+        ([(48, ((row, 1.0),)) for row in range(5)], True),  # more adapters than there are places
         ([(1, ((0, 1.0),)), (99, ((1, 1.0),)), (140, ())], True),
+        ([(1, ((row, 1.0),)) for row in range(3)] + [(200, ((4, 1.0),)), (37, ())], True),
+        ([(200, ((4, 1.0),)), (30, ((0, 0.5), (1, 0.5))), (10, ((4, 1.0),))], True),
         ([(240, ((0, 0.5), (1, 0.5)))], False),
         ([(10, ((0, 1.0),))], False),  # tokens of the base model, nearly all
     ]
@@ -150,8 +152,8 @@ def test_a_step_of_one_token_has_kernels_of_its_own_and_they_are_warmed_up(
         host = np.zeros(shape.size, dtype=np.int32)
         pack(None, shape, host)
         empty = DevicePlan(shape, torch.from_numpy(host).to(DEVICE), 16, covers=True)
-        kernels.use(empty, 1)
-        kernels.warm_up(empty, 1)
+        kernels.use(empty, None, 1)
+        kernels.warm_up(empty, None, 1)
         warm = set(met)
         met.clear()
         x = torch.randn(2, 64, device=DEVICE)
@@ -234,8 +236,8 @@ def test_what_is_warmed_up_is_what_compiled_layers_launch(step: ops.Step, monkey
         host = np.zeros(shape.size, dtype=np.int32)
         pack_tail(None, None, shape, host)
         empty = TailPlan(shape, torch.from_numpy(host).to(DEVICE))
-        kernels.use(empty, 64)
-        kernels.warm_up(empty, 64)
+        kernels.use(None, empty, 64)
+        kernels.warm_up(None, empty, 64)
         warm = set(met)
         met.clear()
         kernels.begin_step(plan_of([(64, ((0, 1.0),))]), 64)
@@ -294,21 +296,21 @@ def test_the_operators_are_registered_truthfully(step: ops.Step) -> None:
     assert plan is not None
     placed = kernels.place(plan, kernels.ranks(plan))
     assert placed is not None
-    kernels.use(TailPlan.from_plan(plan, placed, 5, DEVICE), 5)
+    kernels.use(None, TailPlan.from_plan(plan, placed, 5, DEVICE), 5)
     kernels.stage()
     checks = ("test_schema", "test_faketensor")
     x, h = torch.randn(5, 64, device=DEVICE), torch.randn(5, 48, device=DEVICE)
     for layer, given in ((into, x), (back, h)):
         assert layer.tail is not None
-        rest = (list(layer.site.offsets), list(layer.site.widths))
+        rest = (layer.targets, list(layer.site.offsets), list(layer.site.widths))
         torch.library.opcheck(ops.tail_linear.default, (given, *layer.tail, *rest), test_utils=checks)
     assert into.tail is not None
-    torch.library.opcheck(ops.tail_gated.default, (x, *into.tail, "silu"), test_utils=checks)
-    y = ops.tail_linear(x, *into.tail, list(into.site.offsets), list(into.site.widths))
+    torch.library.opcheck(ops.tail_gated.default, (x, *into.tail, into.targets, "silu"), test_utils=checks)
+    y = ops.tail_linear(x, *into.tail, into.targets, list(into.site.offsets), list(into.site.widths))
     gate, up = y[:, :96].chunk(2, -1)
-    torch.testing.assert_close(ops.tail_gated(x, *into.tail, "silu"), functional.silu(gate) * up)
-    kernels.use(None, 5)
-    y = ops.tail_linear(x, *into.tail, list(into.site.offsets), list(into.site.widths))
+    torch.testing.assert_close(ops.tail_gated(x, *into.tail, into.targets, "silu"), functional.silu(gate) * up)
+    kernels.use(None, None, 5)
+    y = ops.tail_linear(x, *into.tail, into.targets, list(into.site.offsets), list(into.site.widths))
     torch.testing.assert_close(y[:, :96], functional.linear(x, into.tail.whole[:96]))
     with pytest.raises(ValueError, match="tail_plan"):
-        ops.tail_gated(x, *into.tail, "silu")
+        ops.tail_gated(x, *into.tail, into.targets, "silu")

@@ -16,7 +16,7 @@ from adapters.kernels.tail import GRANULE, SLOTS, Placed, Slots
 from adapters.kernels.tail_plan import TailPlan, TailShape, pack_tail
 from adapters.kernels.triton_tail import Config
 from adapters.manifest import Manifest, Module
-from adapters.plan import LoraPlan, Rows, covering
+from adapters.plan import LoraPlan, Rows, covering, parted
 from adapters.site import Site
 from tests.kernels.lora_cases import Table, error, expected, make_site, make_table, plan_of
 
@@ -60,9 +60,12 @@ class World:
         self.tails.stage(plan, self.table)
         return functional.linear(x, self.tail.whole)
 
-    def product(self, x: Tensor, plan: TailPlan, config: Config | None = None) -> Tensor:
+    def product(
+        self, x: Tensor, plan: TailPlan, delta: Tensor | None = None, config: Config = triton_tail.CONFIG
+    ) -> Tensor:
         y = self.whole(x, plan)
-        triton_tail.expand(y, self.tail.b, self.tail.scales, self.site.offsets, self.site.widths, plan, config)
+        site = self.site
+        triton_tail.expand(y, self.tail.b, self.tail.scales, site.offsets, site.widths, plan, delta, config)
         return y[:, : self.site.out_features]
 
     def wanted(self, plan: LoraPlan, x: Tensor) -> Tensor:
@@ -109,6 +112,38 @@ def test_the_product_and_what_reads_it_are_base_and_deltas(case: str, dtype: tor
     assert torch.equal(y[bare], functional.linear(x, world.tail.whole)[bare, : world.site.out_features])
 
 
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("slots", [1, SLOTS])
+def test_deltas_that_were_computed_beside_the_product_are_added_where_they_are_to(slots: int) -> None:
+    """All rows of delta but those are anything."""
+    world = World([[16, 5], [7, 16], [3, 3]], 64, (24, 40), DTYPE)
+    plan = world.plan([(70, ((1, 1.5),)), (1, ((0, 1.0),)), (5, ()), (20, ((2, 0.5),)), (1, ((0, 1.0),))])
+    part, rest = parted(plan, np.array([False, True, False, False]))
+    assert part is not None
+    assert rest is not None
+    bare = rest.seg_row.tolist().index(-1)
+    _, rest = parted(rest, np.arange(len(rest.seg_row)) == bare)
+    assert rest is not None
+    x = world.x(97)
+    base = torch.cat([x.cpu().double() @ each.cpu().double().T for each in world.parts], dim=1)
+    beside = torch.full((97, 64), torch.nan, device=DEVICE, dtype=DTYPE)
+    deltas = expected(torch.zeros_like(base), x, world.site, rest, world.table)
+    beside[rest.tokens] = deltas[rest.tokens].to(DEVICE, DTYPE)
+    tail_plan = TailPlan.from_plan(part, world.place(part, slots), 97, DEVICE, slots, rest)
+    y = world.product(x, tail_plan, beside)
+    assert error(y, world.wanted(plan, x)) < LIMIT[DTYPE]
+    alone = TailPlan.from_plan(None, None, 97, DEVICE, slots, rest)
+    y = world.product(x, alone, beside)
+    assert error(y, expected(base, x, world.site, rest, world.table)) < LIMIT[DTYPE]
+    h = triton_tail.gated(
+        world.whole(x, tail_plan)[:, :64].contiguous(), world.tail.b, world.tail.scales, "silu", alone, beside
+    )
+    first, second = expected(base, x, world.site, rest, world.table).chunk(2, -1)
+    assert error(h, functional.silu(first) * second) < LIMIT[DTYPE]
+    with pytest.raises(PlanSizeError, match="beside"):
+        TailPlan.from_plan(None, None, 96, DEVICE, slots, rest)
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
     "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
@@ -153,7 +188,7 @@ def test_however_it_is_launched(config: Config, slots: int) -> None:
     tokens = sum(n for n, _ in sequences)
     x = world.x(tokens)
     device_plan = TailPlan.from_plan(plan, world.place(plan, slots), tokens, DEVICE, slots)
-    assert error(world.product(x, device_plan, config), world.wanted(plan, x)) < LIMIT[DTYPE]
+    assert error(world.product(x, device_plan, config=config), world.wanted(plan, x)) < LIMIT[DTYPE]
 
 
 def test_one_buffer_serves_plan_after_plan() -> None:
