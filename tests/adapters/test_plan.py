@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapters.plan import build_plan, covering, order_by_adapter
+from adapters.plan import build_plan, covering, order_by_adapter, parted
 
 rows_of_a_sequence = st.dictionaries(st.integers(0, 6), st.sampled_from([-1.0, 0.25, 1.0]), max_size=4).map(
     lambda mix: tuple(mix.items())
@@ -111,3 +112,32 @@ def test_a_covering_plan_is_the_same_with_the_other_tokens_in_its_first_wave(bat
     assert (whole.seg_row == -1).sum() <= 1
     assert whole.seg_start[-1] == len(whole.tokens) == len(whole.weights)
     assert whole.waves[-1][1] == len(whole.seg_row) == len(whole.seg_start) - 1
+
+
+@given(batches, st.data())
+def test_a_plan_in_two_parts_holds_what_it_held(batch, data):
+    """And waves stay waves: a token of a later one stands in the first of its part."""
+    plan = build_plan(spans_of(batch))
+    if plan is None:
+        return
+    last = plan.waves[0][1]
+    mixed = set(plan.tokens[plan.seg_start[last] :].tolist())
+    pure = [not mixed & set(plan.tokens[plan.seg_start[s] : plan.seg_start[s + 1]].tolist()) for s in range(last)]
+    chosen = np.zeros(len(plan.seg_row), dtype=bool)
+    chosen[:last] = [fits and data.draw(st.booleans()) for fits in pure]
+    parts = parted(plan, chosen)
+    assert (parts[0] is None) == (not chosen.any())
+    assert (parts[1] is None) == bool(chosen.all())
+
+    def entries(each):
+        rows = np.repeat(each.seg_row, np.diff(each.seg_start))
+        return Counter(zip(each.tokens.tolist(), rows.tolist(), each.weights.tolist(), strict=True))
+
+    assert sum((entries(each) for each in parts if each is not None), Counter()) == entries(plan)
+    for each in parts:
+        if each is not None:
+            assert each.waves[0][0] == 0
+            assert each.waves[-1][1] == len(each.seg_row)
+            assert all(a[1] == b[0] and b[0] < b[1] for a, b in pairwise(each.waves))
+            first = set(each.tokens[: each.seg_start[each.waves[0][1]]].tolist())
+            assert set(each.tokens.tolist()) <= first

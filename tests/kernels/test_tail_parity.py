@@ -4,6 +4,7 @@ CPU in Triton's interpreter (tests/gpu/test_parity_cuda.py: in half precision an
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from adapters.kernels import backend, ops
 from adapters.kernels.backend import TritonKernels
 from service.engine import build, draw
 from service.engine.attention import PagedAttention
-from tests.engine.oracle import VOCABULARY, recipes
+from tests.engine.oracle import HIGH_RANKS, VOCABULARY, recipes
 from tests.engine.test_parity import MIXES, World, ask_all, check_all
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there the kernels run for real, in tests/gpu")
@@ -63,6 +64,29 @@ def test_tokens_and_distributions_are_peft_s(staged: list[int], tmp_path: Path) 
     assert len(staged) > 20, "the tails were hardly used"
     assert sum(staged) > 6, "no adapter was staged again"
     assert staged.count(0) > len(staged) / 2, "adapters were staged in steps that had them"
+    engine.close()
+
+
+def test_prompts_stand_in_the_tails_beside_sequences_that_decode(
+    staged: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All requests at once, so that adapters of a few tokens, mixes, and ranks that no tail has meet long prompts."""
+    monkeypatch.setattr(backend, "LARGE_SEGMENTS", 12)
+    both: list[bool] = []
+    begin = TritonKernels.begin_step
+
+    def noting(self: TritonKernels, *step: Any) -> None:
+        begin(self, *step)
+        both.append(ops.STEP.plan is not None and ops.STEP.tail_plan is not None)
+
+    monkeypatch.setattr(TritonKernels, "begin_step", noting)
+    every = {name: recipes("llama")[name] for name in NAMES} | {"rank512": HIGH_RANKS["rank512"]}
+    world = World("llama", tmp_path, every, MIXES[:1])
+    engine = world.engine(tmp_path, max_tokens_per_step=64, prefix_caching=False, arena_bytes=64 << 20)
+    ask_all(engine, world, max_tokens=4, prompt_logprobs=VOCABULARY)
+    engine.run()
+    check_all(engine, world)
+    assert sum(both) > 3, "no step had adapters of both kinds"
     engine.close()
 
 
