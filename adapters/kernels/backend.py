@@ -24,7 +24,7 @@ DECODE_ENTRIES = 512
 """Plans of at most so many (token, adapter) pairs use small tiles: their time is that of reading factors."""
 LARGE_SEGMENTS = 48
 """From so many tokens an adapter on, it stands in the tails, or a step with prompts uses large LoRA tiles."""
-TAIL_TOKENS = 48
+TAIL_TOKENS = 64
 """Steps of so many tokens use the tails: in smaller ones what they add to the base product, and behind it, costs more
 than LoRA beside it (benchmarks/RESULTS.md)."""
 

@@ -74,12 +74,12 @@ LARGE_VARIANTS = (Variant(16, 1, 64), Variant(64, 1, 64), Variant(512, 4, 64))
 TAIL_VARIANTS = (Variant(0, 0, 0, slots=1), Variant(0, 0, 0, slots=tail.SLOTS))
 """All adapters stand in the tails."""
 BOTH_VARIANTS = tuple(replace(variant, slots=tail.SLOTS) for variant in VARIANTS)
-"""Those of the prompts do, others decode: what VARIANTS are where there are no tails."""
+"""Those of the prompts do, the others' deltas are computed beside the product."""
+BOTH_TOKENS = 384
+"""From so many tokens on they serve what VARIANTS do in smaller steps: with 63 sequences of as many adapters and 449
+tokens of prompts 1 to 2% faster, with 65 tokens 3% slower (H100)."""
 SLOTS_TOKENS = 96
 """From so many decoding sequences on there is one with all slots: two adapters have many tokens each then."""
-LARGE_TILES_TOKENS = 384
-"""Where there are tails, smaller steps have large tiles for mixes and the highest ranks only. For ranks to 16 none has
-them: small ones are as fast (1,024 tokens: 27.9 ms and 27.7, 2,048 alike, H200)."""
 MANY_VARIANT = Variant(512, MAX_MIX, 16)
 """For mixes of more adapters than the others hold. Each of its graphs has twice their launches, so few shapes have one,
 and a step with such a mix takes the next of those: at most some ms longer, where launched kernel by kernel it takes 26
@@ -102,15 +102,14 @@ class Need:
 
 def candidates(variants: Iterable[Variant], whole: Need, rest: Need | None) -> list[Variant]:
     """Those that can serve a step, best first. whole: of all its adapters; rest: of those that cannot stand in the
-    tails, None if all can. If the rest wants larger tiles than a variant has, all stay beside the product."""
+    tails, None if all can. Ranks that no tail has room for are worth tiles of the size that is wanted, and no tail."""
 
     def fits(v: Variant) -> bool:
         if not v.slots:
             return whole.rank <= v.rank and whole.waves <= v.waves
         if rest is None:
             return True
-        small = rest.block_m == v.block_m or rest.rank <= tail.GRANULE
-        return rest.rank <= v.rank and rest.waves <= v.waves and small
+        return rest.rank <= v.rank and rest.waves <= v.waves and (rest.rank <= tail.RANKS or rest.block_m == v.block_m)
 
     return sorted(
         filter(fits, variants),
@@ -133,8 +132,8 @@ def variants_of_shapes(
         if not shape.tiles:
             found[shape] = (None, *tailed[: 1 if shape.tokens < SLOTS_TOKENS else 2], *DECODE_VARIANTS, *many)
         elif tailed:
-            rest = LARGE_VARIANTS[1 if shape.tokens >= LARGE_TILES_TOKENS else 2 :]
-            found[shape] = (None, *tailed, *BOTH_VARIANTS, *rest, *many)
+            beside = BOTH_VARIANTS if shape.tokens >= BOTH_TOKENS else VARIANTS
+            found[shape] = (None, *tailed, *beside, LARGE_VARIANTS[-1], *many)
         else:
             found[shape] = (None, *VARIANTS, *(LARGE_VARIANTS if large else ()), *many)
     return found

@@ -18,9 +18,8 @@ from torch import Tensor
 from torch._inductor.graph import GraphLowering
 from torch.nn import functional
 
-from adapters.kernels import early, ops, tail, triton_lora, triton_tail
+from adapters.kernels import early, ops, triton_lora
 from adapters.kernels.device_plan import DevicePlan
-from adapters.kernels.tail import Slots
 from service.engine.attention_triton import NewEntries, decode
 from service.engine.graphs import StepGraphs
 from tests.engine.oracle import ARCHITECTURES, recipes
@@ -144,28 +143,6 @@ def test_attention_waits(monkeypatch: pytest.MonkeyPatch) -> None:
         return out
 
     same_in_turns(run, [q, k, v], monkeypatch)
-
-
-def test_shrink_of_the_tails_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    k, site = 256, make_site(256, (64, 64))
-    table = make_table([[16, 16]], [(k, 64)] * 2, torch.bfloat16, DEVICE)
-    plan = plan_of([(64, ((0, 1.0),))])
-    assert plan is not None
-    weight = tail.with_tail([torch.randn(64, k, device=DEVICE, dtype=torch.bfloat16) for _ in range(2)])
-    tails = triton_tail.Tails([(site, tail.whole(weight, 2))], 2, DEVICE)
-    placed = Slots().place(plan, table.ranks_of(plan), torch.zeros(1, dtype=torch.int64).numpy())
-    assert placed is not None
-    device_plan = DevicePlan.from_plan(plan, 16, DEVICE, 64, covers=True, placed=placed)
-    tails.stage(device_plan, table)
-    targets = triton_lora.target_tensor(site.targets, DEVICE)
-    x = torch.empty(64, k, device=DEVICE, dtype=torch.bfloat16)
-
-    def run() -> Tensor:
-        wide = slowly(torch.cat([x, x.new_zeros(64, tail.spare(2))], 1))
-        triton_tail.shrink_behind(wide, targets, device_plan, table, tails.counters)
-        return functional.linear(wide, tail.whole(weight, 2))
-
-    same_in_turns(run, [x], monkeypatch)
 
 
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))

@@ -79,23 +79,35 @@ def test_the_highest_ranks_beside_low_ones(tmp_path, dtype, way):
     compare(world, exact, tmp_path, dtype, way, eager=way == "mixed", arena_bytes=64 << 20)
 
 
-@pytest.mark.parametrize("way", ["mixed", "warm"])
-def test_adapters_in_the_tails_of_base_weights(monkeypatch, tmp_path, way):
-    """In steps of any size, eager and in graphs (else those of 384 tokens and more use them)."""
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "way", "least"),
+    [
+        ("llama", "bfloat16", "mixed", 1),
+        ("llama", "bfloat16", "warm", 1),
+        ("llama", "bfloat16", "warm", 12),
+        ("llama", "float16", "warm", 12),
+        ("gemma3", "bfloat16", "warm", 12),
+        ("phi3", "bfloat16", "mixed", 12),
+    ],
+)
+def test_adapters_in_the_tails_of_base_weights(monkeypatch, tmp_path, architecture, dtype, way, least):
+    """In steps of any size, eager and in graphs (else those of 64 tokens and more use them), all adapters, or those of
+    `least` tokens and more beside the others."""
     from adapters.kernels import backend, ops
     from service.engine import graph_shapes
 
     monkeypatch.setattr(backend, "TAIL_TOKENS", 2)
     monkeypatch.setattr(graph_shapes, "TAIL_TOKENS", 2)
-    monkeypatch.setattr(backend, "LARGE_SEGMENTS", 1)
+    monkeypatch.setattr(graph_shapes, "BOTH_TOKENS", 2)
+    monkeypatch.setattr(backend, "LARGE_SEGMENTS", least)
     placed = []
     place = backend.TritonKernels.place
     monkeypatch.setattr(
         backend.TritonKernels, "place", lambda self, *plan: placed.append(place(self, *plan)) or placed[-1]
     )
-    world = World("llama", tmp_path, recipes("llama"), MIXES)
+    world = World(architecture, tmp_path, recipes(architecture), MIXES)
     exact = Oracle(world.base, world.adapters, device=DEVICE)
-    compare(world, exact, tmp_path, "bfloat16", way, eager=way == "mixed", max_sequences=4)
+    compare(world, exact, tmp_path, dtype, way, eager=way == "mixed", max_sequences=4)
     assert sum(p is not None for p in placed) > 5
     assert ops.STEP.tails is not None
 
