@@ -116,6 +116,17 @@ def measure(url: str, row: str, args: argparse.Namespace) -> dict:
         return json.loads(out.read_text())
 
 
+def measured(url: str, args: argparse.Namespace) -> list[tuple[str, dict]]:
+    """All rows, each said as soon as it is there."""
+    rows = []
+    for row in args.rows.split(","):
+        rows.append((row, measure(url, row, args)))
+        found = rows[-1][1]
+        said = f"TTFT p50 {ms(found, 'ttft', 'p50')}, TPOT p50 {ms(found, 'tpot', 'p50')} ms"
+        print(f"{row}: {found['output_tok_s']:.0f} tokens/s, {said}, {found['errors']} errors", flush=True)
+    return rows
+
+
 def options(description: str | None) -> argparse.ArgumentParser:
     """What every benchmark over HTTP asks for."""
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
@@ -154,7 +165,7 @@ def main() -> None:
     prefixes = {row.partition("/")[0] if "/" in row else args.prefix for row in args.rows.split(",")}
     folders = [folder for prefix in sorted(prefixes) for folder in adapters_of(args, prefix)]
     if args.url:
-        write([(row, measure(args.url, row, args)) for row in args.rows.split(",")], None, len(folders), args)
+        write(measured(args.url, args), None, len(folders), args)
         return
     url = f"http://127.0.0.1:{args.port}"
     with running(args.model, args.port, args.data, args.serve.split()) as ready:
@@ -164,7 +175,7 @@ def main() -> None:
         for targets, count in args.make:
             seconds = make(url, args.model, targets, range(count))
             print(f"{count} {targets} adapters, {sum(seconds) / count:.2f} s each, four at a time", flush=True)
-        rows = [(row, measure(url, row, args)) for row in args.rows.split(",")]
+        rows = measured(url, args)
     write(rows, ready, len(folders), args)
 
 

@@ -202,8 +202,10 @@ class TenantStorm:
                     time.sleep(0.02)
                     continue
                 except httpx.TransportError:
-                    self.book.visible.append((what, after, request_id))
-                    self.book.possible[what] = [*self.book.possible.get(what, [None]), after]
+                    before = self.book.possible.get(what, [None])
+                    if after not in before:  # else nobody sees whether it was done
+                        self.book.visible.append((what, after, request_id))
+                    self.book.possible[what] = [*before, after]
                     continue
                 if answer.status_code == 503:
                     continue  # and nothing has changed
