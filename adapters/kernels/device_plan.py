@@ -49,6 +49,20 @@ def rank_blocks(max_rank: int, block_m: int) -> int:
     return 1 if bucket <= WALKED else -(-bucket // rank_block(block_m))
 
 
+def laid_out(sizes: dict[str, int]) -> dict[str, slice]:
+    """Where arrays of so many int32 elements lie in one buffer."""
+    found, at = {}, 0
+    for name, size in sizes.items():
+        found[name] = slice(at, at + size)
+        at += -(-size // _ALIGN) * _ALIGN
+    return found
+
+
+def length(slices: dict[str, slice]) -> int:
+    """Of a buffer for arrays that lie so, such that another one may follow."""
+    return -(-max(where.stop for where in slices.values()) // _ALIGN) * _ALIGN
+
+
 @dataclass(frozen=True)
 class PlanShape:
     """Capacities of a packed plan, and where each array lies in the buffer (in int32 elements)."""
@@ -93,16 +107,12 @@ class PlanShape:
         }
         if self.rank_blocks > 1:
             sizes |= {"num_blocks": 1, "blocks": self.tiles * self.rank_blocks}
-        found, at = {}, 0
-        for name, size in sizes.items():
-            found[name] = slice(at, at + size)
-            at += -(-size // _ALIGN) * _ALIGN
-        return found
+        return laid_out(sizes)
 
     @cached_property
     def size(self) -> int:
         """Length of the buffer in int32 elements."""
-        return -(-max(where.stop for where in self.slices.values()) // _ALIGN) * _ALIGN
+        return length(self.slices)
 
 
 def pack(

@@ -90,6 +90,22 @@ def _sum_splits(partials, at, mask, stride_split, SPLITS: tl.constexpr):
 
 
 @triton.jit
+def chunk_of(left, NT: tl.constexpr, OFFSETS: tl.constexpr, WIDTHS: tl.constexpr, CHUNK: tl.constexpr):
+    """Of a site's chunk of columns: its target, first column in it, that target's columns, and where they begin."""
+    j = 0
+    column = left * CHUNK
+    width = tl.zeros([], tl.int32) + WIDTHS[0]
+    offset = tl.zeros([], tl.int32) + OFFSETS[0]
+    for i in tl.static_range(1, NT):
+        left -= (WIDTHS[i - 1] + CHUNK - 1) // CHUNK
+        j = tl.where(left >= 0, i, j)
+        column = tl.where(left >= 0, left * CHUNK, column)
+        width = tl.where(left >= 0, WIDTHS[i], width)
+        offset = tl.where(left >= 0, OFFSETS[i], offset)
+    return j, column, width, offset
+
+
+@triton.jit
 def _put(delta, at, mask, ADD: tl.constexpr):
     if ADD:
         delta += tl.load(at, mask=mask, other=0.0)
@@ -134,18 +150,7 @@ def expand_kernel(
     total = (tl.load(wave_tiles + wave + 1) - first) * CHUNKS
     for item in range(tl.program_id(0), total, tl.num_programs(0)):
         tile = first + item // CHUNKS
-        # Which target's columns is this chunk of the site?
-        left = item % CHUNKS
-        j = 0
-        column = left * CHUNK
-        width = tl.zeros([], tl.int32) + WIDTHS[0]
-        offset = tl.zeros([], tl.int32) + OFFSETS[0]
-        for i in tl.static_range(1, NT):
-            left -= (WIDTHS[i - 1] + CHUNK - 1) // CHUNK
-            j = tl.where(left >= 0, i, j)
-            column = tl.where(left >= 0, left * CHUNK, column)
-            width = tl.where(left >= 0, WIDTHS[i], width)
-            offset = tl.where(left >= 0, OFFSETS[i], offset)
+        j, column, width, offset = chunk_of(item % CHUNKS, NT, OFFSETS, WIDTHS, CHUNK)
         if ALIGNED:
             width = width // VEC * VEC
             offset = offset // VEC * VEC

@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from adapters.kernels.lora_kernels import chunk_of
+
 
 @triton.jit(do_not_specialize=["num_pieces", "stride_table"])
 def stage_kernel(
@@ -112,18 +114,7 @@ def expand_kernel(
     VEC: tl.constexpr,
 ):
     """BN columns of BM rows: y += w · scale · s B; with BESIDE, for other rows, += delta."""
-    # Which target's columns is this chunk of the site?
-    left = tl.program_id(0) % CHUNKS
-    j = 0
-    column = left * BN
-    width = tl.zeros([], tl.int32) + WIDTHS[0]
-    offset = tl.zeros([], tl.int32) + OFFSETS[0]
-    for i in tl.static_range(1, NT):
-        left -= (WIDTHS[i - 1] + BN - 1) // BN
-        j = tl.where(left >= 0, i, j)
-        column = tl.where(left >= 0, left * BN, column)
-        width = tl.where(left >= 0, WIDTHS[i], width)
-        offset = tl.where(left >= 0, OFFSETS[i], offset)
+    j, column, width, offset = chunk_of(tl.program_id(0) % CHUNKS, NT, OFFSETS, WIDTHS, BN)
     n = column + tl.arange(0, BN)
     inside = (n < width // VEC * VEC)[None, :]
     n += offset // VEC * VEC

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from adapters.kernels.device_plan import PlanSizeError
+from adapters.kernels.device_plan import PlanSizeError, laid_out, length
 from adapters.kernels.tail import SLOTS, Placed
 from adapters.plan import LoraPlan
 
@@ -25,7 +25,6 @@ BESIDE = -1
 """The place of a token whose deltas are computed beside the product."""
 STAGED = 3
 """Numbers that say what is to be staged: arena row, first slot, number of slots."""
-_ALIGN = 16
 
 
 @dataclass(frozen=True)
@@ -42,16 +41,12 @@ class TailShape:
 
     @cached_property
     def slices(self) -> dict[str, slice]:
-        found, at = {}, 0
-        for name, size in {"places": self.tokens, "weights": self.tokens, "staged": 1 + STAGED * SLOTS}.items():
-            found[name] = slice(at, at + size)
-            at += -(-size // _ALIGN) * _ALIGN
-        return found
+        return laid_out({"places": self.tokens, "weights": self.tokens, "staged": 1 + STAGED * SLOTS})
 
     @cached_property
     def size(self) -> int:
         """Length of the buffer in int32 elements."""
-        return -(-max(where.stop for where in self.slices.values()) // _ALIGN) * _ALIGN
+        return length(self.slices)
 
 
 def pack_tail(
