@@ -204,7 +204,9 @@ def gated_mlp(module: nn.Module) -> GatedMlp | None:
     first, second = module.gate_proj, module.up_proj
     if gate is None or not (isinstance(first, SharedSlice) and isinstance(second, SharedSlice)):
         return None
-    if (first.index, second.index) != (0, 1) or len(first.linear.site.widths) != 2 or module._forward_hooks:
+    if (first.index, second.index) != (0, 1) or len(first.linear.site.widths) != 2:
+        return None
+    if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
         return None
     return GatedMlp(first.linear, cast(nn.Module, module.act_fn), gate, cast(nn.Module, module.down_proj))
 

@@ -139,28 +139,23 @@ def covering(plan: LoraPlan, tokens: int) -> LoraPlan:
 
 
 def parted(plan: LoraPlan, chosen: NDArray[np.bool_]) -> tuple[LoraPlan | None, LoraPlan | None]:
-    """The `chosen` [segments] of the first wave, none of whose tokens may stand in another one, and the rest; None for
-    a part of no segments."""
+    """The `chosen` [P] entries, all of the first wave and of tokens that stand in no other, and the rest; None for a
+    part of no entries."""
     if not chosen.any():
         return None, plan
-    waves = tuple(
-        (first - int(chosen[:first].sum()), last - int(chosen[:last].sum()))
-        for first, last in plan.waves
-        if not chosen[first:last].all()
-    )
-    part = _of_segments(plan, chosen, ((0, int(chosen.sum())),))
-    return part, _of_segments(plan, ~chosen, waves) if waves else None
+    return _of_entries(plan, chosen), None if chosen.all() else _of_entries(plan, ~chosen)
 
 
-def _of_segments(plan: LoraPlan, segments: NDArray[np.bool_], waves: tuple[tuple[int, int], ...]) -> LoraPlan:
-    counts = np.diff(plan.seg_start)
-    entries = np.repeat(segments, counts)
+def _of_entries(plan: LoraPlan, entries: NDArray[np.bool_]) -> LoraPlan:
+    counts = np.add.reduceat(entries, plan.seg_start[:-1], dtype=np.int32)
+    kept = counts > 0
+    ends = np.concatenate(([0], np.cumsum(kept))).tolist()
     return LoraPlan(
         tokens=plan.tokens[entries],
         weights=plan.weights[entries],
-        seg_row=plan.seg_row[segments],
-        seg_start=np.concatenate(([0], np.cumsum(counts[segments]))).astype(np.int32),
-        waves=waves,
+        seg_row=plan.seg_row[kept],
+        seg_start=np.concatenate(([0], np.cumsum(counts[kept]))).astype(np.int32),
+        waves=tuple((ends[first], ends[last]) for first, last in plan.waves if ends[first] < ends[last]),
     )
 
 

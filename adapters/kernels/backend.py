@@ -100,20 +100,24 @@ class TritonKernels:
         the others; either may be None."""
         if STEP.tails is None or not self.tails or tokens < TAIL_TOKENS:
             return None, plan
-        counts = np.diff(plan.seg_start)
-        slots = -(-self.ranks(plan) // GRANULE)
         last = plan.waves[0][1]
-        fit = (counts >= LARGE_SEGMENTS) & (slots > 0) & (slots <= SLOTS)
-        fit[last:] = False
-        if last < len(counts) and fit.any():  # mixes are no tail's
+        starts, end = plan.seg_start[:last], plan.seg_start[last]
+        alone = np.ones(end, dtype=bool)
+        if end < len(plan.tokens):  # mixes are no tail's
             mixed = np.zeros(tokens, dtype=bool)
-            mixed[plan.tokens[plan.seg_start[last] :]] = True
-            fit[:last] &= ~np.maximum.reduceat(mixed[plan.tokens[: plan.seg_start[last]]], plan.seg_start[:last])
-        chosen, room = np.zeros(len(counts), dtype=bool), SLOTS
+            mixed[plan.tokens[end:]] = True
+            alone = ~mixed[plan.tokens[:end]]
+        counts = np.add.reduceat(alone, starts, dtype=np.int32)
+        slots = -(-self.ranks(plan)[:last] // GRANULE)
+        fit = (counts >= LARGE_SEGMENTS) & (slots > 0) & (slots <= SLOTS)
+        stand, room = np.zeros(last, dtype=bool), SLOTS
         for segment in sorted(np.flatnonzero(fit).tolist(), key=lambda segment: -counts[segment]):
             if slots[segment] <= room:
-                chosen[segment] = True
+                stand[segment] = True
                 room -= slots[segment]
+        chosen = np.zeros(len(plan.tokens), dtype=bool)
+        if stand.any():
+            chosen[:end] = alone & np.repeat(stand, np.diff(plan.seg_start[: last + 1]))
         return parted(plan, chosen)
 
     def place(self, plan: LoraPlan, ranks: NDArray[np.integer], slots: int = SLOTS) -> Placed | None:

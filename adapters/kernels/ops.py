@@ -80,9 +80,11 @@ def _beside(
     with torch.cuda.stream(side):
         partials = triton_lora.shrink(x, targets, plan, tables)
         triton_lora.expand(delta, partials, targets, tuple(offsets), tuple(widths), plan, tables, add=add)
-    yield
-    if side is not None and main is not None:
-        main.wait_stream(side)
+    try:
+        yield
+    finally:  # else what is freed after a failure might be given away while it is still written
+        if side is not None and main is not None:
+            main.wait_stream(side)
 
 
 def _one(x: Tensor, weight: Tensor, *_: object) -> Tensor:
@@ -91,6 +93,12 @@ def _one(x: Tensor, weight: Tensor, *_: object) -> Tensor:
 
 def _whole(x: Tensor, whole: Tensor, *_: object) -> Tensor:
     return x.new_empty(x.shape[0], whole.shape[0])
+
+
+def _tail_plan() -> TailPlan:
+    if STEP.tail_plan is None:
+        raise ValueError("tail_plan: the step has none")
+    return STEP.tail_plan
 
 
 def _both(
@@ -121,10 +129,11 @@ def tail_linear(
     widths: Sequence[int],
 ) -> Tensor:
     """x W0^T + bias + the step's deltas, in the first d columns of [T, d + spare]. whole, bias, b, scales: of a Tail,
-    in which the adapters of STEP.tail_plan have been staged; those of STEP.plan are computed beside the product."""
+    in which the adapters of STEP.tail_plan have been staged; those of STEP.plan are computed beside the product. Raises
+    ValueError in a step without a tail_plan."""
+    plan = _tail_plan()
     y, delta = _both(x, whole, bias, targets, offsets, widths)
-    if STEP.tail_plan is not None:
-        triton_tail.expand(y, b, scales, tuple(offsets), tuple(widths), STEP.tail_plan, delta)
+    triton_tail.expand(y, b, scales, tuple(offsets), tuple(widths), plan, delta)
     return y
 
 
@@ -142,13 +151,10 @@ def tail_gated(
     targets: Tensor,
     gate: str,
 ) -> Tensor:
-    """activation(gate) · up, [T, width], of the two halves of the same product. Raises ValueError in a step that has no
-    adapters in the tails."""
-    if STEP.tail_plan is None:
-        raise ValueError("tail_plan: the step has none")
-    width = b.shape[1] // 2
+    """activation(gate) · up, [T, width], of the two halves of the same product. Raises as `tail_linear`."""
+    plan, width = _tail_plan(), b.shape[1] // 2
     y, delta = _both(x, whole, bias, targets, (0, width), (width, width))
-    return triton_tail.gated(y, b, scales, gate, STEP.tail_plan, delta)
+    return triton_tail.gated(y, b, scales, gate, plan, delta)
 
 
 @opaque(_one)

@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 log = logging.getLogger(__name__)
 
 VARIANTS = 64
-"""Most versions of a layer that are compiled: (one token or many) x (LoRA or not) x kinds of layers, with room."""
+"""Most versions of a layer that are compiled: (one token or many) x (without LoRA, with it, or in the tails of base
+weights) x kinds of layers, with room."""
 
 
 def use_cache_folder(folder: Path) -> None:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import torch
 
 from adapters.arena import Arena
-from adapters.kernels.backend import TAIL_TOKENS
 from adapters.kernels.device_plan import RANK_BUCKETS
 from adapters.manifest import Manifest
 from adapters.plan import LoraPlan, Rows, build_plan
@@ -35,34 +34,48 @@ SEVERAL_PARTS = 65
 
 
 def warm_up(runner: Runner, arena: Arena, manifest: Manifest, budget: int, *, deterministic: bool) -> None:
-    """Runs dummy steps of up to `budget` tokens. Kernels for higher ranks are compiled when graphs are captured."""
+    """Runs dummy steps of up to `budget` tokens. Kernels for the highest class of ranks are compiled when graphs are
+    captured."""
     begin = time.perf_counter()
     sizes = (budget,) if deterministic else TOKENS
+
+    def step(tokens: int, *parts: tuple[int, Rows]) -> None:
+        _step(runner, tokens, budget, parts, manifest.max_positions)
+
     for tokens in () if deterministic else sizes:
-        _step(runner, tokens, budget, None, manifest.max_positions)
-    with dummy_adapter(arena, manifest, RANK_BUCKETS[0]) as row:
-        if row is None:
-            log.warning("the arena is too small for an adapter of rank %d: LoRA is not warmed up", RANK_BUCKETS[0])
-        else:
+        step(tokens)
+    with ExitStack() as stack:
+        rows = [
+            row
+            for number, rank in enumerate(RANK_BUCKETS[:2])
+            if (row := stack.enter_context(dummy_adapter(arena, manifest, number, rank))) is not None
+        ]
+        if len(rows) < 2:
+            log.warning("the arena is too small for adapters of rank %d: not all is warmed up", RANK_BUCKETS[1])
+        if rows:
+            low, high = ((rows[0], 1.0),), ((rows[-1], 1.0),)
             kernels = runner.kernels
             tails, kernels.tails = kernels.tails, False
             try:
                 for tokens in sizes:
-                    _step(runner, tokens, budget, ((row, 1.0),), manifest.max_positions)
+                    step(tokens, (tokens, low))
+                if not deterministic:
+                    step(TOKENS[0], (TOKENS[0], high))
             finally:
                 kernels.tails = tails
             if tails:
-                _step(runner, max(TOKENS[0], TAIL_TOKENS), budget, ((row, 1.0),), manifest.max_positions)
+                step(TOKENS[0], (TOKENS[0], low))
+                step(TOKENS[0], (1, high), (TOKENS[0] - 1, low))  # what decodes is computed beside
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     log.info("warmed up in %.1f s", time.perf_counter() - begin)
 
 
 @contextmanager
-def dummy_adapter(arena: Arena, manifest: Manifest, rank: int) -> Iterator[int | None]:
-    """Row 0, bound to factors of `rank` for every target, zeros all at the same place; None if they do not fit. What a
-    fresh arena holds may be no numbers, and what is staged from it in the tails of base weights stays there: zero times
-    that, for every token of a later step, is none either."""
+def dummy_adapter(arena: Arena, manifest: Manifest, row: int, rank: int) -> Iterator[int | None]:
+    """The row, bound to factors of `rank` for every target, zeros all at the same place; None if they do not fit. What
+    a fresh arena holds may be no numbers, and what is staged from it in the tails of base weights stays there: zero
+    times that, for every token of a later step, is none either."""
     linears = manifest.linears
     largest = max(rank * max(module.in_features, module.out_features) for module in linears)
     region = arena.allocate(largest * arena.data.element_size())
@@ -72,19 +85,24 @@ def dummy_adapter(arena: Arena, manifest: Manifest, rank: int) -> Iterator[int |
     arena.bytes[region.offset : region.end].zero_()
     zeros = np.zeros((len(linears), 2), np.int64)
     entries = RowEntries(np.full(len(linears), rank, np.int32), zeros, np.ones(len(linears), np.float32))
-    arena.bind(0, region, entries)
+    arena.bind(row, region, entries)
     try:
-        yield 0
+        yield row
     finally:
-        arena.unbind(0)
+        arena.unbind(row)
         arena.free(region)
 
 
-def _step(runner: Runner, wanted: int, budget: int, rows: Rows | None, positions: int) -> None:
+def _step(runner: Runner, wanted: int, budget: int, parts: Sequence[tuple[int, Rows]], positions: int) -> None:
     """A sequence that decodes, and beside it a prompt of the other tokens, if there are any, `wanted` or the budget in
-    all: nothing is written to the cache, and nothing of it is kept. positions: how many the model knows."""
+    all: nothing is written to the cache, and nothing of it is kept. parts: how many tokens, one part after the other,
+    have which adapters. positions: how many the model knows."""
     tokens = min(wanted, budget)
-    plan: LoraPlan | None = build_plan([(0, tokens, rows)]) if rows else None
+    spans, at = [], 0
+    for count, rows in parts:
+        spans.append((at, min(count, tokens - at), rows))
+        at += spans[-1][1]
+    plan: LoraPlan | None = build_plan(spans) if spans else None
     lens = np.array([1, tokens - 1] if tokens > 1 else [1], dtype=np.int32)
     contexts = lens.copy()
     if wanted >= TOKENS[0]:

@@ -120,11 +120,10 @@ def test_a_plan_in_two_parts_holds_what_it_held(batch, data):
     plan = build_plan(spans_of(batch))
     if plan is None:
         return
-    last = plan.waves[0][1]
-    mixed = set(plan.tokens[plan.seg_start[last] :].tolist())
-    pure = [not mixed & set(plan.tokens[plan.seg_start[s] : plan.seg_start[s + 1]].tolist()) for s in range(last)]
-    chosen = np.zeros(len(plan.seg_row), dtype=bool)
-    chosen[:last] = [fits and data.draw(st.booleans()) for fits in pure]
+    end = plan.seg_start[plan.waves[0][1]]
+    mixed = set(plan.tokens[end:].tolist())
+    chosen = np.zeros(len(plan.tokens), dtype=bool)
+    chosen[:end] = [token not in mixed and data.draw(st.booleans()) for token in plan.tokens[:end].tolist()]
     parts = parted(plan, chosen)
     assert (parts[0] is None) == (not chosen.any())
     assert (parts[1] is None) == bool(chosen.all())

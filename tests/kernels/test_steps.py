@@ -115,6 +115,7 @@ def test_a_step_takes_the_tails_or_not_and_a_layer_is_compiled_once_for_each(
         ([(1, ((0, 1.0),)), (99, ((1, 1.0),)), (140, ())], True),
         ([(1, ((row, 1.0),)) for row in range(3)] + [(200, ((4, 1.0),)), (37, ())], True),
         ([(200, ((4, 1.0),)), (30, ((0, 0.5), (1, 0.5))), (10, ((4, 1.0),))], True),
+        ([(200, ((4, 1.0),)), (30, ((4, 0.5), (1, 0.5))), (10, ())], True),  # a mix of the same adapter
         ([(240, ((0, 0.5), (1, 0.5)))], False),
         ([(10, ((0, 1.0),))], False),  # tokens of the base model, nearly all
     ]
@@ -204,28 +205,32 @@ def test_warming_up_over_a_fresh_arena_leaves_numbers_in_the_tails(
     with torch.inference_mode():
         installed = install(model, manifest, _Hook(kernels), tails=True)
         kernels.bind(installed, len(manifest.linears))
-        with dummy_adapter(arena, manifest, RANK_BUCKETS[0]) as row:
-            assert row is not None
-            kernels.begin_step(plan_of([(100, ((row, 1.0),))]), 100)
+        with dummy_adapter(arena, manifest, 0, RANK_BUCKETS[0]) as row:
+            assert row == 0
+            kernels.begin_step(plan_of([(100, ((0, 1.0),))]), 100)
             assert kernels.tailed
     tails = [layer.tail for layer in installed if layer.tail is not None]
     assert len(tails) == 2
     assert all(bool(part.isfinite().all()) for part in (*tails[0], *tails[1]) if part is not None)
 
 
-def test_what_is_warmed_up_is_what_compiled_layers_launch(step: ops.Step, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("both", [False, True])
+def test_what_is_warmed_up_is_what_compiled_layers_launch(
+    step: ops.Step, monkeypatch: pytest.MonkeyPatch, both: bool
+) -> None:
     model = Block().to(DEVICE).requires_grad_(False)
     manifest = manifest_of(model)
     arena = Arena.for_manifest(manifest, device=DEVICE, nbytes=1 << 20, rows=8)
     bind_adapter(arena, 0, 16, manifest)
+    bind_adapter(arena, 1, 16, manifest)
     kernels = TritonKernels(arena, overlap=False, tails=True)
     hook = _Hook(kernels)
-    met: set[tuple[str, int, int]] = set()
+    met: set[tuple[str, int, int, bool]] = set()
     for name in ("expand", "gated"):
         launch = getattr(triton_tail, name)
 
         def noting(y: Tensor, *rest: object, name: str = name, launch=launch) -> object:  # type: ignore[no-untyped-def]
-            met.add((name, *y.shape))
+            met.add((name, *y.shape, rest[-1] is not None))
             return launch(y, *rest)
 
         monkeypatch.setattr(triton_tail, name, noting)
@@ -236,15 +241,22 @@ def test_what_is_warmed_up_is_what_compiled_layers_launch(step: ops.Step, monkey
         host = np.zeros(shape.size, dtype=np.int32)
         pack_tail(None, None, shape, host)
         empty = TailPlan(shape, torch.from_numpy(host).to(DEVICE))
-        kernels.use(None, empty, 64)
-        kernels.warm_up(None, empty, 64)
+        beside = None
+        if both:
+            tiles = PlanShape.bounded(64, 8, 1, 16, 16)
+            rest = np.zeros(tiles.size, dtype=np.int32)
+            pack(None, tiles, rest)
+            beside = DevicePlan(tiles, torch.from_numpy(rest).to(DEVICE), 16)
+        kernels.use(beside, empty, 64)
+        kernels.warm_up(beside, empty, 64)
         warm = set(met)
         met.clear()
-        kernels.begin_step(plan_of([(64, ((0, 1.0),))]), 64)
+        kernels.begin_step(plan_of([(60, ((0, 1.0),)), (4, ((int(both), 1.0),))]), 64)
         assert kernels.tailed
+        assert (step.plan is not None) == both
         hook.active = True
         torch.compile(model, backend="aot_eager", fullgraph=True)(torch.randn(64, 64, device=DEVICE))
-    assert met == warm == {("gated", 64, 96 + 128), ("expand", 64, 64 + 128)}
+    assert met == warm == {("gated", 64, 96 + 128, both), ("expand", 64, 64 + 128, both)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -310,7 +322,7 @@ def test_the_operators_are_registered_truthfully(step: ops.Step) -> None:
     gate, up = y[:, :96].chunk(2, -1)
     torch.testing.assert_close(ops.tail_gated(x, *into.tail, into.targets, "silu"), functional.silu(gate) * up)
     kernels.use(None, None, 5)
-    y = ops.tail_linear(x, *into.tail, into.targets, list(into.site.offsets), list(into.site.widths))
-    torch.testing.assert_close(y[:, :96], functional.linear(x, into.tail.whole[:96]))
+    with pytest.raises(ValueError, match="tail_plan"):
+        ops.tail_linear(x, *into.tail, into.targets, list(into.site.offsets), list(into.site.widths))
     with pytest.raises(ValueError, match="tail_plan"):
         ops.tail_gated(x, *into.tail, into.targets, "silu")

@@ -118,11 +118,11 @@ def test_deltas_that_were_computed_beside_the_product_are_added_where_they_are_t
     """All rows of delta but those are anything."""
     world = World([[16, 5], [7, 16], [3, 3]], 64, (24, 40), DTYPE)
     plan = world.plan([(70, ((1, 1.5),)), (1, ((0, 1.0),)), (5, ()), (20, ((2, 0.5),)), (1, ((0, 1.0),))])
-    part, rest = parted(plan, np.array([False, True, False, False]))
-    assert part is not None
+    row_of = np.repeat(plan.seg_row, np.diff(plan.seg_start))
+    part, rest = parted(plan, row_of == 1)
     assert rest is not None
-    bare = rest.seg_row.tolist().index(-1)
-    _, rest = parted(rest, np.arange(len(rest.seg_row)) == bare)
+    _, rest = parted(rest, np.repeat(rest.seg_row, np.diff(rest.seg_start)) < 0)
+    assert part is not None
     assert rest is not None
     x = world.x(97)
     base = torch.cat([x.cpu().double() @ each.cpu().double().T for each in world.parts], dim=1)
