@@ -51,8 +51,8 @@ class Case:
         self.wanted = np.cumsum(counts) - 1
         self.rules = np.zeros((len(counts), WIDTH), dtype=np.int32)
         self.drawn = torch.empty(0, dtype=torch.int64, device="cuda")
-        self.variant: Variant | None = None
-        """Captured."""
+        self.captured: tuple[Variant, ...] | None = None
+        """By `capture`, at most one; None: the engine's own graphs are there."""
         self.plans = {"none": None}
         begins = np.cumsum(counts) - counts
         for name, distinct in (("one", 1), ("distinct", len(rows))):
@@ -69,23 +69,24 @@ class Case:
     def capture(self, name: str, block_m: int, slots: int | None = None) -> None:
         """Captures the case's graph anew, as the only one there is, with tiles of `block_m` entries for LoRA beside the
         products (0: none is), and so many slots in the tails of the base weights."""
-        plan, self.variant = self.plans[name], None
+        plan, variant = self.plans[name], None
         if plan is not None:
             rank = self.graphs._kernels.ranks(plan).max()
-            self.variant = next(
+            variant = next(
                 v
                 for v in self.places.variants
                 if v and v.block_m == block_m and slots in (None, v.slots) and (not v.rank or rank <= v.rank)
             )
-        variant = self.variant
+        self.captured = () if variant is None else (variant,)
         graph = self.graphs._capture(self.places, variant, torch.cuda.graph_pool_handle())
         self.graphs._graphs = {(self.places.shape, variant): graph}
 
     def time(self, name: str, repeats: int = 15) -> tuple[float, Variant | None]:
-        """Median ms of a replay of what `capture` captured, and its variant."""
+        """Median ms of a replay of what `capture` captured, else of the engine's own graph, and its variant."""
         plan, variant = self.plans[name], None
         every = self.places.plans
-        self.places.plans = {v: every[v] for v in (self.variant,) if v is not None}
+        if self.captured is not None:
+            self.places.plans = {v: every[v] for v in self.captured}
         try:
             for _ in range(2):  # the first may have staged adapters, what it wrote for the second stages none
                 self.graphs.run(self.ids, self.positions, self.layout, plan, self.wanted, self.rules, self.drawn)
@@ -94,7 +95,7 @@ class Case:
         finally:
             self.places.plans = every
         graph = self.graphs._graphs.get((self.places.shape, variant))
-        if graph is None:
+        if graph is None or (variant is None) != (plan is None):
             raise ValueError(f"{name}: this step takes {variant}, which is not captured")
         times = []
         for _ in range(repeats):

@@ -19,6 +19,7 @@ import torch
 from benchmarks.engine import Driver, driving
 from benchmarks.step_case import Case
 from service.engine.budgets import STEP_SIZES
+from service.engine.graph_shapes import Variant
 
 
 def sizes_of(driver: Driver, rows: list[int], decoding: list[int], context: int) -> None:
@@ -38,8 +39,14 @@ def sizes_of(driver: Driver, rows: list[int], decoding: list[int], context: int)
             with torch.inference_mode():
                 times = [case.time(name) for name in ("none", "one", "distinct")]
             cells = " | ".join(f"{ms:.2f}" for ms, _ in times)
-            tiles = ", ".join(str(variant.block_m) for _, variant in times if variant)
+            tiles = ", ".join(_kernels(variant) for _, variant in times if variant)
             print(f"| {count} | {count + prompt} | {cells} | {tiles} |", flush=True)
+
+
+def _kernels(variant: Variant) -> str:
+    """Tiles of LoRA beside the products, and slots in the tails of the base weights."""
+    parts = [f"{variant.slots} in tails"] if variant.slots else []
+    return " and ".join([*parts, str(variant.block_m)] if variant.rank else parts)
 
 
 def main() -> None:
