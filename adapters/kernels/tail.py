@@ -31,8 +31,8 @@ SLOTS = 4
 """Adapters that are staged at most; one takes as many neighbouring slots as its largest rank needs."""
 RANKS = SLOTS * GRANULE
 _LEAST_ROWS = 128
-"""Of a tail. With 16 to 64 rows more the library's products took up to 16% longer than with 128 (o and down of an 8B
-model, 160 to 384 tokens, H100; benchmarks/RESULTS.md)."""
+"""Of a tail. With 16 to 64 rows more the library's products took up to 18% longer than with 128 (o and down of an 8B
+model, 160 to 384 tokens, H100)."""
 
 
 class Tail(NamedTuple):
