@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import cast
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
@@ -14,6 +13,7 @@ from adapters.arena import Arena
 from adapters.kernels import one_row, ops, triton_lora, triton_tail
 from adapters.kernels.device_plan import DevicePlan
 from adapters.kernels.ops import STEP
+from adapters.kernels.side import Side
 from adapters.kernels.tail import GRANULE, SLOTS, Placed, Tail
 from adapters.kernels.tail_plan import TailPlan
 from adapters.layers import LoraLinear
@@ -39,10 +39,11 @@ class TritonKernels:
 
     fused = True
 
-    def __init__(self, arena: Arena, *, overlap: bool = True, tails: bool = False, own_one_row: bool = True) -> None:
+    def __init__(self, arena: Arena, *, overlap: bool = True, tails: bool = False, uniform: bool = False) -> None:
         """overlap: LoRA runs on a side stream beside the base product, where that does not do its share. tails: where
-        many tokens share few adapters, it does (tail.py). own_one_row: products of a step of one token are
-        those of one_row.py, not the library's."""
+        many tokens share few adapters, it does (tail.py). uniform: the base products of every step are the library's,
+        computed in one way; else a step of one token has those of one_row.py, and one with LoRA may leave
+        multiprocessors free (side.py)."""
         self.arena = arena
         self._installed: list[LoraLinear] = []
         """In the model, for `warm_up`."""
@@ -50,12 +51,11 @@ class TritonKernels:
         """May be switched off for a time."""
         self.tailed = False
         """The step's adapters stand in the tails: read while layers are traced."""
-        self._own_one_row = own_one_row
+        self._uniform = uniform
         self.one_row = False
         """The step is one token, and computed as one_row.py does: read while layers are traced."""
         STEP.tables, STEP.plan, STEP.tail_plan, STEP.tails = arena, None, None, None
-        # Of high priority: its kernels are short, and what follows waits for them; the base product takes what is left.
-        STEP.side = torch.cuda.Stream(arena.data.device, priority=-1) if overlap and arena.data.is_cuda else None
+        STEP.side = Side(arena.data.device, leave_free=not uniform) if overlap and arena.data.is_cuda else None
 
     def bind(self, installed: list[LoraLinear], targets: int) -> None:
         """The layers that will use it; targets: number of all target indices."""
@@ -93,7 +93,7 @@ class TritonKernels:
         """Plans that lie on the device already (a CUDA graph's own), for steps of so many tokens."""
         STEP.tables, STEP.plan, STEP.tail_plan = self.arena, beside, tail
         self.tailed = tail is not None
-        self.one_row = self._own_one_row and tokens == 1
+        self.one_row = tokens == 1 and not self._uniform
 
     def parted(self, plan: LoraPlan, tokens: int) -> tuple[LoraPlan | None, LoraPlan | None]:
         """The adapters that are to stand in the tails, as many as have room there and those with most tokens first, and

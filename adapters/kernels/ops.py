@@ -7,17 +7,16 @@ graph serves all layers of the same shape.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
 from adapters.kernels import one_row, triton_lora, triton_tail
 from adapters.kernels.device_plan import DevicePlan
 from adapters.kernels.opaque import opaque
+from adapters.kernels.side import Side
 from adapters.kernels.tail_plan import TailPlan
 from adapters.kernels.triton_lora import Tables
 
@@ -31,7 +30,7 @@ class Step:
     """Of the adapters that stand in the tails of the base weights, if there are tails that the step uses. Then `plan`
     is of the others."""
     tables: Tables | None = None
-    side: torch.cuda.Stream | None = None
+    side: Side | None = None
     """Where LoRA runs beside the base product; None: one after the other."""
     tails: triton_tail.Tails | None = None
     """Of the model's weights."""
@@ -52,39 +51,42 @@ def lora_linear(
 ) -> tuple[Tensor, Tensor]:
     """(x W0^T + bias, the step's deltas), both [T, d]; the caller adds them, for instance in the compiled kernel that
     reads y anyway. With STEP.side everything of LoRA runs beside the base product."""
-    plan, tables = STEP.plan, STEP.tables
-    if plan is None or tables is None:
+    plan = STEP.plan
+    if plan is None or STEP.tables is None:
         return functional.linear(x, weight, bias), x.new_zeros(x.shape[0], weight.shape[0])
     if plan.covers:
         delta = x.new_empty(x.shape[0], weight.shape[0])
     else:
         delta = x.new_zeros(x.shape[0], weight.shape[0])
-    with _beside(x, delta, targets, offsets, widths, add=not plan.covers):
-        y = functional.linear(x, weight, bias)
-    return y, delta
+    return _beside(x, weight, bias, delta, targets, offsets, widths, add=not plan.covers), delta
 
 
-@contextmanager
 def _beside(
-    x: Tensor, delta: Tensor, targets: Tensor, offsets: Sequence[int], widths: Sequence[int], *, add: bool = False
-) -> Iterator[None]:
-    """The deltas of STEP.plan are written, or added, to delta while the block runs, and are there behind it."""
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    delta: Tensor,
+    targets: Tensor,
+    offsets: Sequence[int],
+    widths: Sequence[int],
+    *,
+    add: bool = False,
+) -> Tensor:
+    """x W0^T + bias; meanwhile the deltas of STEP.plan are written, or added, to delta."""
     plan, tables, side = STEP.plan, STEP.tables, STEP.side
-    if plan is None or tables is None:
-        yield
-        return
-    main = side
+
+    def product() -> Tensor:
+        return functional.linear(x, weight, bias)
+
+    def deltas() -> None:
+        if plan is not None and tables is not None:
+            partials = triton_lora.shrink(x, targets, plan, tables)
+            triton_lora.expand(delta, partials, targets, tuple(offsets), tuple(widths), plan, tables, add=add)
+
     if side is not None:
-        main = torch.cuda.current_stream(x.device)
-        side.wait_stream(main)
-    with torch.cuda.stream(side):
-        partials = triton_lora.shrink(x, targets, plan, tables)
-        triton_lora.expand(delta, partials, targets, tuple(offsets), tuple(widths), plan, tables, add=add)
-    try:
-        yield
-    finally:  # else what is freed after a failure might be given away while it is still written
-        if side is not None and main is not None:
-            main.wait_stream(side)
+        return side.beside(x, product, deltas)
+    deltas()
+    return product()
 
 
 def _one(x: Tensor, weight: Tensor, *_: object) -> Tensor:
@@ -113,8 +115,7 @@ def _both(
     if STEP.plan is None:
         return functional.linear(x, whole, bias), None
     delta = x.new_empty(x.shape[0], sum(widths))
-    with _beside(x, delta, targets, offsets, widths):
-        return functional.linear(x, whole, bias), delta
+    return _beside(x, whole, bias, delta, targets, offsets, widths), delta
 
 
 @opaque(_whole)

@@ -217,7 +217,7 @@ def _kernels(
         from service.engine.attention_triton import TritonPagedAttention
 
         attention = TritonPagedAttention(*size, uniform=config.deterministic)
-        lora = TritonKernels(arena, tails=_tails(config, loaded), own_one_row=not config.deterministic)
+        lora = TritonKernels(arena, tails=_tails(config, loaded), uniform=config.deterministic)
         return attention, lora, draw_triton.draw
     linears = loaded.manifest.linears
     kernels = ReferenceKernels(

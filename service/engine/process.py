@@ -365,6 +365,8 @@ def _process(config: EngineConfig, simulated_options: str | None) -> EngineProce
         if config.device == "cuda" and not config.deterministic:
             # As build_engine would ask for later, but torch warns of its function at every start.
             os.environ.setdefault("TORCH_BLAS_PREFER_CUBLASLT", "1")
+            # Or that products leave multiprocessors free (adapters/kernels/side.py).
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         from service.engine.build import build_engine  # torch: only here
 
         return EngineProcess(config, build_engine)

@@ -13,6 +13,7 @@ if not torch.cuda.is_available():
 
 from adapters.kernels import ops, triton_lora
 from adapters.kernels.device_plan import DevicePlan, PlanShape, pack
+from adapters.kernels.side import Side
 from service.engine.attention_triton import NewEntries, decode, kv_write, paged_attention
 from service.engine.step_arrays import StepArrays
 from tests.kernels import attention_cases, lora_cases
@@ -114,7 +115,7 @@ def test_deltas_beside_the_base_product_on_a_side_stream(step: ops.Step) -> None
     table = make_table([[16] * 3] * 8, [(4096, d) for d in site.widths], torch.bfloat16, DEVICE)
     plan = plan_of([(2, ((i, 1.0),)) for i in range(8)])
     assert plan is not None
-    step.tables, step.plan, step.side = table, DevicePlan.from_plan(plan, 16, DEVICE), torch.cuda.Stream()
+    step.tables, step.plan, step.side = table, DevicePlan.from_plan(plan, 16, DEVICE), Side(DEVICE)
     weight = torch.randn(6144, 4096, device=DEVICE, dtype=torch.bfloat16) * 4096**-0.5
     targets = triton_lora.target_tensor(site.targets, DEVICE)
     static = torch.empty(16, 4096, device=DEVICE, dtype=torch.bfloat16)

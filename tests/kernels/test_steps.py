@@ -172,7 +172,7 @@ def test_a_step_of_one_token_has_kernels_of_its_own_and_they_are_warmed_up(
         assert not active or met == warm
         kernels.begin_step(None, 1)
         assert kernels.product(x[:0], x, None).shape == (0, 2), "no logits are wanted of the step's token"
-        others = TritonKernels(arena, overlap=False, own_one_row=False)
+        others = TritonKernels(arena, overlap=False, uniform=True)
         others.begin_step(None, 1)
         assert not others.one_row
 
