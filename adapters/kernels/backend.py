@@ -69,7 +69,7 @@ class TritonKernels:
             self.use(None, None, tokens)
             return
         part, rest = self.parted(plan, tokens)
-        placed = None if part is None else self.place(part, self.ranks(part))
+        placed = None if part is None else self.place(part)
         if placed is None:
             self.use(self._beside(plan, covered=tokens), None, tokens)
             return
@@ -120,12 +120,12 @@ class TritonKernels:
             chosen[:end] = alone & np.repeat(stand, np.diff(plan.seg_start[: last + 1]))
         return parted(plan, chosen)
 
-    def place(self, plan: LoraPlan, ranks: NDArray[np.integer], slots: int = SLOTS) -> Placed | None:
+    def place(self, plan: LoraPlan, slots: int = SLOTS) -> Placed | None:
         """Where the plan's adapters stand in the first `slots` of the tails; None if they cannot. `launched` is told
         once the step is on its way."""
         if STEP.tails is None or not self.tails:
             return None
-        return STEP.tails.slots.place(plan, ranks, self.arena.generation, slots)
+        return STEP.tails.slots.place(plan, self.ranks(plan), self.arena.generation, slots)
 
     def launched(self, placed: Placed | None) -> None:
         """A step with these places, or without any, is on its way: the device will have what it stages."""

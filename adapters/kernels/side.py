@@ -4,7 +4,7 @@ The library's products are persistent: each of their programs holds a whole mult
 from the product's first moment to its last. LoRA's many short programs run where such a one has not begun yet or has
 ended, before the product or behind it, hardly beside it. So cuBLASLt is told to leave some multiprocessors alone, and
 begins first; LoRA has those meanwhile, and the others behind it. A large product would miss them for longer than LoRA
-can make use of them.
+can make use of them; beside a small one LoRA is done as soon without.
 """
 
 from __future__ import annotations
@@ -16,10 +16,18 @@ import torch
 import triton
 from torch import Tensor
 
+LEAST_TOKENS = 16
 SHARES = ((512, 8), (1024, 16))
 """Up to so many tokens one in so many multiprocessors is left free (benchmarks/RESULTS.md)."""
 _CLUSTER = 8
 """A product's programs come in clusters of at most so many multiprocessors: what is left free is a multiple."""
+
+
+def left_free(tokens: int, multiprocessors: int) -> int:
+    """How many of the device's multiprocessors a product of so many tokens leaves to LoRA."""
+    if tokens < LEAST_TOKENS:
+        return 0
+    return next((multiprocessors // share // _CLUSTER * _CLUSTER for most, share in SHARES if tokens <= most), 0)
 
 
 @triton.jit
@@ -35,20 +43,16 @@ class Side:
         # Of high priority: its kernels are short, and what follows waits for them.
         self.stream = torch.cuda.Stream(device, priority=-1)
         known = torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
-        self._leave_free = leave_free and known and hasattr(torch._C, "_set_sm_carveout_experimental")
-        self._multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+        possible = leave_free and known and hasattr(torch._C, "_set_sm_carveout_experimental")
+        self._multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if possible else 0
+        """Of which some may be left free."""
         self._nothing = torch.empty(0, dtype=torch.int32, device=device)
         self._pause()  # compiled and loaded now, as a graph may be captured next
-
-    def left_free(self, tokens: int) -> int:
-        """Multiprocessors that a product of so many tokens leaves to LoRA."""
-        share = next((share for most, share in SHARES if tokens <= most), 0)
-        return self._multiprocessors // share // _CLUSTER * _CLUSTER if share and self._leave_free else 0
 
     def beside(self, x: Tensor, product: Callable[[], Tensor], deltas: Callable[[], None]) -> Tensor:
         """The product, with what `deltas` launches beside it, and done when the current stream goes on. x [T, k]: what
         both read."""
-        main, free = torch.cuda.current_stream(x.device), self.left_free(len(x))
+        main, free = torch.cuda.current_stream(x.device), left_free(len(x), self._multiprocessors)
         self.stream.wait_stream(main)
         if free:
             with _leaving(free):

@@ -70,7 +70,8 @@ VARIANTS = (Variant(16, 1, 16), Variant(64, 1, 16), Variant(512, 4, 16))
 DECODE_VARIANTS = (*VARIANTS[:2], Variant(512, 1, 16), VARIANTS[2])
 """With one for high ranks without mixes: a step that only decodes takes a third of one with a prompt, so launches for
 nothing weigh more there."""
-LARGE_VARIANTS = (Variant(16, 1, 64), Variant(64, 1, 64), Variant(512, 4, 64))
+LARGE_VARIANT = Variant(512, 4, 64)
+"""For adapters of many tokens each that no tail has room for."""
 TAIL_VARIANTS = (Variant(0, 0, 0, slots=1), Variant(0, 0, 0, slots=tail.SLOTS))
 """All adapters stand in the tails."""
 BOTH_VARIANTS = tuple(replace(variant, slots=tail.SLOTS) for variant in VARIANTS)
@@ -117,11 +118,9 @@ def candidates(variants: Iterable[Variant], whole: Need, rest: Need | None) -> l
     )
 
 
-def variants_of_shapes(
-    max_sequences: int, max_tokens: int, *, large: bool, tails: bool
-) -> dict[Shape, tuple[Variant | None, ...]]:
-    """What is captured for each shape, in the order of `shapes`; None is a step without LoRA. large: large tiles are
-    worth something. tails: the base weights have spare rows."""
+def variants_of_shapes(max_sequences: int, max_tokens: int, *, tails: bool) -> dict[Shape, tuple[Variant | None, ...]]:
+    """What is captured for each shape, in the order of `shapes`; None is a step without LoRA. tails: the base weights
+    have spare rows."""
     found: dict[Shape, tuple[Variant | None, ...]] = {}
     every = shapes(max_sequences, max_tokens)
     for shape in every:
@@ -133,7 +132,7 @@ def variants_of_shapes(
             found[shape] = (None, *tailed[: 1 if shape.tokens < SLOTS_TOKENS else 2], *DECODE_VARIANTS, *many)
         elif tailed:
             beside = BOTH_VARIANTS if shape.tokens >= BOTH_TOKENS else VARIANTS
-            found[shape] = (None, *tailed, *beside, LARGE_VARIANTS[-1], *many)
+            found[shape] = (None, *tailed, *beside, LARGE_VARIANT, *many)
         else:
-            found[shape] = (None, *VARIANTS, *(LARGE_VARIANTS if large else ()), *many)
+            found[shape] = (None, *VARIANTS, *many)
     return found

@@ -182,8 +182,7 @@ class StepGraphs:
         if deterministic:
             self._places = [_Places(one_shape(max_sequences, max_tokens), self._pages, SAME_VARIANTS)]
         else:
-            large = attention.block_m is None  # without tensor cores (float32) large tiles are worth nothing
-            every = variants_of_shapes(max_sequences, max_tokens, large=large, tails=kernels.tails)
+            every = variants_of_shapes(max_sequences, max_tokens, tails=kernels.tails)
             self._places = [_Places(shape, self._pages, those) for shape, those in every.items()]
         self._tile = attention.block_m or TILE
         self._inputs = _Inputs(max(places.size for places in self._places), device)
@@ -285,20 +284,20 @@ class StepGraphs:
         kernels = self._kernels
         part, rest = kernels.parted(plan, tokens)
         whole = covering(plan, tokens)
-        ranks = kernels.ranks(whole)
         for variant in candidates(places.plans, self._need(plan), None if rest is None else self._need(rest)):
             shapes = places.plans[variant]
+            placed: Placed | None = None
+            beside: LoraPlan | None = whole
             host = self._inputs.host[places.of["plan"]][: shapes.size]
             try:
-                if shapes.tail is None:
-                    pack(whole, shapes.beside, host, ranks)  # type: ignore[arg-type]
-                    return variant, None
-                placed = None if part is None else kernels.place(part, kernels.ranks(part), variant.slots)
-                if placed is None and part is not None:
-                    continue
-                pack_tail(part, placed, shapes.tail, host[: shapes.first], rest)
+                if shapes.tail is not None:
+                    beside = rest
+                    placed = None if part is None else kernels.place(part, variant.slots)
+                    if placed is None and part is not None:
+                        continue
+                    pack_tail(part, placed, shapes.tail, host[: shapes.first], rest)
                 if shapes.beside is not None:
-                    pack(rest, shapes.beside, host[shapes.first :], None if rest is None else kernels.ranks(rest))
+                    pack(beside, shapes.beside, host[shapes.first :], None if beside is None else kernels.ranks(beside))
             except PlanSizeError:
                 continue
             return variant, placed

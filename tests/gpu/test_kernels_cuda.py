@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
 
 from adapters.kernels import ops, triton_lora
 from adapters.kernels.device_plan import DevicePlan, PlanShape, pack
-from adapters.kernels.side import Side
+from adapters.kernels.side import Side, left_free
 from service.engine.attention_triton import NewEntries, decode, kv_write, paged_attention
 from service.engine.step_arrays import StepArrays
 from tests.kernels import attention_cases, lora_cases
@@ -110,15 +110,18 @@ def step() -> Iterator[ops.Step]:
     ops.STEP.plan = ops.STEP.tables = ops.STEP.side = None
 
 
-def test_deltas_beside_the_base_product_on_a_side_stream(step: ops.Step) -> None:
+@pytest.mark.parametrize(("tokens", "leave_free"), [(4, True), (16, True), (16, False), (576, True), (1100, True)])
+def test_deltas_beside_the_base_product_on_a_side_stream(step: ops.Step, tokens: int, leave_free: bool) -> None:
+    """Behind a product that begins first, and before one that does not."""
     site = make_site(4096, (4096, 1024, 1024))
     table = make_table([[16] * 3] * 8, [(4096, d) for d in site.widths], torch.bfloat16, DEVICE)
-    plan = plan_of([(2, ((i, 1.0),)) for i in range(8)])
+    plan = plan_of([(tokens // 4, ((i, 1.0),)) for i in range(4)])
     assert plan is not None
-    step.tables, step.plan, step.side = table, DevicePlan.from_plan(plan, 16, DEVICE), Side(DEVICE)
+    step.tables, step.plan = table, DevicePlan.from_plan(plan, 16, DEVICE)
+    step.side = Side(DEVICE, leave_free=leave_free)
     weight = torch.randn(6144, 4096, device=DEVICE, dtype=torch.bfloat16) * 4096**-0.5
     targets = triton_lora.target_tensor(site.targets, DEVICE)
-    static = torch.empty(16, 4096, device=DEVICE, dtype=torch.bfloat16)
+    static = torch.empty(tokens, 4096, device=DEVICE, dtype=torch.bfloat16)
 
     def run() -> torch.Tensor:
         y, delta = ops.lora_linear(static, weight, None, targets, site.offsets, site.widths)
@@ -134,6 +137,20 @@ def test_deltas_beside_the_base_product_on_a_side_stream(step: ops.Step) -> None
         wanted = expected(static.double() @ weight.double().t(), static, site, plan, table)
         graph.replay()
         assert error(out, wanted) < 1e-2
+
+
+def test_products_have_all_multiprocessors_again_behind_one_that_failed() -> None:
+    side, x = Side(DEVICE), torch.zeros(64, 16, device=DEVICE)
+    seen: list[int | None] = []
+
+    def product() -> torch.Tensor:
+        seen.append(torch._C._get_sm_carveout_experimental())
+        raise RuntimeError("no product")
+
+    with pytest.raises(RuntimeError, match="no product"):
+        side.beside(x, product, lambda: None)
+    assert seen == [left_free(64, torch.cuda.get_device_properties(DEVICE).multi_processor_count)]
+    assert torch._C._get_sm_carveout_experimental() is None
 
 
 @pytest.mark.usefixtures("poisoned_memory")

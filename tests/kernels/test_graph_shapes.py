@@ -14,7 +14,7 @@ from service.engine.build import MAX_ADAPTERS_PER_REQUEST, MAX_RANK
 from service.engine.graph_shapes import (
     BOTH_VARIANTS,
     DECODE_VARIANTS,
-    LARGE_VARIANTS,
+    LARGE_VARIANT,
     SAME_VARIANTS,
     TAIL_VARIANTS,
     VARIANTS,
@@ -68,7 +68,7 @@ def test_usual_steps_fit_with_their_tiles(counts: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("shape", [Shape(1, 1), Shape(48, 48), Shape(576, 256, 36, 256), one_shape(64, 256)])
 def test_inputs_do_not_overlap_and_the_page_table_is_last(shape: Shape) -> None:
-    variants = {None, *DECODE_VARIANTS, *LARGE_VARIANTS, *SAME_VARIANTS, *TAIL_VARIANTS, *BOTH_VARIANTS}
+    variants = {None, *DECODE_VARIANTS, LARGE_VARIANT, *SAME_VARIANTS, *TAIL_VARIANTS, *BOTH_VARIANTS}
     places = _Places(shape, 17, tuple(variants))
     parts = sorted(places.of.items(), key=lambda item: item[1].start)
     assert parts[-1][0] == "table"
@@ -107,7 +107,7 @@ def test_a_decode_step_launches_nothing_for_mixes_that_it_has_not(
 
 
 def served(whole: Need, rest: Need | None) -> list[tuple[int, int, int, int]]:
-    found = candidates((*LARGE_VARIANTS, *VARIANTS, *BOTH_VARIANTS, *TAIL_VARIANTS), whole, rest)
+    found = candidates((LARGE_VARIANT, *VARIANTS, *BOTH_VARIANTS, *TAIL_VARIANTS), whole, rest)
     return [(v.slots, v.rank, v.waves, v.block_m) for v in found]
 
 
@@ -136,8 +136,8 @@ def test_the_others_are_computed_beside_the_product(rest: Need, wanted: list[tup
 @pytest.mark.parametrize(
     ("rank", "waves", "block_m", "wanted"),
     [
-        (16, 1, 16, [(16, 16), (16, 64), (64, 16)]),
-        (30, 1, 64, [(64, 64), (64, 16), (512, 64)]),
+        (16, 1, 16, [(16, 16), (64, 16), (512, 16), (512, 64)]),
+        (30, 1, 64, [(64, 16), (512, 64), (512, 16)]),
         (65, 1, 64, [(512, 64), (512, 16)]),
         (16, 2, 64, [(512, 64), (512, 16)]),
         (16, 5, 64, []),
@@ -147,19 +147,14 @@ def test_without_tails_the_least_class_of_ranks_comes_first(
     rank: int, waves: int, block_m: int, wanted: list[tuple[int, int]]
 ) -> None:
     need = Need(rank, waves, block_m)
-    found = candidates((*LARGE_VARIANTS, *VARIANTS), need, need)
-    assert [(v.rank, v.block_m) for v in found][: len(wanted) or None] == wanted
-    if rank > 64 or waves > 1:
-        assert len(found) == len(wanted)
+    found = candidates((LARGE_VARIANT, *VARIANTS), need, need)
+    assert [(v.rank, v.block_m) for v in found] == wanted
 
 
 @pytest.mark.parametrize(("most", "budget"), [(1, 768), (48, 2048), (64, 1000), (256, 2048), (300, 2048)])
-@pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("tails", [False, True])
-def test_every_mix_has_a_graph_not_much_larger_than_its_step(
-    most: int, budget: int, *, large: bool, tails: bool
-) -> None:
-    every = variants_of_shapes(most, budget, large=large, tails=large and tails)
+def test_every_mix_has_a_graph_not_much_larger_than_its_step(most: int, budget: int, *, tails: bool) -> None:
+    every = variants_of_shapes(most, budget, tails=tails)
     assert list(every) == shapes(most, budget)
     for kind in (False, True):
         alike = [shape for shape in every if bool(shape.tiles) == kind]

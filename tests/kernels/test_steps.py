@@ -306,7 +306,7 @@ def test_the_operators_are_registered_truthfully(step: ops.Step) -> None:
     kernels.bind([into, back], len(manifest.linears))
     plan = plan_of([(5, ((0, 1.0),))])
     assert plan is not None
-    placed = kernels.place(plan, kernels.ranks(plan))
+    placed = kernels.place(plan)
     assert placed is not None
     kernels.use(None, TailPlan.from_plan(plan, placed, 5, DEVICE), 5)
     kernels.stage()
