@@ -211,6 +211,32 @@ def gated_mlp(module: nn.Module) -> GatedMlp | None:
     return GatedMlp(first.linear, cast(nn.Module, module.act_fn), gate, cast(nn.Module, module.down_proj))
 
 
+def sites(model: nn.Module, manifest: Manifest, *, fuse: bool = True) -> list[tuple[tuple[str, ...], Site]]:
+    """The sites that `install` will make of a model's linears, in model order, each with the names of its linears.
+    fuse: projections that can share a product do."""
+    index = {module.name: i for i, module in enumerate(manifest.linears)}
+    found: list[tuple[tuple[str, ...], Site]] = []
+    done: set[str] = set()
+    for name in index:
+        if name in done:
+            continue
+        parent, leaf = _place(model, name)
+        group = _siblings(parent, leaf) if fuse else (leaf,)
+        linears = [_linear(parent, leaf) for leaf in group]
+        names = tuple(name.removesuffix(leaf) + sibling for sibling in group)
+        widths = tuple(linear.out_features for linear in linears)
+        site = Site(
+            targets=tuple(index[name] for name in names),
+            offsets=tuple(sum(widths[:j]) for j in range(len(widths))),
+            widths=widths,
+            in_features=linears[0].in_features,
+            out_features=sum(widths),
+        )
+        found.append((names, site))
+        done.update(names)
+    return found
+
+
 def install(
     model: nn.Module,
     manifest: Manifest,
@@ -221,24 +247,9 @@ def install(
 ) -> list[LoraLinear]:
     """Replaces every linear of the manifest in place and returns what stands there, in model order. tails: weights have
     spare rows (adapters/kernels/tail.py), and MLPs whose code is known take a gate with its deltas."""
-    index = {module.name: i for i, module in enumerate(manifest.linears)}
     installed: list[LoraLinear] = []
-    done: set[str] = set()
-    for name in index:
-        if name in done:
-            continue
-        parent_name, _, leaf = name.rpartition(".")
-        parent = model.get_submodule(parent_name)
-        group = _siblings(parent, leaf) if fuse else (leaf,)
-        linears = [_linear(parent, leaf) for leaf in group]
-        widths = tuple(linear.out_features for linear in linears)
-        site = Site(
-            targets=tuple(index[f"{parent_name}.{leaf}" if parent_name else leaf] for leaf in group),
-            offsets=tuple(sum(widths[:j]) for j in range(len(widths))),
-            widths=widths,
-            in_features=linears[0].in_features,
-            out_features=sum(widths),
-        )
+    for names, site in sites(model, manifest, fuse=fuse):
+        linears = [_linear(*_place(model, name)) for name in names]
         weight = linears[0].weight.data
         bias = None if linears[0].bias is None else linears[0].bias.data
         if len(linears) > 1 and bias is not None:
@@ -250,14 +261,10 @@ def install(
         elif len(linears) > 1:
             weight = torch.cat([linear.weight.data for linear in linears])
         layer = LoraLinear(weight, bias, site, hook, tail)
-        if len(linears) == 1:
-            setattr(parent, leaf, layer)
-        else:
-            product = SharedProduct(layer)
-            for j, sibling in enumerate(group):
-                setattr(parent, sibling, SharedSlice(product, j))
+        product = SharedProduct(layer)
+        for j, name in enumerate(names):
+            model.set_submodule(name, layer if len(names) == 1 else SharedSlice(product, j))
         installed.append(layer)
-        done.update(f"{parent_name}.{leaf}" if parent_name else leaf for leaf in group)
     if tails:
         for name, module in list(model.named_modules()):
             if (mlp := gated_mlp(module)) is not None:

@@ -13,7 +13,7 @@ written.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,8 +22,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from adapters.manifest import Manifest
 from adapters.plan import LoraPlan
+from adapters.site import Site
 
 GRANULE = 16
 """Ranks of a slot."""
@@ -53,14 +53,10 @@ def spare(targets: int) -> int:
     return max(_LEAST_ROWS, targets * RANKS)
 
 
-def spare_bytes(manifest: Manifest, siblings: Sequence[Sequence[str]], itemsize: int) -> int:
-    """Of all tails of a model. siblings: names of projections that may share a site (layers.SHARED_INPUT)."""
-    shared = {name: len(group) for group in siblings for name in group}
-    total = 0
-    for linear in manifest.linears:
-        targets = shared.get(linear.name.rpartition(".")[2], 1)
-        total += -(-spare(targets) // targets) * linear.in_features + RANKS * linear.out_features
-    return total * itemsize
+def spare_bytes(sites: Iterable[Site], itemsize: int) -> int:
+    """Of the tails of all a model's sites, and of what is staged beside them."""
+    elements = sum(spare(len(site.targets)) * site.in_features + RANKS * site.out_features for site in sites)
+    return elements * itemsize
 
 
 def can_have(dtype: torch.dtype) -> bool:

@@ -16,7 +16,7 @@ import transformers
 from adapters.arena import Arena
 from adapters.blobs import open_blobs
 from adapters.kernels import tail
-from adapters.layers import SHARED_INPUT
+from adapters.layers import sites
 from adapters.loader import BlockLoader
 from adapters.manifest import Manifest
 from adapters.residency import Residency
@@ -276,7 +276,7 @@ def share_memory(config: EngineConfig, loaded: LoadedModel, budget: int) -> tupl
     activations += activations * min(budget, STEP_SIZES[-1]) // budget
     free, total = torch.cuda.mem_get_info()
     if _tails(config, loaded):
-        free -= tail.spare_bytes(loaded.manifest, SHARED_INPUT, loaded.dtype.itemsize)
+        free -= tail.spare_bytes((site for _, site in sites(loaded.model, loaded.manifest)), loaded.dtype.itemsize)
     usable = int(free - activations - CUDA_HEADROOM * total)
     if not arena_bytes:
         arena_bytes = int((usable - pages * each) * (1.0 if pages else CUDA_ARENA_SHARE))

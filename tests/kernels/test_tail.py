@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from adapters.kernels import tail, triton_tail
@@ -15,6 +16,7 @@ from adapters.kernels.device_plan import PlanSizeError
 from adapters.kernels.tail import GRANULE, SLOTS, Placed, Slots
 from adapters.kernels.tail_plan import TailPlan, TailShape, pack_tail
 from adapters.kernels.triton_tail import Config
+from adapters.layers import LoraHook, install, sites
 from adapters.manifest import Manifest, Module
 from adapters.plan import LoraPlan, Rows, covering, parted
 from adapters.site import Site
@@ -258,18 +260,26 @@ def test_a_bias_goes_with_the_weight() -> None:
     assert (functional.linear(x, whole, long)[:, 32:] == 0).all()
 
 
-def test_memory_is_counted() -> None:
-    """As much as `with_tail` takes beside the weights, where projections that may share a product do."""
+class Block(nn.Module):
+    def __init__(self, widths: dict[str, tuple[int, int]], *, bias_of: str = "") -> None:
+        super().__init__()
+        for name, (k, d) in widths.items():
+            setattr(self, name, nn.Linear(k, d, bias=name == bias_of))
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["one product", "siblings that cannot share one"])
+def test_memory_is_counted(apart: bool) -> None:
+    """As much as `with_tail` takes beside the weights."""
     shapes = {"q_proj": (64, 96), "k_proj": (64, 32), "v_proj": (64, 32), "o_proj": (96, 64), "down_proj": (50, 64)}
-    modules = tuple(Module(f"layers.0.{name}", "linear", k, d) for name, (k, d) in shapes.items())
+    modules = tuple(Module(name, "linear", k, d) for name, (k, d) in shapes.items())
     manifest = Manifest("0" * 64, "Block", "block", "bfloat16", 10, 10, modules)
-    sites = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["down_proj"]]
-    wanted = 0
-    for site in sites:
-        parts = [torch.zeros(shapes[name][1], shapes[name][0], dtype=torch.bfloat16) for name in site]
-        whole, _, b, _ = tail.with_tail(parts, None)
-        wanted += whole.nbytes + b.nbytes - sum(part.nbytes for part in parts)
-    assert tail.spare_bytes(manifest, [sites[0]], 2) == wanted
+    model = Block(shapes, bias_of="v_proj" if apart else "").bfloat16()
+    before = sum(linear.weight.nbytes for linear in model.children())
+    counted = tail.spare_bytes([site for _, site in sites(model, manifest)], 2)
+    installed = install(model, manifest, cast(LoraHook, None), tails=True)
+    assert len(installed) == (5 if apart else 3)
+    after = sum(layer.tail.whole.nbytes + layer.tail.b.nbytes for layer in installed if layer.tail is not None)
+    assert counted == after - before
 
 
 def test_what_has_no_place_is_refused() -> None:
