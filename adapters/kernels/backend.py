@@ -55,7 +55,10 @@ class TritonKernels:
         self.one_row = False
         """The step is one token, and computed as one_row.py does: read while layers are traced."""
         STEP.tables, STEP.plan, STEP.tail_plan, STEP.tails = arena, None, None, None
-        STEP.side = Side(arena.data.device, leave_free=not uniform) if overlap and arena.data.is_cuda else None
+        STEP.side = None
+        if overlap and arena.data.is_cuda:
+            half = arena.data.element_size() == 2
+            STEP.side = Side(arena.data.device, leave_free=half and not uniform)
 
     def bind(self, installed: list[LoraLinear], targets: int) -> None:
         """The layers that will use it; targets: number of all target indices."""

@@ -39,10 +39,10 @@ class Side:
     """The stream on which LoRA runs."""
 
     def __init__(self, device: torch.device, *, leave_free: bool = True) -> None:
-        """leave_free: products may leave multiprocessors free, where that is known to be worth it (from Hopper on)."""
+        """leave_free: products may leave multiprocessors free. They do where that was measured, on Hopper."""
         # Of high priority: its kernels are short, and what follows waits for them.
         self.stream = torch.cuda.Stream(device, priority=-1)
-        known = torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+        known = torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
         possible = leave_free and known and hasattr(torch._C, "_set_sm_carveout_experimental")
         self._multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if possible else 0
         """Of which some may be left free."""
@@ -54,15 +54,17 @@ class Side:
         both read."""
         main, free = torch.cuda.current_stream(x.device), left_free(len(x), self._multiprocessors)
         self.stream.wait_stream(main)
-        if free:
-            with _leaving(free):
-                y = product()
         try:
-            with torch.cuda.stream(self.stream):
-                if free:
+            if free:
+                with _leaving(free):
+                    y = product()
+                with torch.cuda.stream(self.stream):
                     self._pause()
+                    deltas()
+                return y
+            with torch.cuda.stream(self.stream):
                 deltas()
-            return y if free else product()
+            return product()
         finally:  # else what is freed after a failure might be given away while it is still written
             main.wait_stream(self.stream)
 

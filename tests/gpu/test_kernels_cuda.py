@@ -110,8 +110,16 @@ def step() -> Iterator[ops.Step]:
     ops.STEP.plan = ops.STEP.tables = ops.STEP.side = None
 
 
+def free_of(tokens: int) -> int | None:
+    """As torch names it: None for a product that leaves no multiprocessor free."""
+    hopper = torch.cuda.get_device_capability()[0] == 9
+    return left_free(tokens, torch.cuda.get_device_properties(DEVICE).multi_processor_count if hopper else 0) or None
+
+
 @pytest.mark.parametrize(("tokens", "leave_free"), [(4, True), (16, True), (16, False), (576, True), (1100, True)])
-def test_deltas_beside_the_base_product_on_a_side_stream(step: ops.Step, tokens: int, leave_free: bool) -> None:
+def test_deltas_beside_the_base_product_on_a_side_stream(
+    step: ops.Step, monkeypatch: pytest.MonkeyPatch, tokens: int, leave_free: bool
+) -> None:
     """Behind a product that begins first, and before one that does not."""
     site = make_site(4096, (4096, 1024, 1024))
     table = make_table([[16] * 3] * 8, [(4096, d) for d in site.widths], torch.bfloat16, DEVICE)
@@ -122,6 +130,13 @@ def test_deltas_beside_the_base_product_on_a_side_stream(step: ops.Step, tokens:
     weight = torch.randn(6144, 4096, device=DEVICE, dtype=torch.bfloat16) * 4096**-0.5
     targets = triton_lora.target_tensor(site.targets, DEVICE)
     static = torch.empty(tokens, 4096, device=DEVICE, dtype=torch.bfloat16)
+    linear, seen = torch.nn.functional.linear, []
+
+    def noting(*of: torch.Tensor) -> torch.Tensor:
+        seen.append(torch._C._get_sm_carveout_experimental())
+        return linear(*of)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", noting)
 
     def run() -> torch.Tensor:
         y, delta = ops.lora_linear(static, weight, None, targets, site.offsets, site.widths)
@@ -137,6 +152,7 @@ def test_deltas_beside_the_base_product_on_a_side_stream(step: ops.Step, tokens:
         wanted = expected(static.double() @ weight.double().t(), static, site, plan, table)
         graph.replay()
         assert error(out, wanted) < 1e-2
+    assert seen == [free_of(tokens) if leave_free else None] * 2
 
 
 def test_products_have_all_multiprocessors_again_behind_one_that_failed() -> None:
@@ -149,7 +165,7 @@ def test_products_have_all_multiprocessors_again_behind_one_that_failed() -> Non
 
     with pytest.raises(RuntimeError, match="no product"):
         side.beside(x, product, lambda: None)
-    assert seen == [left_free(64, torch.cuda.get_device_properties(DEVICE).multi_processor_count)]
+    assert seen == [free_of(64)]
     assert torch._C._get_sm_carveout_experimental() is None
 
 

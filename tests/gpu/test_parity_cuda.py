@@ -94,7 +94,7 @@ def test_adapters_in_the_tails_of_base_weights(monkeypatch, tmp_path, architectu
     """In steps of any size, eager and in graphs (else those of 64 tokens and more use them), all adapters, or those of
     `least` tokens and more beside the others."""
     from adapters.kernels import backend, ops
-    from service.engine import graph_shapes
+    from service.engine import graph_shapes, graphs
 
     monkeypatch.setattr(backend, "TAIL_TOKENS", 2)
     monkeypatch.setattr(graph_shapes, "TAIL_TOKENS", 2)
@@ -105,14 +105,21 @@ def test_adapters_in_the_tails_of_base_weights(monkeypatch, tmp_path, architectu
     monkeypatch.setattr(
         backend.TritonKernels, "place", lambda self, *plan: placed.append(place(self, *plan)) or placed[-1]
     )
-    parts, met = backend.TritonKernels.parted, []
+    met = []  # for each step, eager or in a graph, whether it computed both kinds
+    use, write = backend.TritonKernels.use, graphs.StepGraphs._write_plan
 
-    def parted(self, plan, tokens):
-        found = parts(self, plan, tokens)
-        met.append(None not in found)
-        return found
+    def using(self, beside, tail, tokens):
+        met.append(way == "mixed" and beside is not None and tail is not None)
+        use(self, beside, tail, tokens)
 
-    monkeypatch.setattr(backend.TritonKernels, "parted", parted)
+    def writing(self, plan, places, tokens):
+        variant, placed = write(self, plan, places, tokens)
+        both = variant is not None and variant.slots > 0 and variant.rank > 0
+        met.append(both and None not in self._kernels.parted(plan, tokens))
+        return variant, placed
+
+    monkeypatch.setattr(backend.TritonKernels, "use", using)
+    monkeypatch.setattr(graphs.StepGraphs, "_write_plan", writing)
     world = World(architecture, tmp_path, recipes(architecture), MIXES)
     exact = Oracle(world.base, world.adapters, device=DEVICE)
     compare(world, exact, tmp_path, dtype, way, eager=way == "mixed", max_sequences=4)
