@@ -349,7 +349,7 @@ class StepGraphs:
         stream = self._stream
         stream.wait_stream(torch.cuda.current_stream(self._device))
         whole = variant is None or self.deterministic
-        # Compiles and loads outside the capture what it needs, but for products that leave multiprocessors free (side.py).
+        # Compiles and loads outside the capture what it needs, but products that leave multiprocessors free (side.py).
         with torch.cuda.stream(stream):
             if whole:
                 step()
