@@ -230,12 +230,12 @@ def _sampling(
     vocabulary = services.engine.manifest.vocab_size
     for field, ids in (("logit_bias", body.logit_bias), ("stop_token_ids", body.stop_token_ids)):
         if wrong := [id for id in ids if not 0 <= id < vocabulary]:
-            raise invalid(field, f"'{field}': token id {wrong[0]} is not below the vocabulary's {vocabulary}.")
+            raise invalid(field, f"'{field}': token id {wrong[0]} is none of the vocabulary's 0 to {vocabulary - 1}.")
     eos = () if body.ignore_eos else services.tokenizer.eos_token_ids
     return SamplingParams(
         temperature=body.temperature,
         top_p=body.top_p,
-        top_k=max(0, body.top_k),
+        top_k=min(max(0, body.top_k), vocabulary),
         min_p=body.min_p,
         presence_penalty=body.presence_penalty,
         frequency_penalty=body.frequency_penalty,

@@ -29,6 +29,8 @@ TEMPERATURE, MIN_P, TOP_P, TOP_K, NUMBER = 0, 1, 2, 3, 4
 """Where they lie: float32, float32, float32, int32, and the number in [0, 1), the upper 26 and the lower 27 of its 53
 bits."""
 _LOW_BITS = 27
+_ALL = 2**31 - 1
+"""A top_k that no vocabulary reaches."""
 
 Draw = Callable[[Tensor, NDArray[np.int32]], Tensor]
 """(logits [n, vocabulary] of any float dtype, rules) -> tokens, int64 [n]"""
@@ -45,7 +47,7 @@ class Rules:
         for row, seq in zip(self._rows, self._seqs, strict=True):
             p = seq.sampling
             self._fixed.view(np.float32)[row, :TOP_K] = p.temperature, p.min_p, p.top_p
-            self._fixed[row, TOP_K] = p.top_k
+            self._fixed[row, TOP_K] = min(p.top_k, _ALL)
 
     def now(self) -> NDArray[np.int32]:
         """int32 [n, WIDTH], with the numbers of the tokens to come. Zeros: the most probable token."""

@@ -15,7 +15,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 RULES = [
     {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     for temperature, top_k, top_p, min_p in itertools.product(
-        (0.0, 0.3, 1.0, 2.5), (0, 1, 7, 10**6), (1.0, 0.9, 0.3, 1e-6), (0.0, 0.05)
+        (0.0, 0.3, 1.0, 2.5), (0, 1, 7, 2**63 - 1), (1.0, 0.9, 0.3, 1e-6), (0.0, 0.05)
     )
 ][:: 1 if DEVICE.type == "cuda" else 7]
 """In the interpreter, which takes a tenth of a second for a row, some of them."""

@@ -246,6 +246,7 @@ def test_what_cuts_the_distribution(client: OpenAI) -> None:
     assert len(drawn()) > 12, "choose another prompt"
     assert drawn(temperature=0.05) <= set(list(top)[:2])
     assert drawn(top_k=3) == set(list(top)[:3])
+    assert drawn(top_k=2**70) == drawn(top_k=0) == drawn()
     assert drawn(top_p=0.2) == nucleus(0.2)
     assert drawn(min_p=0.5) == at_least(0.5)
     kept = [set(list(top)[:3]), nucleus(0.2), at_least(0.5)]

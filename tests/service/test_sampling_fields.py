@@ -82,6 +82,14 @@ def test_each_alone(kind: type[Sampled], least: dict[str, Any], field: str) -> N
 
 
 @both
+@pytest.mark.parametrize(("given", "wanted"), [(-1, 0), (100, 100), (101, 100), (2**31, 100), (2**64, 100)])
+def test_a_top_k_beyond_the_vocabulary_is_all_of_it(
+    kind: type[Sampled], least: dict[str, Any], given: int, wanted: int
+) -> None:
+    assert sampling_of(kind, {**least, "top_k": given})["top_k"] == wanted
+
+
+@both
 def test_all_together(kind: type[Sampled], least: dict[str, Any]) -> None:
     fields = {field: entry for field, entry in SAMPLING.items() if field != "ignore_eos"}
     found = sampling_of(kind, {**least, **{field: value for field, (value, _, _) in fields.items()}})
