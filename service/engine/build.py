@@ -16,6 +16,7 @@ import transformers
 from adapters.arena import Arena
 from adapters.blobs import open_blobs
 from adapters.kernels import tail
+from adapters.kernels.tuning import FEW
 from adapters.layers import sites
 from adapters.loader import BlockLoader
 from adapters.manifest import Manifest
@@ -160,6 +161,13 @@ def check_machine(config: EngineConfig) -> None:
                 "only as CUDA graphs of one shape",
                 "leave LORAPLEX_EAGER=true out, or LORAPLEX_DETERMINISTIC",
             )
+        few = config.max_tokens_per_step if config.deterministic else 0
+        if few and few <= FEW < few * MAX_ADAPTERS_PER_REQUEST:
+            raise CannotStart(
+                f"LORAPLEX_DETERMINISTIC=true and LORAPLEX_MAX_TOKENS_PER_STEP={few}: steps with mixes would divide "
+                "the LoRA products otherwise than steps without",
+                f"set LORAPLEX_MAX_TOKENS_PER_STEP to more than {FEW}",
+            )
         if torch.version.cuda is None:
             raise CannotStart(
                 "LORAPLEX_DEVICE=cuda, but the installed torch is built for CPU only",
@@ -216,7 +224,10 @@ def _kernels(
         from service.engine import draw_triton
         from service.engine.attention_triton import TritonPagedAttention
 
-        attention = TritonPagedAttention(*size, uniform=config.deterministic)
+        try:
+            attention = TritonPagedAttention(*size, uniform=config.deterministic)
+        except ValueError as error:  # the kernels do not serve its heads
+            raise UnsupportedModel(f"{loaded.manifest.architecture}: {error}") from error
         lora = TritonKernels(arena, tails=_tails(config, loaded), uniform=config.deterministic)
         return attention, lora, draw_triton.draw
     linears = loaded.manifest.linears
@@ -271,7 +282,8 @@ def share_memory(config: EngineConfig, loaded: LoadedModel, budget: int) -> tupl
         return pages or max(CPU_KV_BYTES // each, min(one_sequence, 2 * CPU_KV_BYTES // each)), (
             arena_bytes or CPU_ARENA_BYTES
         )
-    activations = measure_activations(loaded, budget, config.max_sequences)
+    # The deterministic engine computes the logits of every token.
+    activations = measure_activations(loaded, budget, budget if config.deterministic else config.max_sequences)
     # Graphs keep theirs, of steps of up to so many tokens.
     activations += activations * min(budget, STEP_SIZES[-1]) // budget
     free, total = torch.cuda.mem_get_info()

@@ -41,7 +41,9 @@ def shapes(max_sequences: int, max_tokens: int) -> list[Shape]:
     """All, in the order in which a batch looks for one that fits."""
     decode = [Shape(size, size) for size in decode_sizes(max_sequences)]
     sequences = min(max_sequences, MIXED_SEQUENCES)
-    mixed = [Shape(size, sequences, max(16, size // 16), sequences) for size in STEP_SIZES if size <= max_tokens]
+    # The budget is one of the sizes: long prompts are cut into just so many tokens.
+    sizes = sorted({min(size, max_tokens) for size in STEP_SIZES})
+    mixed = [Shape(size, sequences, max(16, size // 16), sequences) for size in sizes]
     return decode + mixed
 
 

@@ -48,7 +48,7 @@ def prepare(
         backend,  # type: ignore[arg-type]
         kernels,  # type: ignore[arg-type]
         set_active,
-        max_sequences=config.max_sequences,
+        max_sequences=min(config.max_sequences, budget),
         max_tokens=budget,
         max_positions=max_positions,
         page_size=config.page_size,

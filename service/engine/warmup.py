@@ -51,7 +51,7 @@ def warm_up(runner: Runner, arena: Arena, manifest: Manifest, budget: int, *, de
             if (row := stack.enter_context(dummy_adapter(arena, manifest, number, rank))) is not None
         ]
         if len(rows) < 2:
-            log.warning("the arena is too small for adapters of rank %d: not all is warmed up", RANK_BUCKETS[1])
+            log.warning("the arena has no room for a second adapter, of rank %d: not all is warmed up", RANK_BUCKETS[1])
         if rows:
             low, high = ((rows[0], 1.0),), ((rows[-1], 1.0),)
             kernels = runner.kernels
@@ -73,12 +73,12 @@ def warm_up(runner: Runner, arena: Arena, manifest: Manifest, budget: int, *, de
 
 @contextmanager
 def dummy_adapter(arena: Arena, manifest: Manifest, row: int, rank: int) -> Iterator[int | None]:
-    """The row, bound to factors of `rank` for every target, zeros all at the same place; None if they do not fit. What
-    a fresh arena holds may be no numbers, and what is staged from it in the tails of base weights stays there: zero
-    times that, for every token of a later step, is none either."""
+    """The row, bound to factors of `rank` for every target, zeros all at the same place; None if they do not fit, or
+    the arena has no such row. What a fresh arena holds may be no numbers, and what is staged from it in the tails of
+    base weights stays there: zero times that, for every token of a later step, is none either."""
     linears = manifest.linears
     largest = max(rank * max(module.in_features, module.out_features) for module in linears)
-    region = arena.allocate(largest * arena.data.element_size())
+    region = arena.allocate(largest * arena.data.element_size()) if row < arena.rows else None
     if region is None:
         yield None
         return

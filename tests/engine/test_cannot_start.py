@@ -93,6 +93,21 @@ def test_a_device_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert str(caught.value) == problem
 
 
+@pytest.mark.parametrize(("budget", "fits"), [(0, True), (1, True), (2, False), (8, False), (9, True), (256, True)])
+def test_a_budget_whose_steps_would_not_all_give_the_same_bits(
+    budget: int, fits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (3 << 30, 80 << 30))
+    config = config_for(tmp_path / "base", 1 << 20, "cuda", deterministic=True, max_tokens_per_step=budget)
+    if fits:
+        check_machine(config)
+        return
+    with pytest.raises(CannotStart, match=f"LORAPLEX_MAX_TOKENS_PER_STEP={budget}: "):
+        check_machine(config)
+
+
 def test_the_service_says_it_in_one_line_and_a_hint(tmp_path: Path, base_model_dir: Path) -> None:
     """A model of 8 TiB, of which the disk holds the small files alone."""
     model = tmp_path / "Huge-4T"

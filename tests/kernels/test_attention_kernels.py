@@ -7,8 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from service.engine import attention_triton
+from adapters.arena import Arena
+from adapters.manifest import Manifest
+from service.engine import attention_triton, build
 from service.engine.attention import LayerShape, PagedAttention, StepLayout
 from service.engine.attention_triton import (
     MOST_IN_PARTS,
@@ -19,6 +22,9 @@ from service.engine.attention_triton import (
     kv_write,
     paged_attention,
 )
+from service.engine.config import EngineConfig
+from service.engine.errors import UnsupportedModel
+from service.engine.model import LoadedModel
 from service.engine.step_arrays import StepArrays, tiles
 from tests.kernels.attention_cases import CASES, DECODING, Batch, Case, attend, make_batch
 from tests.kernels.lora_cases import error
@@ -386,6 +392,17 @@ def test_what_the_kernels_do_not_serve_is_refused() -> None:
         make(heads=34)
     with pytest.raises(ValueError, match="head_dim: 320"):
         make(head_dim=320)
+
+
+def test_a_model_whose_heads_are_not_served_cannot_start() -> None:
+    """Falcon-7B has 71 query heads for one of keys and values."""
+    shape = LayerShape(layer=0, query_heads=71, kv_heads=1, head_dim=64, scaling=1.0, window=None)
+    config = EngineConfig(model_path="", blobs_dir="", cache_dir="", socket="", device="cuda")
+    manifest = Manifest("0" * 64, "FalconForCausalLM", "falcon", "float32", 10, 10, ())
+    loaded = LoadedModel(nn.Identity(), manifest, [shape], [], DEVICE, torch.float32)  # type: ignore[arg-type]
+    arena = Arena.for_manifest(manifest, device=DEVICE, nbytes=1 << 10, rows=1)
+    with pytest.raises(UnsupportedModel, match="FalconForCausalLM: 71 query heads over 1 KV heads"):
+        build._kernels(config, loaded, 1, arena)
 
 
 def test_decode_splits() -> None:

@@ -53,9 +53,11 @@ def test_every_number_of_decoding_sequences_has_a_graph_little_larger(most: int)
 
 def test_steps_of_prompts_have_shapes_up_to_the_budget() -> None:
     mixed = [shape for shape in shapes(64, 1000) if shape.tiles]
-    assert [shape.tokens for shape in mixed] == [size for size in STEP_SIZES if size <= 1000]
+    assert [shape.tokens for shape in mixed] == [*(size for size in STEP_SIZES if size <= 1000), 1000]
     assert all(shape.sequences == 64 for shape in mixed)
     assert max(shape.sequences for shape in shapes(1000, 2048) if shape.tiles) == 256
+    for budget, wanted in ((2048, 2048), (8192, 2048), (2000, 2000), (700, 700), (16, 16)):
+        assert max(shape.tokens for shape in shapes(16, budget) if shape.tiles) == wanted
 
 
 @pytest.mark.parametrize("counts", [(1,) * 63 + (512,), (300, 212), (17,) * 16, (2048,)])

@@ -214,6 +214,15 @@ def test_warming_up_over_a_fresh_arena_leaves_numbers_in_the_tails(
     assert all(bool(part.isfinite().all()) for part in (*tails[0], *tails[1]) if part is not None)
 
 
+def test_an_arena_of_one_row_has_one_dummy_adapter() -> None:
+    manifest = manifest_of(Block())
+    arena = Arena.for_manifest(manifest, device=DEVICE, nbytes=1 << 20, rows=1)
+    free = arena.free_bytes
+    with dummy_adapter(arena, manifest, 0, 16) as first, dummy_adapter(arena, manifest, 1, 64) as second:
+        assert (first, second) == (0, None)
+    assert arena.free_bytes == free
+
+
 @pytest.mark.parametrize("both", [False, True])
 def test_what_is_warmed_up_is_what_compiled_layers_launch(
     step: ops.Step, monkeypatch: pytest.MonkeyPatch, both: bool
