@@ -4,6 +4,7 @@ by the supervisor, shared by all API processes) as a file descriptor. SIGTERM: a
 from __future__ import annotations
 
 import argparse
+import asyncio
 import faulthandler
 import gc
 import socket
@@ -11,6 +12,8 @@ from types import FrameType
 
 GRACE_S = 20
 """What running requests get to finish once the process is told to end."""
+TOLD_S = 1.5
+"""So much earlier those that still run are ended, so that each client is told why."""
 LAST_S = 3
 """And what closing everything gets after that. Then the process says where it hangs, and ends."""
 
@@ -27,16 +30,17 @@ def main() -> None:
     import uvicorn
 
     from service import log
-    from service.app import create_app
+    from service.app import create_app, end_requests
     from service.http_protocol import protocol_class, tune_listener
     from service.settings import Settings
 
     settings = Settings.load()
     log.configure(settings)
+    app = create_app(settings)
     listener = socket.socket(fileno=arguments.fd)
     tune_listener(listener, settings)
     config = uvicorn.Config(
-        create_app(settings),
+        app,
         http=protocol_class(settings),
         ws="none",
         timeout_keep_alive=settings.keep_alive_s,
@@ -49,6 +53,10 @@ def main() -> None:
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             faulthandler.dump_traceback_later(GRACE_S + LAST_S, exit=True)
             super().handle_exit(sig, frame)
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            asyncio.get_running_loop().call_later(GRACE_S - TOLD_S, end_requests, app)
+            await super().shutdown(sockets)
 
     gc.freeze()
     gc.enable()

@@ -88,6 +88,12 @@ def create_app(settings: Settings) -> FastAPI:
     return app
 
 
+def end_requests(app: FastAPI) -> None:
+    """What still runs ends with the answer, or in a stream the event, of a service that is shutting down (503)."""
+    services: Services = app.state.services
+    services.engine.end_streams("shutting_down", "the service is shutting down, and the request took too long for that")
+
+
 async def _open(app: FastAPI, settings: Settings, stack: AsyncExitStack) -> None:
     """Opens everything that the routes use; what is opened last is closed first."""
     logger = log.get("service.app")

@@ -290,6 +290,12 @@ class EngineClient:
             self._send(Abort(request_id, index))
         stream._drop(index)
 
+    def end_streams(self, code: str, message: str) -> None:
+        """Aborts every request, and has its reader end with EngineRefused."""
+        for stream in list(self._streams.values()):
+            self._forget(stream, abort=True)
+            stream._fail(EngineRefused(code, message, None))
+
     def prefetch(self, digests: Iterable[str], resident_limits: Mapping[str, int | None] | None = None) -> None:
         """Hint that these adapters are about to be used. `resident_limits`: of their owners, as in messages.py."""
         with contextlib.suppress(EngineUnavailable):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,28 @@ def test_streamed_events_as_they_are_on_the_wire(server: InferenceServer) -> Non
     assert chunks[-1]["choices"][0] == {"index": 0, "delta": {}, "logprobs": None, "finish_reason": "length"}
     assert all("usage" not in chunk for chunk in chunks)
     assert all(chunk["object"] == "chat.completion.chunk" for chunk in chunks)
+
+
+def test_what_takes_longer_than_a_shutdown_waits_is_told_so(base_model_dir: Path) -> None:
+    """A stream by an event of its own, a whole answer by its status."""
+    server = InferenceServer(base_model_dir, engine_options={"step_s": 0.1})
+    try:
+        server.start()
+        assert server.api is not None
+        long = {"model": BASE, "prompt": [1, 2], "max_tokens": 500, "ignore_eos": True}
+        with ThreadPoolExecutor(2) as threads:
+            stream = threads.submit(server.http.post, "/v1/completions", json={**long, "stream": True}, timeout=60)
+            whole = threads.submit(server.http.post, "/v1/completions", json=long, timeout=60)
+            server.wait_for_engine("sequences_running", 2)
+            server.api.send_signal(signal.SIGTERM)
+            ends = stream.result().text.rstrip().rpartition("event: error\ndata: ")[2]
+            assert json.loads(ends)["error"]["code"] == "shutting_down"
+            assert whole.result().status_code == 503
+            assert whole.result().json()["error"]["code"] == "shutting_down"
+        assert server.api.wait(30) == -signal.SIGTERM
+        assert "Exception in ASGI" not in server.log_path.read_text()
+    finally:
+        server.stop()
 
 
 def test_chat_streamed_and_not(server: InferenceServer) -> None:
