@@ -30,6 +30,7 @@ import numpy as np
 from adapters.blobs import Blobs, fsync_folder
 from adapters.block_files import LAYOUT_VERSION, block_path
 from adapters.convert import SAFETENSORS, STORAGE, Array, convert, count_nonfinite
+from adapters.disk import require_space
 from adapters.errors import AdapterUnavailable, BlobDamaged
 from adapters.manifest import Manifest
 from adapters.peft_format import AdapterSpec, TargetSpec, load_record
@@ -110,7 +111,8 @@ def pack(digest: str, store: Blobs, manifest: Manifest, cache_dir: Path) -> Path
     to its end; memory: some 20 MB and one B.
 
     Atomic and idempotent: concurrent calls give the same file. AdapterMissing, BlobDamaged (of the adapter's files),
-    AdapterRefused (it does not fit this base), AdapterUnavailable (a value is too large for the compute dtype)."""
+    AdapterRefused (it does not fit this base), AdapterUnavailable (a value is too large for the compute dtype), OSError
+    (ENOSPC: the disk would have less left than disk.RESERVE_BYTES)."""
     path = block_path(cache_dir, digest, manifest)
     if _is_whole(path, digest, manifest):
         return path
@@ -120,6 +122,7 @@ def pack(digest: str, store: Blobs, manifest: Manifest, cache_dir: Path) -> Path
     # The checksums come when the payload is written, and change nothing in the header's size.
     start = _aligned(_PREFIX.size + len(msgspec.msgpack.encode(header)), PAYLOAD_ALIGNMENT)
     path.parent.mkdir(parents=True, exist_ok=True)
+    require_space(path.parent, start + header.payload_bytes)
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
     try:
         with open(handle, "wb") as out:

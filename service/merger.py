@@ -34,7 +34,7 @@ from service.engine.errors import EngineError
 from service.jobs import Workers, WorkersUnavailable
 from service.library import WEIGHTS, Library
 from service.merge_task import BLOBS_URL, Priority, Said, Task, explain
-from service.merges import remove_folder, require_space, stored_sources
+from service.merges import remove_folder, require_space_for, stored_sources
 from service.pace import keep_pace, measurable
 from service.settings import Settings
 from service.store.catalogue import Catalogue
@@ -171,7 +171,7 @@ class Merger:
         sources = await stored_sources(self._library, job.sources, job.tenant)
         model = Path(self._settings.model)
         size = sum(self._bytes(sha) for source in sources for _, sha in source.files)
-        await asyncio.to_thread(require_space, self._folder, job.target, model, size)
+        await asyncio.to_thread(require_space_for, self._folder, job.target, model, size)
         out = work / "out"
         out.mkdir(parents=True)
         settings = self._settings

@@ -6,9 +6,7 @@ The jobs are rows (service/store/merges.py), done by a process of its own (servi
 from __future__ import annotations
 
 import asyncio
-import errno
 import hashlib
-import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from adapters.disk import require_space
 from adapters.manifest import Manifest
 from adapters.merge_plan import Forecast, forecast_merge
 from adapters.merge_request import MergeOptions
@@ -26,7 +25,6 @@ from service.library import Library
 from service.merge_task import StoredSource
 from service.settings import Settings
 from service.store.merges import Job, KeyReused, NewJob, Source, TooManyMerges
-from service.uploads import RESERVE_BYTES
 
 MAX_QUEUED = 64
 """Of one tenant."""
@@ -60,14 +58,12 @@ async def stored_sources(library: Library, sources: Iterable[Source], tenant: st
     return found
 
 
-def require_space(folder: Path, target: str, model: Path, source_bytes: int) -> None:
+def require_space_for(folder: Path, target: str, model: Path, source_bytes: int) -> None:
     """Raises OSError ENOSPC unless the result fits. An adapter's is guessed; the checkpoint is as large as the base."""
     needed = 4 * source_bytes
     if target == "checkpoint":
         needed = sum(entry.stat().st_size for entry in model.iterdir() if entry.is_file())
-    disk = os.statvfs(folder)
-    if disk.f_bavail * disk.f_frsize < needed + RESERVE_BYTES:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+    require_space(folder, needed)
 
 
 class Merges:
@@ -103,7 +99,7 @@ class Merges:
             found.require_base(*manifest.fingerprints)
             size += found.bytes
             sources.append(Source(found.name, found.version, found.digest, weight))
-        require_space(self._folder, wanted.target, self._model, size)
+        require_space_for(self._folder, wanted.target, self._model, size)
         forecast = await self._forecast(wanted, sources, manifest, tenant)
         new = NewJob(
             tenant,

@@ -8,7 +8,6 @@ without touching the living.
 from __future__ import annotations
 
 import asyncio
-import errno
 import fcntl
 import os
 import re
@@ -28,6 +27,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 
 from adapters.blobs import is_file_name
+from adapters.disk import require_space
 from service.api.body import set_body_limit
 from service.api.failure import ApiError, shown
 from service.store.quotas import UNLIMITED, Room
@@ -46,8 +46,6 @@ IDLE_TIMEOUT_S = 60.0  # without a byte from the client
 LOCK_FILE = "lock"
 SERVING_BYTES = 1
 """Size of the lock file of a process that serves; it is empty before."""
-# Of the disk, uploads leave so much free: the catalogue has to be able to grow, if only to delete.
-RESERVE_BYTES = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +144,7 @@ class Spool:
         if declared > self._max_bytes:
             raise _too_large(declared, self._max_bytes)
         with self._shares.enter(tenant, room) as upload:
-            upload.require(declared, self._require_space(declared))
+            upload.require(declared, require_space(self._root, declared))
             # The limit of small bodies does not hold here; writer.feed watches this one.
             set_body_limit(request.scope, sys.maxsize)
             folder = self._home / uuid.uuid4().hex
@@ -155,20 +153,12 @@ class Spool:
             writer = _FormWriter(folder, boundary, rules, self._max_bytes)
             try:
                 async for chunk in _chunks(request):
-                    upload.grow(len(chunk), self._require_space(len(chunk)))
+                    upload.grow(len(chunk), require_space(self._root, len(chunk)))
                     await loop.run_in_executor(self._threads, writer.feed, chunk)
                 yield await loop.run_in_executor(self._threads, writer.finish)
             finally:
                 # Shielded: it must also happen when this task is being cancelled, perhaps while a thread still writes.
                 await asyncio.shield(loop.run_in_executor(self._threads, _remove, writer, folder))
-
-    def _require_space(self, nbytes: int) -> int:
-        """What the disk has left above RESERVE_BYTES. Raises OSError ENOSPC if so much more would not fit."""
-        disk = os.statvfs(self._root)
-        free = disk.f_bavail * disk.f_frsize - RESERVE_BYTES
-        if free < nbytes:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._root))
-        return free
 
     async def sync(self, paths: list[Path]) -> None:
         """Flushes files to the disk."""

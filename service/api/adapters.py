@@ -19,7 +19,7 @@ from pydantic import Field, StrictBool, StrictInt, StrictStr
 from pydantic.json_schema import SkipJsonSchema
 from starlette.requests import ClientDisconnect
 
-from service.api import auth
+from service.api import auth, ranges
 from service.api.auth import Caller, CallerDep, allow
 from service.api.errors import ClientGone
 from service.api.failure import ApiError, shown
@@ -450,6 +450,7 @@ async def get_file(
         stat = await asyncio.to_thread(os.stat, path)
     except FileNotFoundError:
         raise missing from None  # deleted since then
+    ranges.check(request, stat.st_size, headers["ETag"])
     media_type = "application/json" if filename.endswith(".json") else "application/octet-stream"
     return FileResponse(path, headers=headers, media_type=media_type, filename=filename, stat_result=stat)
 

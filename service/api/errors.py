@@ -70,6 +70,8 @@ def as_api_error(exc: Exception) -> ApiError:
             return ApiError(503, f"{exc}.", code="engine_timeout", retry_after_s=RETRY_AFTER_S)
         case EngineCallFailed(code="resident_limit"):
             return _resident_limit(str(exc))
+        case EngineCallFailed(code="too_large"):
+            return ApiError(400, str(exc), code="too_large")
         case EngineCallFailed():
             return ApiError(503, f"The engine could not do it: {exc}", code="engine_call_failed")
         case EngineError():

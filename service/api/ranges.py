@@ -1,4 +1,4 @@
-"""Downloads out of a store that is elsewhere, whole or one range of them (RFC 9110, section 14)."""
+"""Which ranges of a file are asked for (RFC 9110, section 14), and downloads out of a store that is elsewhere."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from service.api.failure import ApiError
 PART_BYTES = 8 << 20
 """What is asked of the store at once: a client may read as slowly as it likes, no connection to the store waits."""
 
-_RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
+_RANGE = re.compile(r"\s*(\d{0,18})-(\d{0,18})\s*")
 
 Read = Callable[[int, int], Awaitable[bytes]]
 """The bytes from the first offset to before the second."""
@@ -22,20 +22,12 @@ Read = Callable[[int, int], Awaitable[bytes]]
 def wanted(request: Request, size: int, etag: str) -> tuple[int, int] | None:
     """[start, end) of the one range that is asked for; None: all of it, also where several ranges are asked for or the
     file is another one than the client has a part of (If-Range). Raises ApiError 416."""
-    header = request.headers.get("range", "").strip()
-    if not header or request.headers.get("if-range", etag) != etag:
+    ranges = _asked(request, size, etag)
+    if len(ranges) != 1:
         return None
-    found = _RANGE.fullmatch(header)
-    if found is None or found.groups() == ("", ""):
-        return None
-    first, last = found.groups()
-    if first:
-        start, end = int(first), min(int(last) + 1 if last else size, size)
-        if last and int(last) < int(first):
-            return None  # not a range
-    else:
-        start, end = max(0, size - int(last)), size
-    if start >= size or start >= end:
+    start, end = ranges[0]
+    if start >= end:
+        header = request.headers["range"]
         raise ApiError(
             416,
             f"The range {header[:100]!r} is outside of the file, which has {size} bytes.",
@@ -44,6 +36,37 @@ def wanted(request: Request, size: int, etag: str) -> tuple[int, int] | None:
             headers={"Content-Range": f"bytes */{size}"},
         )
     return start, end
+
+
+def check(request: Request, size: int, etag: str) -> None:
+    """Before a FileResponse, which would refuse what it does not understand in words of its own: then the header is as
+    if it were not there, and all of the file is sent. Raises ApiError 416 as `wanted` does."""
+    if wanted(request, size, etag) is not None:
+        return
+    several = _asked(request, size, etag)
+    if not several or any(start >= end for start, end in several):
+        request.scope["headers"] = [pair for pair in request.scope["headers"] if pair[0] != b"range"]
+
+
+def _asked(request: Request, size: int, etag: str) -> list[tuple[int, int]]:
+    """[start, end) of each range of the header; end is not above start where the file has none of it. Empty: nothing
+    that is to be obeyed."""
+    unit, _, text = request.headers.get("range", "").strip().partition("=")
+    if unit != "bytes" or request.headers.get("if-range", etag) != etag:
+        return []
+    ranges = []
+    for part in text.split(","):
+        found = _RANGE.fullmatch(part)
+        if found is None or found.groups() == ("", ""):
+            return []
+        first, last = found.groups()
+        if not first:
+            ranges.append((max(0, size - int(last)), size))
+        elif last and int(last) < int(first):
+            return []
+        else:
+            ranges.append((int(first), min(int(last) + 1 if last else size, size)))
+    return ranges
 
 
 async def download(request: Request, read: Read, size: int, headers: Mapping[str, str], media_type: str) -> Response:

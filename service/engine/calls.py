@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
-from adapters.errors import AccountTooSmall, LoraplexAdapterError
+from adapters.errors import AccountTooSmall, AdapterTooLarge, LoraplexAdapterError
 from adapters.keys import digest_of
 from adapters.residency import Residency, Unload
 from service.engine.messages import (
@@ -18,6 +18,8 @@ from service.engine.messages import (
 )
 
 MAX_HINTS = 1024
+_CODES = {AccountTooSmall: "resident_limit", AdapterTooLarge: "too_large"}
+"""Of loads that can never succeed as things are."""
 
 Call = Prefetch | LoadAdapter | UnloadAdapter | QueryResidency | TakeOccupancy
 
@@ -90,7 +92,7 @@ class Calls:
         try:
             lease = self.residency.try_lease((call.digest,), ticket=call.call_id)
         except LoraplexAdapterError as error:
-            code = "resident_limit" if isinstance(error, AccountTooSmall) else ""
+            code = next((code for kind, code in _CODES.items() if isinstance(error, kind)), "")
             self._send(client, Reply(call.call_id, error=str(error), code=code))
             return True
         if lease is None:

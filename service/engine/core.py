@@ -48,7 +48,8 @@ log = logging.getLogger(__name__)
 MAX_FAILED_STEPS = 3
 """After so many failed steps in a row the device, or the code, is beyond repair."""
 NOT_FINITE = (
-    "the logits of this request are not finite numbers: an adapter, or its weight, is too large for the model's dtype"
+    "the logits of this request are not finite numbers: an adapter, its weight, or a penalty is too large for the "
+    "model's dtype"
 )
 _RUNNING, _FINISHED = State.RUNNING, State.FINISHED  # faster than by the enumeration, once for each sequence and step
 _SEED_MASK = 2**63 - 1

@@ -144,6 +144,8 @@ class Catalogue:
             return await self.find_version(name, selector, tenant, viewer)
         except AdapterNotFound:
             raise AdapterNotFound(given) from None
+        except VersionNotFound:
+            raise VersionNotFound(name, selector or text or "") from None
 
     async def find_version(
         self, name: str, selector: Selector = None, tenant: str = DEFAULT_TENANT, viewer: str | None = None

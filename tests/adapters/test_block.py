@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 import threading
@@ -12,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from adapters import block
+from adapters import block, disk
 from adapters.blobs import BlobStore
 from adapters.block import layout, pack, read_header, read_payload, verify_block
 from adapters.block_files import block_path, delete_blocks, sweep_blocks, sweep_unfinished
@@ -299,6 +300,19 @@ def test_no_block(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------- failures
+
+
+def test_packing_leaves_the_disk_its_reserve(
+    adapter: Path, manifest: Manifest, store: BlobStore, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = stored(adapter, store, manifest)
+    monkeypatch.setattr(disk, "RESERVE_BYTES", 1 << 62)
+    with pytest.raises(OSError, match="No space left") as caught:
+        pack(digest, store, manifest, cache)
+    assert caught.value.errno == errno.ENOSPC
+    assert not [path for path in cache.rglob("*") if path.is_file()]
+    monkeypatch.setattr(disk, "RESERVE_BYTES", 0)
+    assert pack(digest, store, manifest, cache).exists()
 
 
 def test_values_too_large_for_the_dtype(adapter: Path, manifest: Manifest, store: BlobStore, cache: Path) -> None:

@@ -542,6 +542,17 @@ def test_what_an_owner_may_not_have_is_refused_by_name() -> None:
     bench.check(again, 0)
 
 
+def test_what_can_never_be_loaded_is_refused_as_such() -> None:
+    bench = Bench(arena_bytes=255)
+    bench.submit("large", [1], adapters=(AdapterRef("a@1"),))
+    bench.engine.handle(ME, LoadAdapter("load", "b@1", {}))
+    bench.step(5)
+    assert bench.refused["large"].code == "too_large"
+    assert bench.replies["load"].code == "too_large"
+    assert "needs" in (bench.replies["load"].error or "")
+    bench.idle()
+
+
 def test_stats_add_up() -> None:
     bench = Bench(kv_pages=32)
     bench.submit("r", [1] * 9, sampling=SamplingParams(temperature=0.0, max_tokens=5))

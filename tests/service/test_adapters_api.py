@@ -114,6 +114,9 @@ def test_an_upload_from_first_to_last(api: httpx.Client, server: Server, peft: P
         assert (again.status_code, again.content) == (304, b"")
         ranged = api.get(file.url, headers={"Range": "bytes=10-19"})
         assert (ranged.status_code, ranged.content) == (206, data[10:20])
+        none = api.get(file.url, headers={"Range": "bytes=5-2"})
+        assert (none.status_code, none.content) == (200, data)
+        assert error_of(api.get(file.url, headers={"Range": "bytes=99999999999-"}))["code"] == "range_not_satisfiable"
     assert error_of(api.get("/v1/adapters/first/versions/1/files/other"))["code"] == "file_not_found"
     assert api.get("/v1/adapters/first/versions/1/files/..%2f..%2fcatalogue.sqlite3").status_code == 404
     assert api.get("/resolve", params={"model": "first"}).json()["digest"] == body["spec"]["sha256"]

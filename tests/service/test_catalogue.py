@@ -82,8 +82,9 @@ async def test_model_strings(catalogue: Catalogue) -> None:
         found = await catalogue.resolve(model)
         assert (found.name, found.version, found.digest) == ("law", version, content(version).digest)
     for model in ("law@4", "law@0", "law@", "law@test", "law@prod@1", "law@-1", "law@99999999999999999999"):
-        with pytest.raises(VersionNotFound):
+        with pytest.raises(VersionNotFound) as missing:
             await catalogue.resolve(model)
+        assert str(missing.value.selector) == model.partition("@")[2]
     for model in ("law2", "", "@1", "no/slash", "Law", "x" * 97, "law\n", "nö", "other@1"):
         with pytest.raises(AdapterNotFound):
             await catalogue.resolve(model)

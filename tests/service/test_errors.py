@@ -297,6 +297,14 @@ def leaves(root: type[Exception]) -> list[type[Exception]]:
     return below or [root]
 
 
+def test_an_adapter_that_can_never_be_loaded_is_the_client_s_business() -> None:
+    """By hand (a call of the engine) as in a request."""
+    too_large = adapter_errors.AdapterTooLarge("d", 2, 1)
+    for error in (too_large, engine_errors.EngineCallFailed(str(too_large), "too_large")):
+        answer = as_api_error(error)
+        assert (answer.status, answer.code, answer.message) == (400, "too_large", str(too_large))
+
+
 EXAMPLES: dict[type[Exception], tuple[Exception, int]] = {
     engine_errors.EngineRefused: (engine_errors.EngineRefused("queue_full", "full", 2.5), 429),
     engine_errors.EngineUnavailable: (engine_errors.EngineUnavailable("gone"), 503),

@@ -155,6 +155,12 @@ def test_an_adapter_into_the_base(client: Client) -> None:
         assert got.headers["content-range"].endswith(f"/{size}")
     past = ranged(f"bytes={size}-")
     assert (past.status_code, past.headers["content-range"]) == (416, f"bytes */{size}")
+    assert (error_of(past)["code"], error_of(past)["param"]) == ("range_not_satisfiable", "Range")
+    for value in ("bytes=5-2", "bytes=a-b", "bytes=-", "items=0-5", f"bytes=0-1,{size}-", "bytes=0-1,7-3"):
+        assert (ranged(value).status_code, ranged(value).content) == (200, whole), value
+    several = ranged("bytes=0-1, 5-6")
+    assert several.status_code == 206
+    assert several.headers["content-type"].startswith("multipart/byteranges")
     same, other = ranged("bytes=0-1", If_Range=etag), ranged("bytes=0-1", If_Range='"another"')
     assert (same.status_code, same.content, other.status_code, other.content) == (206, whole[:2], 200, whole)
     assert client.http.get(url, headers={"If-None-Match": etag}).status_code == 304

@@ -1,0 +1,19 @@
+"""What the disk of the data folder has to keep free."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+RESERVE_BYTES = 32 << 20
+"""The catalogue has to be able to grow, if only to delete."""
+
+
+def require_space(folder: Path, nbytes: int) -> int:
+    """Bytes that are free above the reserve. Raises OSError ENOSPC if `nbytes` more would not fit."""
+    disk = os.statvfs(folder)
+    free = disk.f_bavail * disk.f_frsize - RESERVE_BYTES
+    if free < nbytes:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+    return free
