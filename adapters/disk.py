@@ -1,4 +1,4 @@
-"""What the disk of the data folder has to keep free."""
+"""What a disk has to keep free where files of adapters are written: nearly always it is the catalogue's too."""
 
 from __future__ import annotations
 

@@ -11,9 +11,9 @@ import socket
 from types import FrameType
 
 GRACE_S = 20
-"""What running requests get to finish once the process is told to end."""
-TOLD_S = 1.5
-"""So much earlier those that still run are ended, so that each client is told why."""
+"""What running requests get to finish once the process is told to end; then they are cut off."""
+TOLD_S = 2
+"""So much earlier generations and loads that still run are ended, so that each client is told why."""
 LAST_S = 3
 """And what closing everything gets after that. Then the process says where it hangs, and ends."""
 

@@ -89,9 +89,10 @@ def create_app(settings: Settings) -> FastAPI:
 
 
 def end_requests(app: FastAPI) -> None:
-    """What still runs ends with the answer, or in a stream the event, of a service that is shutting down (503)."""
+    """Generations and loads that still run end with the answer, or in a stream the event, of a service that is shutting
+    down (503)."""
     services: Services = app.state.services
-    services.engine.end_streams("shutting_down", "the service is shutting down, and the request took too long for that")
+    services.engine.end_all("shutting_down", "the service is shutting down, and the request took too long for that")
 
 
 async def _open(app: FastAPI, settings: Settings, stack: AsyncExitStack) -> None:

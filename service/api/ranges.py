@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
 from fastapi import Request
-from fastapi.responses import Response, StreamingResponse
+from fastapi.responses import FileResponse, Response, StreamingResponse
 
 from service.api.failure import ApiError
 
 PART_BYTES = 8 << 20
 """What is asked of the store at once: a client may read as slowly as it likes, no connection to the store waits."""
 
-_RANGE = re.compile(r"\s*(\d{0,18})-(\d{0,18})\s*")
+_RANGE = re.compile(r"\s*([0-9]*)-([0-9]*)\s*")
 
 Read = Callable[[int, int], Awaitable[bytes]]
 """The bytes from the first offset to before the second."""
@@ -22,51 +23,65 @@ Read = Callable[[int, int], Awaitable[bytes]]
 def wanted(request: Request, size: int, etag: str) -> tuple[int, int] | None:
     """[start, end) of the one range that is asked for; None: all of it, also where several ranges are asked for or the
     file is another one than the client has a part of (If-Range). Raises ApiError 416."""
-    ranges = _asked(request, size, etag)
-    if len(ranges) != 1:
+    ranges = _asked(request, size)
+    if len(ranges) != 1 or request.headers.get("if-range", etag) != etag:
         return None
-    start, end = ranges[0]
-    if start >= end:
-        header = request.headers["range"]
-        raise ApiError(
-            416,
-            f"The range {header[:100]!r} is outside of the file, which has {size} bytes.",
-            code="range_not_satisfiable",
-            param="Range",
-            headers={"Content-Range": f"bytes */{size}"},
-        )
-    return start, end
+    if not _inside(ranges[0]):
+        raise _outside(request, size)
+    return ranges[0]
 
 
-def check(request: Request, size: int, etag: str) -> None:
-    """Before a FileResponse, which would refuse what it does not understand in words of its own: then the header is as
-    if it were not there, and all of the file is sent. Raises ApiError 416 as `wanted` does."""
-    if wanted(request, size, etag) is not None:
-        return
-    several = _asked(request, size, etag)
-    if not several or any(start >= end for start, end in several):
-        request.scope["headers"] = [pair for pair in request.scope["headers"] if pair[0] != b"range"]
+def check(request: Request, size: int) -> None:
+    """Before a FileResponse, which knows ranges and If-Range, but refuses what it does not like in words of its own: so
+    it finds what it likes. A header that names no range, or several of which some are outside, is as if it were not
+    there, and all of the file is sent. Raises ApiError 416 if all are outside."""
+    ranges = _asked(request, size)
+    if ranges and not any(map(_inside, ranges)) and "if-range" not in request.headers:
+        raise _outside(request, size)
+    headers = [pair for pair in request.scope["headers"] if pair[0] != b"range"]
+    if ranges and all(map(_inside, ranges)):
+        plain = ",".join(f"{start}-{end - 1}" for start, end in ranges)
+        headers.append((b"range", f"bytes={plain}".encode()))
+    request.scope["headers"] = headers
 
 
-def _asked(request: Request, size: int, etag: str) -> list[tuple[int, int]]:
-    """[start, end) of each range of the header; end is not above start where the file has none of it. Empty: nothing
-    that is to be obeyed."""
+def _asked(request: Request, size: int) -> list[tuple[int, int]]:
+    """[start, end) of each range of the header; empty: nothing that is to be obeyed."""
     unit, _, text = request.headers.get("range", "").strip().partition("=")
-    if unit != "bytes" or request.headers.get("if-range", etag) != etag:
+    if unit.lower() != "bytes" or text.count(",") >= FileResponse.max_ranges:
         return []
     ranges = []
-    for part in text.split(","):
+    for part in filter(str.strip, text.split(",")):
         found = _RANGE.fullmatch(part)
         if found is None or found.groups() == ("", ""):
             return []
         first, last = found.groups()
         if not first:
-            ranges.append((max(0, size - int(last)), size))
-        elif last and int(last) < int(first):
+            ranges.append((max(0, size - _number(last)), size))
+        elif last and _number(last) < _number(first):
             return []
         else:
-            ranges.append((int(first), min(int(last) + 1 if last else size, size)))
+            ranges.append((_number(first), min(_number(last) + 1 if last else size, size)))
     return ranges
+
+
+def _number(digits: str) -> int:
+    """At most as large as any file."""
+    return int(digits) if len(digits) <= 18 else sys.maxsize
+
+
+def _inside(part: tuple[int, int]) -> bool:
+    return part[0] < part[1]
+
+
+def _outside(request: Request, size: int) -> ApiError:
+    return ApiError(
+        416,
+        f"The range {request.headers['range'][:100]!r} is outside of the file, which has {size} bytes.",
+        code="range_not_satisfiable",
+        param="Range",
+        headers={"Content-Range": f"bytes */{size}"},
+    )
 
 
 async def download(request: Request, read: Read, size: int, headers: Mapping[str, str], media_type: str) -> Response:

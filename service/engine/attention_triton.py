@@ -66,7 +66,7 @@ class TritonPagedAttention:
         if pages * page_size > 2**31 - 1:
             raise ValueError(f"pages: {pages} pages of {page_size} tokens are more than 2**31 - 1 slots")
         for shape in shapes:
-            _check_heads(shape.query_heads, shape.kv_heads, shape.head_dim)
+            check_heads(shape.query_heads, shape.kv_heads, shape.head_dim)
         self.device = device
         self.uniform = uniform
         self.block_m = SMALL_TILE if uniform or dtype.itemsize > 2 else None
@@ -214,7 +214,7 @@ def decode(
     are again afterwards; where they are fewer than sequences * kv_heads, several splits get others."""
     sequences, query_heads, head_dim = q.shape
     kv_heads = k_cache.shape[2]
-    group = _check_heads(query_heads, kv_heads, head_dim)
+    group = check_heads(query_heads, kv_heads, head_dim)
     padded = max(16, triton.next_power_of_2(head_dim))
     rows = triton.next_power_of_2(group)
     block = _block_n(padded, q.element_size())
@@ -297,7 +297,7 @@ def prefill(
     query_heads, head_dim] are the last of sequence s, whose context_lens[s] keys (its own included) lie in its
     pages. uniform: a query's result does not depend on its place in a tile, bit for bit."""
     _, query_heads, head_dim = q.shape
-    group = _check_heads(query_heads, k_cache.shape[2], head_dim)
+    group = check_heads(query_heads, k_cache.shape[2], head_dim)
     padded = max(16, triton.next_power_of_2(head_dim))
     factor, cap = _scores(scale, softcap)
     prefill_kernel[(step.tile_seq.numel(), query_heads)](
@@ -347,7 +347,7 @@ def decode_splits(programs: int, reach: int, multiprocessors: int) -> int:
     return splits
 
 
-def _check_heads(query_heads: int, kv_heads: int, head_dim: int) -> int:
+def check_heads(query_heads: int, kv_heads: int, head_dim: int) -> int:
     """Query heads per KV head. Raises ValueError for what the kernels do not serve."""
     group, rest = divmod(query_heads, kv_heads)
     if rest or not 1 <= group <= MAX_GROUP:

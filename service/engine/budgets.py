@@ -41,7 +41,8 @@ arithmetic instead of by reading the weights, so that what is padded costs least
 
 
 STEP_SIZES = (64, 128, 192, 256, 320, 384, 512, 576, 640, 768, 1024, 1280, 1536, 2048)
-"""Tokens to which steps with prompts are padded on CUDA (graphs.py). Larger ones are not: they keep the device busy for
+"""Tokens to which steps with prompts are padded on CUDA (graphs.py), and the budget, if that is less than the last.
+Larger ones are not: they keep the device busy for
 longer than their launches take the host. There is no 448: such a step takes 18.3 ms, and one of 512 15.2 (8B,
 H100)."""
 MIXED_SEQUENCES = 256

@@ -222,12 +222,14 @@ def _kernels(
     if config.device == "cuda":
         from adapters.kernels.backend import TritonKernels  # Triton comes with torch for CUDA only
         from service.engine import draw_triton
-        from service.engine.attention_triton import TritonPagedAttention
+        from service.engine.attention_triton import TritonPagedAttention, check_heads
 
         try:
-            attention = TritonPagedAttention(*size, uniform=config.deterministic)
-        except ValueError as error:  # the kernels do not serve its heads
+            for shape in loaded.shapes:
+                check_heads(shape.query_heads, shape.kv_heads, shape.head_dim)
+        except ValueError as error:
             raise UnsupportedModel(f"{loaded.manifest.architecture}: {error}") from error
+        attention = TritonPagedAttention(*size, uniform=config.deterministic)
         lora = TritonKernels(arena, tails=_tails(config, loaded), uniform=config.deterministic)
         return attention, lora, draw_triton.draw
     linears = loaded.manifest.linears

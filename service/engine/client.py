@@ -290,11 +290,16 @@ class EngineClient:
             self._send(Abort(request_id, index))
         stream._drop(index)
 
-    def end_streams(self, code: str, message: str) -> None:
-        """Aborts every request, and has its reader end with EngineRefused."""
+    def end_all(self, code: str, message: str) -> None:
+        """Aborts every request that is not through yet, and has its reader, and whoever waits for a call, end with
+        EngineRefused."""
         for stream in list(self._streams.values()):
-            self._forget(stream, abort=True)
-            stream._fail(EngineRefused(code, message, None))
+            if stream._open:
+                self._forget(stream, abort=True)
+                stream._fail(EngineRefused(code, message))
+        for answer in list(self._calls.values()):
+            if not answer.done():
+                answer.set_exception(EngineRefused(code, message))
 
     def prefetch(self, digests: Iterable[str], resident_limits: Mapping[str, int | None] | None = None) -> None:
         """Hint that these adapters are about to be used. `resident_limits`: of their owners, as in messages.py."""

@@ -43,7 +43,7 @@ def shapes(max_sequences: int, max_tokens: int) -> list[Shape]:
     sequences = min(max_sequences, MIXED_SEQUENCES)
     # The budget is one of the sizes: long prompts are cut into just so many tokens.
     sizes = sorted({min(size, max_tokens) for size in STEP_SIZES})
-    mixed = [Shape(size, sequences, max(16, size // 16), sequences) for size in sizes]
+    mixed = [Shape(size, sequences, max(16, -(-size // SMALL_TILE)), sequences) for size in sizes]
     return decode + mixed
 
 

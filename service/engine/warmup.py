@@ -51,7 +51,7 @@ def warm_up(runner: Runner, arena: Arena, manifest: Manifest, budget: int, *, de
             if (row := stack.enter_context(dummy_adapter(arena, manifest, number, rank))) is not None
         ]
         if len(rows) < 2:
-            log.warning("the arena has no room for a second adapter, of rank %d: not all is warmed up", RANK_BUCKETS[1])
+            log.warning("the arena has no room for two adapters, of ranks to %d: not all is warmed up", RANK_BUCKETS[1])
         if rows:
             low, high = ((rows[0], 1.0),), ((rows[-1], 1.0),)
             kernels = runner.kernels

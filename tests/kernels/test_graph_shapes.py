@@ -57,7 +57,9 @@ def test_steps_of_prompts_have_shapes_up_to_the_budget() -> None:
     assert all(shape.sequences == 64 for shape in mixed)
     assert max(shape.sequences for shape in shapes(1000, 2048) if shape.tiles) == 256
     for budget, wanted in ((2048, 2048), (8192, 2048), (2000, 2000), (700, 700), (16, 16)):
-        assert max(shape.tokens for shape in shapes(16, budget) if shape.tiles) == wanted
+        mixed = [shape for shape in shapes(16, budget) if shape.tiles]
+        assert max(shape.tokens for shape in mixed) == wanted
+        assert all(len(tiles(layout(shape.tokens), SMALL_TILE)[0]) <= shape.tiles for shape in mixed)
 
 
 @pytest.mark.parametrize("counts", [(1,) * 63 + (512,), (300, 212), (17,) * 16, (2048,)])

@@ -156,8 +156,16 @@ def test_an_adapter_into_the_base(client: Client) -> None:
     past = ranged(f"bytes={size}-")
     assert (past.status_code, past.headers["content-range"]) == (416, f"bytes */{size}")
     assert (error_of(past)["code"], error_of(past)["param"]) == ("range_not_satisfiable", "Range")
-    for value in ("bytes=5-2", "bytes=a-b", "bytes=-", "items=0-5", f"bytes=0-1,{size}-", "bytes=0-1,7-3"):
+    modified = ranged("bytes=0-1").headers["last-modified"]
+    for value in ("bytes=5-2", "bytes=a-b", "bytes=-", "items=0-5", f"bytes=0-1,{size}-", "bytes=0-1,7-3", "bytes=,"):
         assert (ranged(value).status_code, ranged(value).content) == (200, whole), value
+    assert ranged("bytes=" + "0-0," * 10_000).content == whole
+    for value in ("Bytes=0-1", "bytes=0-1,", "bytes= 0-1"):
+        assert (ranged(value).status_code, ranged(value).content) == (206, whole[:2]), value
+    for value in (f"bytes={'9' * 5000}-", f"bytes={size}-,{size + 5}-"):
+        assert ranged(value).status_code == 416, value
+    assert ranged(f"bytes=0-{'9' * 5000}").content == whole
+    assert ranged("bytes=0-1", If_Range=modified).status_code == 206
     several = ranged("bytes=0-1, 5-6")
     assert several.status_code == 206
     assert several.headers["content-type"].startswith("multipart/byteranges")

@@ -65,22 +65,25 @@ def test_streamed_events_as_they_are_on_the_wire(server: InferenceServer) -> Non
     assert all(chunk["object"] == "chat.completion.chunk" for chunk in chunks)
 
 
-def test_what_takes_longer_than_a_shutdown_waits_is_told_so(base_model_dir: Path) -> None:
-    """A stream by an event of its own, a whole answer by its status."""
-    server = InferenceServer(base_model_dir, engine_options={"step_s": 0.1})
+def test_what_takes_longer_than_a_shutdown_waits_is_told_so(base_model_dir: Path, tmp_path: Path) -> None:
+    """A stream by an event of its own; a whole answer, and who waits for a load, by the status."""
+    server = InferenceServer(base_model_dir, engine_options={"step_s": 0.1, "load_s": 28.0})
     try:
         server.start()
         assert server.api is not None
         long = {"model": BASE, "prompt": [1, 2], "max_tokens": 500, "ignore_eos": True}
-        with ThreadPoolExecutor(2) as threads:
+        server.upload("slow", tmp_path, 1)
+        with ThreadPoolExecutor(3) as threads:
+            load = threads.submit(server.http.post, "/v1/adapters/slow/load?wait=true", timeout=60)
             stream = threads.submit(server.http.post, "/v1/completions", json={**long, "stream": True}, timeout=60)
             whole = threads.submit(server.http.post, "/v1/completions", json=long, timeout=60)
             server.wait_for_engine("sequences_running", 2)
             server.api.send_signal(signal.SIGTERM)
             ends = stream.result().text.rstrip().rpartition("event: error\ndata: ")[2]
             assert json.loads(ends)["error"]["code"] == "shutting_down"
-            assert whole.result().status_code == 503
-            assert whole.result().json()["error"]["code"] == "shutting_down"
+            for waiting in (whole, load):
+                assert waiting.result().status_code == 503
+                assert waiting.result().json()["error"]["code"] == "shutting_down"
         assert server.api.wait(30) == -signal.SIGTERM
         assert "Exception in ASGI" not in server.log_path.read_text()
     finally:
