@@ -285,7 +285,8 @@ def share_memory(config: EngineConfig, loaded: LoadedModel, budget: int) -> tupl
             arena_bytes or CPU_ARENA_BYTES
         )
     # The deterministic engine computes the logits of every token.
-    activations = measure_activations(loaded, budget, budget if config.deterministic else config.max_sequences)
+    wanted = budget if config.deterministic else config.max_sequences
+    activations = measure_activations(loaded, budget, wanted, config.max_sequences)
     # Graphs keep theirs, of steps of up to so many tokens.
     activations += activations * min(budget, STEP_SIZES[-1]) // budget
     free, total = torch.cuda.mem_get_info()
@@ -305,8 +306,9 @@ def share_memory(config: EngineConfig, loaded: LoadedModel, budget: int) -> tupl
 
 
 @torch.inference_mode()
-def measure_activations(loaded: LoadedModel, tokens: int, sequences: int) -> int:
-    """Peak bytes that a step of `tokens` tokens with `sequences` sampled rows allocates beside the weights."""
+def measure_activations(loaded: LoadedModel, tokens: int, wanted: int, sequences: int) -> int:
+    """Peak bytes that a step of `tokens` tokens with `wanted` rows of logits, of them `sequences` sampled, allocates
+    beside the weights."""
     device = loaded.device
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -317,10 +319,10 @@ def measure_activations(loaded: LoadedModel, tokens: int, sequences: int) -> int
             input_ids=torch.zeros(1, tokens, dtype=torch.long, device=device),
             position_ids=torch.arange(tokens, device=device)[None] % loaded.manifest.max_positions,
             use_cache=False,
-            logits_to_keep=torch.arange(min(sequences, tokens), device=device),
+            logits_to_keep=torch.arange(min(wanted, tokens), device=device),
         ).logits[0]
         # What sampling with every option on holds at once: float32 logits, probabilities, their order and sums.
-        order = logits.float().softmax(-1).sort(dim=-1, descending=True)
+        order = logits[:sequences].float().softmax(-1).sort(dim=-1, descending=True)
         del order
     finally:
         attention.register()
