@@ -1,7 +1,7 @@
 """Operators that torch.compile does not look into, at the least cost of a call.
 
 torch.library.custom_op wraps each call in checks of aliasing and autograd: 47 us of host time, where what is
-registered here takes 16 (torch 2.13, one CPU core). A decoder layer makes five such calls, for each of some 160 CUDA
+registered here takes 16 (torch 2.13, one CPU core). A decoder layer makes five such calls, for each of some 200 CUDA
 graphs that are captured before the engine is ready. Tests run torch's own checks of each operator instead.
 """
 

@@ -161,10 +161,11 @@ def check_machine(config: EngineConfig) -> None:
                 "only as CUDA graphs of one shape",
                 "leave LORAPLEX_EAGER=true out, or LORAPLEX_DETERMINISTIC",
             )
-        few = config.max_tokens_per_step if config.deterministic else 0
-        if few and few <= FEW < few * MAX_ADAPTERS_PER_REQUEST:
+        budget = config.max_tokens_per_step
+        # Kernels of plans of few entries are launched otherwise, and each adapter of a mix is an entry of its own.
+        if config.deterministic and 0 < budget <= FEW < budget * MAX_ADAPTERS_PER_REQUEST:
             raise CannotStart(
-                f"LORAPLEX_DETERMINISTIC=true and LORAPLEX_MAX_TOKENS_PER_STEP={few}: steps with mixes would divide "
+                f"LORAPLEX_DETERMINISTIC=true and LORAPLEX_MAX_TOKENS_PER_STEP={budget}: steps with mixes would divide "
                 "the LoRA products otherwise than steps without",
                 f"set LORAPLEX_MAX_TOKENS_PER_STEP to more than {FEW}",
             )
