@@ -159,9 +159,8 @@ class TritonKernels:
                 self.linear(x, cast(Tensor, layer.weight), layer.tail, layer.bias, targets, site)
             elif beside is not None:
                 y = x.new_zeros(tokens, site.out_features)
-                partials = triton_lora.shrink(x, targets, beside, self.arena)
                 add = not beside.covers
-                triton_lora.expand(y, partials, targets, site.offsets, site.widths, beside, self.arena, add=add)
+                triton_lora.deltas(y, x, targets, site.offsets, site.widths, beside, self.arena, add=add)
 
     def ranks(self, plan: LoraPlan) -> NDArray[np.int32]:
         """[segments] the largest rank that each segment's row has in any target; 0 without an adapter."""

@@ -1,7 +1,8 @@
 """The Triton kernels of the LoRA products; triton_lora.py says what they compute, and launches them.
 
-Both walk a list of items with a fixed number of programs. `cell` is a (row, target) of the arena's table; tiles of
-row -1 hold tokens without an adapter. Where expand does not ADD, it writes every column of every token of its wave.
+Shrink and expand walk a list of items with a fixed number of programs; expand_small has a program for each. `cell` is a
+(row, target) of the arena's table; tiles of row -1 hold tokens without an adapter. Where expand does not ADD, it writes
+every column of every token of its wave. EARLY: expand begins while shrink runs (early.py).
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -38,7 +39,10 @@ def shrink_kernel(
     SPLITS: tl.constexpr,
     VEC: tl.constexpr,
     MOST_BLOCKS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     K_SPLIT: tl.constexpr = ((K + BK - 1) // BK + SPLITS - 1) // SPLITS * BK
     total = tl.load(num_blocks) * (NT * SPLITS)
     for item in range(tl.program_id(0), total, tl.num_programs(0)):
@@ -198,3 +202,104 @@ def expand_kernel(
                 n = n0 + tl.arange(0, BN)
                 nothing = tl.zeros([BM, BN], y.dtype.element_ty)
                 tl.store(y_at + n[None, :], nothing, mask=live[:, None] & (n < width)[None, :])
+
+
+@triton.jit(do_not_specialize=["stride_split", "wave"], do_not_specialize_on_alignment=["targets"])
+def expand_small_kernel(
+    y,
+    data,
+    ranks,
+    offsets,
+    scales,
+    targets,
+    tokens,
+    weights,
+    tile_row,
+    tile_start,
+    tile_len,
+    wave_tiles,
+    partials,
+    wave,
+    stride_y,
+    stride_table,
+    stride_split,
+    NT: tl.constexpr,
+    OFFSETS: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BUCKET: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    MORE_SPLITS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    VEC: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ADD: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """Ranks fit one block, and each program has one item: a loop over items would cost registers, and so programs.
+
+    Tensor cores have use for one token in 16 of a tile that is one token. Its B goes to registers instead, AT_ONCE ranks
+    of it on their way together, and each thread sums up its own columns. MORE_SPLITS: SPLITS or more, a power of two.
+    """
+    splits_apart = tl.cast(stride_split, tl.int64)
+    first = tl.load(wave_tiles + wave)
+    tile = first + tl.program_id(0) // CHUNKS
+    if tile < tl.load(wave_tiles + wave + 1):
+        j, column, width, offset = chunk_of(tl.program_id(0) % CHUNKS, NT, OFFSETS, WIDTHS, CHUNK)
+        if ALIGNED:
+            width = width // VEC * VEC
+            offset = offset // VEC * VEC
+        row = tl.load(tile_row + tile).to(tl.int64)
+        cell = row * stride_table + tl.load(targets + j)
+        rank = tl.load(ranks + cell, mask=row >= 0, other=0)
+        scale = tl.load(scales + cell, mask=row >= 0, other=0.0)
+        b = data + tl.load(offsets + 2 * cell + 1, mask=row >= 0, other=0) // VEC * VEC
+        start = tl.load(tile_start + tile)
+        length = tl.load(tile_len + tile)
+        if rank > 0 and length == 1:
+            y_row = y + tl.load(tokens + start).to(tl.int64) * stride_y + offset
+            factor = tl.load(weights + start) * scale
+            at_once, split = tl.arange(0, AT_ONCE), tl.arange(0, MORE_SPLITS)
+            columns = column + tl.arange(0, CHUNK)
+            delta = tl.zeros([CHUNK], tl.float32)
+            end = AT_ONCE
+            if BUCKET > AT_ONCE:
+                end = rank
+            for r0 in range(0, end, AT_ONCE):
+                there = r0 + at_once < rank
+                b_at = ((r0 + at_once) * width)[:, None] + columns[None, :]
+                b_part = tl.load(b + b_at, mask=there[:, None] & (columns < width)[None, :], other=0.0)
+                if EARLY:
+                    tl.extra.cuda.gdc_wait()
+                part_at = (split * splits_apart)[:, None] + (start * (NT * BUCKET) + j * BUCKET + r0 + at_once)[None, :]
+                parts = tl.load(partials + part_at, mask=(split < SPLITS)[:, None] & there[None, :], other=0.0)
+                s_part = tl.sum(parts, 0).to(data.dtype.element_ty).to(tl.float32)  # rounded as for tensor cores
+                delta += tl.sum(b_part.to(tl.float32) * s_part[:, None], 0)
+            _put(delta * factor, y_row + columns, columns < width, ADD)
+        else:
+            r = tl.arange(0, BUCKET)
+            used = r < rank
+            rows = tl.arange(0, BM)
+            live = rows < length
+            token = tl.load(tokens + start + rows, mask=live, other=0).to(tl.int64)
+            factors = tl.load(weights + start + rows, mask=live, other=0.0) * scale
+            if EARLY:
+                tl.extra.cuda.gdc_wait()
+            s_at = ((start + rows) * (NT * BUCKET))[:, None] + (j * BUCKET + r)[None, :]
+            s = _sum_splits(partials, s_at, live[:, None] & used[None, :], splits_apart, SPLITS)
+            s = s.to(data.dtype.element_ty)
+            y_at = y + (token * stride_y)[:, None] + offset
+            end = tl.minimum(column + CHUNK, width)
+            if ADD:
+                end = tl.where(rank > 0, end, column)
+            for n0 in range(column, end, BN):
+                n = n0 + tl.arange(0, BN)
+                inside = (n < width)[None, :]
+                bv = tl.load(b + (r * width)[:, None] + n[None, :], mask=used[:, None] & inside, other=0.0)
+                deltas = tl.dot(s, bv, input_precision="ieee") * factors[:, None]
+                _put(deltas, y_at + n[None, :], live[:, None] & inside, ADD)
+    if EARLY:  # those with nothing to do as well
+        tl.extra.cuda.gdc_wait()

@@ -80,8 +80,7 @@ def _beside(
 
     def deltas() -> None:
         if plan is not None and tables is not None:
-            partials = triton_lora.shrink(x, targets, plan, tables)
-            triton_lora.expand(delta, partials, targets, tuple(offsets), tuple(widths), plan, tables, add=add)
+            triton_lora.deltas(delta, x, targets, tuple(offsets), tuple(widths), plan, tables, add=add)
 
     if side is not None:
         return side.beside(x, product, deltas)

@@ -4,23 +4,31 @@
     expand   y[tokens[p], o_j : o_j + d_j] += weights[p] · scale_j · s[p, j, :] B_j      (or =, see `expand`)
 
 Each factor's address, rank and scale are read from the arena's table on the device, and loads are masked at the true
-rank, so memory traffic is that of the ranks themselves. Both grids have a fixed size: their programs walk a list of
-items whose length is read from the plan, which is what lets a captured CUDA graph serve any batch (grouping of tokens
-by adapter as in Chen et al. 2023, "Punica"; adapters/kernels/reference.py states the mathematics).
+rank, so memory traffic is that of the ranks themselves. Grids have a fixed size: how many items there are is read from
+the plan, which is what lets a captured CUDA graph serve any batch (grouping of tokens by adapter as in Chen et al. 2023,
+"Punica"; adapters/kernels/reference.py states the mathematics).
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+import triton
 from torch import Tensor
 
-from adapters.kernels.device_plan import MOST_BLOCKS, DevicePlan, rank_block
-from adapters.kernels.lora_kernels import expand_kernel, shrink_kernel
+from adapters.kernels import early
+from adapters.kernels.device_plan import MOST_BLOCKS, WALKED, DevicePlan, rank_block
+from adapters.kernels.lora_kernels import expand_kernel, expand_small_kernel, shrink_kernel
 from adapters.kernels.tuning import ExpandConfig, ShrinkConfig, expand_config, shrink_config
 from adapters.site import Site
+
+RANKS_AT_ONCE = 16
+"""Of an adapter with one token that are on their way to a program's registers together."""
+EARLY_TOKENS = 48
+"""Up to so many tokens expand starts while shrink runs. In larger steps its programs, which wait, are in others' way
+(benchmarks/RESULTS.md)."""
 
 
 class Tables(Protocol):
@@ -49,8 +57,11 @@ def shrink(
     plan: DevicePlan,
     tables: Tables,
     config: ShrinkConfig | None = None,
+    *,
+    starts_next: bool = False,
 ) -> Tensor:
-    """x [T, k] -> partials for `expand`. targets: int32 [n], target indices on the device."""
+    """x [T, k] -> partials for `expand`. targets: int32 [n], target indices on the device. starts_next: what is launched
+    next is an expand that starts early."""
     _check(x, tables)
     count, k = targets.numel(), x.shape[1]
     shape = plan.shape
@@ -88,6 +99,7 @@ def shrink(
         SPLITS=splits,
         VEC=16 // x.element_size(),
         MOST_BLOCKS=MOST_BLOCKS,
+        EARLY=starts_next,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
@@ -105,16 +117,28 @@ def expand(
     config: ExpandConfig | None = None,
     *,
     add: bool = True,
+    starts_early: bool = False,
 ) -> None:
     """Adds to y [T, d] in place, wave after wave. offsets, widths: columns of each target. add False: y may hold
-    anything, and rows that the plan names are written; it has to name all that are read."""
+    anything, and rows that the plan names are written; it has to name all that are read. starts_early: the kernel before
+    is a shrink that lets it."""
     _check(y, tables)
     shape, vector = plan.shape, 16 // y.element_size()
     config = config or expand_config(shape.entries, plan.bucket, shape.block_m, y.element_size())
+    small = not config.programs
+    if small and plan.bucket > WALKED:
+        raise ValueError(f"programs: 0, a program for each item, is not for the rank bucket {plan.bucket}")
     chunks = sum(-(-width // config.chunk) for width in widths)
-    grid = (min(shape.tiles * chunks, config.programs * multiprocessors(y.device)),)
+    items, splits = shape.tiles * chunks, partials.shape[0]
+    kernel = expand_small_kernel if small else expand_kernel
+    grid = (items if small else min(items, config.programs * multiprocessors(y.device)),)
     for wave in range(shape.waves):
-        expand_kernel[grid](
+        early_one = small and starts_early and not wave
+        own: dict[str, Any] = {"BR": config.block_r}
+        if small:
+            more_splits = triton.next_power_of_2(splits)
+            own = {"MORE_SPLITS": more_splits, "AT_ONCE": RANKS_AT_ONCE, "EARLY": early_one}
+        kernel[grid](
             y,
             tables.data,
             tables.ranks,
@@ -138,24 +162,42 @@ def expand(
             CHUNKS=chunks,
             BUCKET=plan.bucket,
             BM=shape.block_m,
-            BR=config.block_r,
             BN=config.block_n,
             CHUNK=config.chunk,
-            SPLITS=partials.shape[0],
+            SPLITS=splits,
             VEC=vector,
             ALIGNED=all(n % vector == 0 for n in (*offsets, *widths)),
             ADD=add or wave > 0,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
+            **own,
+            **({"maxnreg": config.registers} if config.registers and y.is_cuda else {}),
+            **early.options(early_one),
         )
+
+
+def deltas(
+    y: Tensor,
+    x: Tensor,
+    targets: Tensor,
+    offsets: tuple[int, ...],
+    widths: tuple[int, ...],
+    plan: DevicePlan,
+    tables: Tables,
+    *,
+    add: bool = True,
+) -> None:
+    """Both: every entry's delta is written, or added, to y [T, d]. Arguments as for the two."""
+    config = expand_config(plan.shape.entries, plan.bucket, plan.shape.block_m, y.element_size())
+    starts_early = not config.programs and len(x) <= EARLY_TOKENS and early.can_start_early(x.device)
+    partials = shrink(x, targets, plan, tables, starts_next=starts_early)
+    expand(y, partials, targets, offsets, widths, plan, tables, config, add=add, starts_early=starts_early)
 
 
 def apply(y: Tensor, x: Tensor, site: Site, plan: DevicePlan, tables: Tables) -> None:
     """Adds every entry's delta to y [T, out_features] in place; x [T, in_features], in the arena's dtype; rows of
     either may be apart, elements of a row may not."""
-    targets = target_tensor(site.targets, y.device)
-    partials = shrink(x, targets, plan, tables)
-    expand(y, partials, targets, site.offsets, site.widths, plan, tables)
+    deltas(y, x, target_tensor(site.targets, y.device), site.offsets, site.widths, plan, tables)
 
 
 @lru_cache(maxsize=65536)

@@ -41,7 +41,7 @@ class ShrinkConfig:
 @dataclass(frozen=True, slots=True)
 class ExpandConfig:
     """s [., r] B: an item is one tile and `chunk` columns of one target, `block_n` at a time; all of them at once for
-    more than `block_r` ranks, which are walked."""
+    more than `block_r` ranks, which are walked, and for a tile of one token where each item has its own program."""
 
     block_r: int
     block_n: int
@@ -49,6 +49,9 @@ class ExpandConfig:
     num_warps: int
     num_stages: int
     programs: int
+    """As for shrink; 0: one for each item (expand_small_kernel), for ranks that fit one block."""
+    registers: int = 0
+    """Of a thread at most; 0: the compiler chooses."""
 
 
 def key(kernel: str, entries: int, bucket: int, block_m: int) -> str:

@@ -151,6 +151,44 @@ def test_every_configuration_gives_the_same_sum(splits: int, largest: int, shrin
     assert error(y, wanted) < 1e-6
 
 
+@pytest.mark.parametrize("chunk", [16, 64])
+@pytest.mark.parametrize("splits", [1, 3, 8])
+@pytest.mark.parametrize("largest", [16, 64])
+def test_a_program_for_each_item_gives_the_same_sum(largest: int, splits: int, chunk: int) -> None:
+    """Tiles of one token and of more, ranks of several blocks, columns of no whole chunk, targets that an adapter leaves
+    out, a mix."""
+    site = make_site(200, (64, 40))
+    table = make_table([[largest, 9], [0, 5], [17 % largest, 0]], [(200, 64), (200, 40)], torch.float32, DEVICE)
+    singles = [(1, ((row, 0.5 + row),)) for row in range(3)]
+    plan = plan_of([(18, ((0, 1.0),)), (2, ((1, 0.5),)), *singles, (1, ((0, 0.5), (1, -1.0), (2, 2.0))), (3, ())])
+    assert plan is not None
+    x, y = inputs(27, 200, 104, torch.float32)
+    wanted = expected(y, x, site, plan, table)
+    targets = triton_lora.target_tensor(site.targets, DEVICE)
+    shrink, expand = ShrinkConfig(largest, 32, 200 // splits, 4, 2, 1), ExpandConfig(largest, 16, chunk, 4, 2, 0, 80)
+    device_plan = DevicePlan.from_plan(plan, largest, DEVICE)
+    partials = triton_lora.shrink(x, targets, device_plan, table, shrink)
+    triton_lora.expand(y, partials, targets, site.offsets, site.widths, device_plan, table, expand)
+    assert error(y, wanted) < 1e-6
+    device_plan = DevicePlan.from_plan(covering(plan, 27), largest, DEVICE, covers=True)
+    delta = torch.full_like(y, torch.nan)
+    partials = triton_lora.shrink(x, targets, device_plan, table, shrink)
+    triton_lora.expand(delta, partials, targets, site.offsets, site.widths, device_plan, table, expand, add=False)
+    assert error(delta, expected(torch.zeros_like(y), x, site, plan, table)) < 1e-6
+
+
+def test_a_program_for_each_item_is_not_for_ranks_that_are_walked() -> None:
+    table = make_table([[100]], [(64, 32)], torch.float32, DEVICE)
+    plan = plan_of([(1, ((0, 1.0),))])
+    assert plan is not None
+    device_plan = DevicePlan.from_plan(plan, 100, DEVICE)
+    x, y = inputs(1, 64, 32, torch.float32)
+    targets = triton_lora.target_tensor((0,), DEVICE)
+    partials = triton_lora.shrink(x, targets, device_plan, table)
+    with pytest.raises(ValueError, match="rank bucket 512"):
+        triton_lora.expand(y, partials, targets, (0,), (32,), device_plan, table, ExpandConfig(16, 32, 32, 4, 2, 0))
+
+
 @pytest.mark.parametrize(("largest", "block_r"), [(64, 32), (100, 64)])
 def test_a_block_of_ranks_that_is_not_the_plan_s_is_refused(largest: int, block_r: int) -> None:
     table = make_table([[largest]], [(64, 32)], torch.float32, DEVICE)
