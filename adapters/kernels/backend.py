@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
 from typing import cast
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
 from adapters.arena import Arena
-from adapters.kernels import one_row, ops, triton_lora, triton_tail
+from adapters.kernels import one_row, ops, shares, triton_lora, triton_tail
 from adapters.kernels.device_plan import DevicePlan
 from adapters.kernels.ops import STEP
 from adapters.kernels.side import Side
@@ -139,6 +142,11 @@ class TritonKernels:
         """Copies to the tails what the step's plan lists; before its first product."""
         if STEP.tails and STEP.tail_plan:
             STEP.tails.stage(STEP.tail_plan, self.arena)
+
+    def share_out(self, sizes: Iterable[shares.Size], stream: torch.cuda.Stream, folder: Path | None) -> None:
+        """Measures what products of such sizes leave to LoRA; folder: where that is kept."""
+        if STEP.side:
+            shares.settle(STEP.side, self.arena.data, self._installed, sizes, stream, folder)
 
     def warm_up(self, beside: DevicePlan | None, tail: TailPlan | None, tokens: int) -> None:
         """Launches the kernels of every kind of site once, as `linear` and `gated` will, so that they are compiled and

@@ -241,8 +241,8 @@ def expand_small_kernel(
 ):
     """Ranks fit one block, and each program has one item: a loop over items would cost registers, and so programs.
 
-    Tensor cores have use for one token in 16 of a tile that is one token. Its B goes to registers instead, AT_ONCE ranks
-    of it on their way together, and each thread sums up its own columns. MORE_SPLITS: SPLITS or more, a power of two.
+    For a tile of one token, tensor cores would compute 15 rows for nobody. Its B goes to registers instead, AT_ONCE
+    ranks on their way together, and each thread sums up its own columns. MORE_SPLITS: SPLITS or more, a power of two.
     """
     splits_apart = tl.cast(stride_split, tl.int64)
     first = tl.load(wave_tiles + wave)

@@ -83,7 +83,7 @@ def _beside(
             triton_lora.deltas(delta, x, targets, tuple(offsets), tuple(widths), plan, tables, add=add)
 
     if side is not None:
-        return side.beside(x, product, deltas)
+        return side.beside(x, weight.shape[0], product, deltas)
     deltas()
     return product()
 

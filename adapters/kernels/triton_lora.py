@@ -5,8 +5,8 @@
 
 Each factor's address, rank and scale are read from the arena's table on the device, and loads are masked at the true
 rank, so memory traffic is that of the ranks themselves. Grids have a fixed size: how many items there are is read from
-the plan, which is what lets a captured CUDA graph serve any batch (grouping of tokens by adapter as in Chen et al. 2023,
-"Punica"; adapters/kernels/reference.py states the mathematics).
+the plan, which is what lets a captured CUDA graph serve any batch (grouping of tokens by adapter as in Chen et al.
+2023, "Punica"; adapters/kernels/reference.py states the mathematics).
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def shrink(
     *,
     starts_next: bool = False,
 ) -> Tensor:
-    """x [T, k] -> partials for `expand`. targets: int32 [n], target indices on the device. starts_next: what is launched
-    next is an expand that starts early."""
+    """x [T, k] -> partials for `expand`. targets: int32 [n], target indices on the device. starts_next: what is
+    launched next is an expand that starts early."""
     _check(x, tables)
     count, k = targets.numel(), x.shape[1]
     shape = plan.shape
@@ -120,8 +120,8 @@ def expand(
     starts_early: bool = False,
 ) -> None:
     """Adds to y [T, d] in place, wave after wave. offsets, widths: columns of each target. add False: y may hold
-    anything, and rows that the plan names are written; it has to name all that are read. starts_early: the kernel before
-    is a shrink that lets it."""
+    anything, and rows that the plan names are written; it has to name all that are read. starts_early: the kernel
+    before is a shrink that lets it."""
     _check(y, tables)
     shape, vector = plan.shape, 16 // y.element_size()
     config = config or expand_config(shape.entries, plan.bucket, shape.block_m, y.element_size())

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,8 @@ from torch import Tensor
 
 from adapters.kernels.backend import TritonKernels, many_tokens_each
 from adapters.kernels.device_plan import DevicePlan, PlanShape, PlanSizeError, pack
+from adapters.kernels.shares import Size
+from adapters.kernels.side import LEAST_TOKENS, MOST_TOKENS
 from adapters.kernels.tail import Placed
 from adapters.kernels.tail_plan import TailPlan, TailShape, pack_tail
 from adapters.plan import NOTHING, LoraPlan, covering
@@ -170,7 +173,9 @@ class StepGraphs:
         dtype: torch.dtype,
         device: torch.device,
         deterministic: bool = False,
+        folder: Path | None = None,
     ) -> None:
+        """folder: for what is measured here and holds for the next start too."""
         self._forward = forward
         self._attention = attention
         self._kernels = kernels
@@ -179,6 +184,7 @@ class StepGraphs:
         self._pages = -(-max_positions // page_size)
         self._device = device
         self.deterministic = deterministic
+        self._folder = folder
         if deterministic:
             self._places = [_Places(one_shape(max_sequences, max_tokens), self._pages, SAME_VARIANTS)]
         else:
@@ -198,6 +204,7 @@ class StepGraphs:
 
     def capture(self) -> None:
         """Captures every graph, largest first so that the smaller ones share its memory."""
+        self._kernels.share_out(self._beside(), self._stream, self._folder)
         begin = time.perf_counter()
         pool = torch.cuda.graph_pool_handle()
         least = math.inf
@@ -217,6 +224,14 @@ class StepGraphs:
         log.info("%d CUDA graphs captured in %.1f s", len(self._graphs), time.perf_counter() - begin)
         sizes = ", ".join(f"{size}: {seconds * 1e3:.1f}" for size, seconds in sorted(self.seconds.items()))
         log.info("ms of a step with prompts, by its tokens: %s", sizes or "not measured")
+
+    def _beside(self) -> Iterator[Size]:
+        """Steps whose LoRA runs beside products that may leave multiprocessors free."""
+        for places in self._places:
+            if LEAST_TOKENS <= places.shape.tokens <= MOST_TOKENS:
+                for variant in places.plans:
+                    if variant.rank and variant.block_m == 16:
+                        yield Size(places.shape.tokens, tailed=variant.slots > 0)
 
     def run(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import torch
 import torch._dynamo.exc
@@ -56,6 +57,7 @@ def prepare(
         dtype=loaded.dtype,
         device=loaded.device,
         deterministic=config.deterministic,
+        folder=Path(config.cache_dir) / "compiled",
     )
 
     def one_row() -> bool:

@@ -164,7 +164,7 @@ def test_products_have_all_multiprocessors_again_behind_one_that_failed() -> Non
         raise RuntimeError("no product")
 
     with pytest.raises(RuntimeError, match="no product"):
-        side.beside(x, product, lambda: None)
+        side.beside(x, 16, product, lambda: None)
     assert seen == [free_of(64)]
     assert torch._C._get_sm_carveout_experimental() is None
 

@@ -155,8 +155,8 @@ def test_every_configuration_gives_the_same_sum(splits: int, largest: int, shrin
 @pytest.mark.parametrize("splits", [1, 3, 8])
 @pytest.mark.parametrize("largest", [16, 64])
 def test_a_program_for_each_item_gives_the_same_sum(largest: int, splits: int, chunk: int) -> None:
-    """Tiles of one token and of more, ranks of several blocks, columns of no whole chunk, targets that an adapter leaves
-    out, a mix."""
+    """Tiles of one token and of more, ranks of several blocks, columns of no whole chunk, targets that an adapter
+    leaves out, a mix."""
     site = make_site(200, (64, 40))
     table = make_table([[largest, 9], [0, 5], [17 % largest, 0]], [(200, 64), (200, 40)], torch.float32, DEVICE)
     singles = [(1, ((row, 0.5 + row),)) for row in range(3)]
