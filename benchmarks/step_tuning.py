@@ -35,6 +35,9 @@ SHRINK = {
         ShrinkConfig(16, 128, 256, 4, 2, 32),
         ShrinkConfig(16, 128, 1024, 4, 4, 32),
         ShrinkConfig(16, 128, 512, 2, 3, 32),
+        ShrinkConfig(16, 128, 1024, 2, 4, 32),
+        ShrinkConfig(16, 128, 1024, 2, 5, 32),
+        ShrinkConfig(16, 128, 2048, 2, 6, 32),
     ],
     64: [
         ShrinkConfig(16, 64, 1024, 4, 3, 4),
@@ -53,6 +56,10 @@ EXPAND = {
         ExpandConfig(16, 256, 2048, 4, 3, 32),
         ExpandConfig(16, 128, 1024, 4, 4, 32),
         ExpandConfig(16, 128, 512, 2, 3, 32),
+        ExpandConfig(16, 256, 1024, 4, 2, 0, 80),
+        ExpandConfig(16, 256, 1024, 4, 2, 0),
+        ExpandConfig(16, 128, 1024, 4, 2, 0, 128),
+        ExpandConfig(16, 256, 512, 2, 2, 0),
     ],
     64: [
         ExpandConfig(16, 128, 512, 4, 3, 4),
@@ -99,7 +106,7 @@ def fitted(candidate: ShrinkConfig | ExpandConfig, bucket: int, block_m: int) ->
         return replace(candidate, block_r=bucket)
     if isinstance(candidate, ShrinkConfig):
         return replace(candidate, block_r=rank_block(block_m), most_splits=8 if block_m <= 16 else 4)
-    return candidate
+    return replace(candidate, programs=candidate.programs or 32)
 
 
 def timed(case: Case, kind: str, block_m: int) -> float:
