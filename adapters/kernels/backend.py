@@ -146,7 +146,7 @@ class TritonKernels:
     def share_out(self, sizes: Iterable[shares.Size], stream: torch.cuda.Stream, folder: Path | None) -> None:
         """Measures what products of such sizes leave to LoRA; folder: where that is kept."""
         if STEP.side:
-            shares.settle(STEP.side, self.arena.data, self._installed, sizes, stream, folder)
+            shares.settle(STEP.side, self.arena, self._installed, sizes, stream, folder)
 
     def warm_up(self, beside: DevicePlan | None, tail: TailPlan | None, tokens: int) -> None:
         """Launches the kernels of every kind of site once, as `linear` and `gated` will, so that they are compiled and

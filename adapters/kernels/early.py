@@ -6,7 +6,7 @@ kernel of a step writes: weights, the step's plan, adapters.
 
 A kernel lets the next one start behind its own wait. That way all but the last kernel have ended when one starts,
 which is what the compiler's kernels count on. Only where the next kernel is known to read nothing of a step before its
-wait may it be let start at once (`shrink`, whose next is `one_row`).
+wait may it be let start at once (both kinds of shrink, whose next are `one_row` and `expand_small`).
 """
 
 from __future__ import annotations

@@ -7,9 +7,11 @@ LoRA with ADAPTERS different adapters beside them. What was measured is kept in 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
-import tempfile
+import math
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -37,6 +39,8 @@ steps of a few tokens, which miss the multiprocessors least."""
 LAYERS = 3
 """Of one kind that a measurement goes through at most: weights and factors should not be found in the cache."""
 REPLAYS = 4
+MOST_S = 15.0
+"""Seconds after which what is left keeps the rule. An 8B model has 80 products to measure."""
 GAIN = 0.985
 """What was chosen by rule stays, unless another choice takes at most so much of its time."""
 
@@ -58,36 +62,46 @@ def choose(times: dict[int, float], by_rule: int) -> int:
 
 def settle(
     side: Side,
-    data: Tensor,
+    tables: triton_lora.Tables,
     installed: Sequence[LoraLinear],
     sizes: Iterable[Size],
     stream: torch.cuda.Stream,
     folder: Path | None = None,
 ) -> None:
-    """Sets `side.measured` for the layers' products in steps of such sizes. data: the arena's, read as factors of made
-    up adapters, whatever it holds. folder: of a file with what was measured before."""
+    """Sets `side.measured` for the layers' products in steps of such sizes; what cannot be measured keeps the rule of
+    side.py. tables: the arena, whose data is read as factors of made up adapters, whatever it holds. folder: of a file
+    with what was measured before."""
     choices = side.choices()
-    if not choices:
+    if len(choices) < 2:
         return
-    path = folder / "shares.json" if folder else None
-    begin, known = time.perf_counter(), _read(path, data)
+    machine = _machine(tables.data)
+    path = folder / f"shares-{_digest(machine)}.json" if folder else None
+    begin, known = time.perf_counter(), _read(path, machine, choices)
+    pool, graphs, new = torch.cuda.graph_pool_handle(), [], 0
     kinds = _kinds(installed)
-    new = 0
-    for size in sorted(set(sizes)):
+    # Largest first, each in the memory of the one before.
+    for size in sorted(set(sizes), reverse=True):
         for layers in kinds:
-            weights, site = _weights(layers, size), layers[0].site
-            if not weights or data.numel() < RANK * max(site.in_features, *site.widths):
+            weights = _weights(layers, size)
+            if not weights:
                 continue
             key = (size.tokens, *weights[0].shape)
-            if key not in known:
-                times = _Case(side, data, layers, weights, size).times(choices, stream)
-                known[key] = choose(times, side.left_free(*key))
-                new += 1
-            side.measured[key] = known[key]
+            if key not in known and time.perf_counter() - begin < MOST_S and has_room(tables.data, layers, size):
+                try:
+                    case = _Case(side, tables, layers, weights, size)
+                    graphs = case.captured(choices, stream, pool, graphs)
+                    known[key] = choose(_times(graphs, choices, stream), side.left_free(*key))
+                    new += 1
+                except Exception:
+                    log.warning("what a product of %s leaves to LoRA was not measured", key, exc_info=True)
+            if key in known:
+                side.measured[key] = known[key]
     if new:
+        del graphs
+        torch.cuda.empty_cache()
         log.info("what %d products leave to LoRA measured in %.1f s", new, time.perf_counter() - begin)
         if path:
-            _write(path, data, known)
+            _write(path, machine, known)
 
 
 def _kinds(installed: Sequence[LoraLinear]) -> list[list[LoraLinear]]:
@@ -121,34 +135,47 @@ def plan_of(size: Size, adapters: int) -> LoraPlan:
     return plan if size.tailed else covering(plan, size.tokens)
 
 
-class Factors:
-    """A table of made up adapters (triton_lora.Tables), whose factors lie anywhere in the data, which has room for the
-    largest."""
+def has_room(data: Tensor, layers: Sequence[LoraLinear], size: Size) -> bool:
+    """Whether the made up adapters have factors of their own each; else they would be found in the cache."""
+    site = layers[0].site
+    adapters = min(ADAPTERS, size.tokens)
+    return data.numel() >= adapters * len(layers) * RANK * (len(site.widths) * site.in_features + site.out_features)
 
-    def __init__(self, data: Tensor, adapters: int, layers: int, k: int, widths: Sequence[int]) -> None:
-        cells = layers * len(widths)
-        sizes = np.array([[RANK * k, RANK * width] for width in widths] * layers, dtype=np.int64)
-        room = data.numel() - int(sizes.max())
-        ends = np.cumsum(np.broadcast_to(sizes, (adapters, cells, 2)).reshape(-1))
-        begins = (ends - np.broadcast_to(sizes, (adapters, cells, 2)).reshape(-1)) % (room + 1)
-        self.data = data
-        self.ranks = torch.full((adapters, cells), RANK, dtype=torch.int32, device=data.device)
-        # As in the arena, blocks of 16 bytes.
-        self.offsets = torch.from_numpy((begins // 16 * 16).reshape(adapters, cells, 2)).to(data.device)
-        self.scales = torch.ones(adapters, cells, device=data.device)
+
+class Factors:
+    """A table of made up adapters (triton_lora.Tables), whose factors lie one behind the other in the data."""
+
+    def __init__(self, tables: triton_lora.Tables, adapters: int, layers: int, k: int, widths: Sequence[int]) -> None:
+        cells, device = layers * len(widths), tables.data.device
+        sizes = np.array([[RANK * k, RANK * width] for width in widths] * layers * adapters, dtype=np.int64).reshape(-1)
+        begins = (np.cumsum(sizes) - sizes) // 8 * 8  # loads of 16 bytes
+        # Rows as long as the arena's: the compiler makes other code for other strides.
+        rows = (adapters, tables.ranks.shape[1])
+        offsets = np.zeros((*rows, 2), dtype=np.int64)
+        offsets[:, :cells] = begins.reshape(adapters, cells, 2)
+        self.data = tables.data
+        self.ranks = torch.full(rows, RANK, dtype=torch.int32, device=device)
+        self.offsets = torch.from_numpy(offsets).to(device)
+        self.scales = torch.ones(rows, device=device)
 
 
 class _Case:
     """The same product of several layers, one behind the other, LoRA beside each."""
 
     def __init__(
-        self, side: Side, data: Tensor, layers: Sequence[LoraLinear], weights: Sequence[Tensor], size: Size
+        self,
+        side: Side,
+        tables: triton_lora.Tables,
+        layers: Sequence[LoraLinear],
+        weights: Sequence[Tensor],
+        size: Size,
     ) -> None:
-        site, device = layers[0].site, data.device
+        site, data = layers[0].site, tables.data
+        device = data.device
         self._side, self._weights = side, weights
         plan = plan_of(size, ADAPTERS)
         self._plan = DevicePlan.from_plan(plan, RANK, device, covers=not size.tailed)
-        self._table = Factors(data, min(ADAPTERS, size.tokens), len(layers), site.in_features, site.widths)
+        self._table = Factors(tables, min(ADAPTERS, size.tokens), len(layers), site.in_features, site.widths)
         every = torch.arange(len(layers) * len(site.widths), dtype=torch.int32, device=device)
         self._targets = every.view(len(layers), -1).unbind()
         self._x = torch.randn(size.tokens, site.in_features, dtype=data.dtype, device=device)
@@ -168,21 +195,22 @@ class _Case:
 
             self._side.beside(self._x, weight.shape[0], product, deltas)
 
-    def times(self, choices: Sequence[int], stream: torch.cuda.Stream) -> dict[int, float]:
-        """ms by what is left free."""
+    def captured(
+        self, choices: Sequence[int], stream: torch.cuda.Stream, pool: Any, before: list[torch.cuda.CUDAGraph]
+    ) -> list[torch.cuda.CUDAGraph]:
+        """A graph for each number of multiprocessors left free. before: graphs whose memory they may have."""
         key = (len(self._x), *self._weights[0].shape)
-        graphs, found = [], {}
-        pool = torch.cuda.graph_pool_handle()
+        graphs = []
         stream.wait_stream(torch.cuda.current_stream(self._x.device))
         try:
             with torch.cuda.stream(stream):
                 for free in choices:
                     self._side.measured[key] = free
                     graphs.append(_captured(self._run, stream, pool))
-                    found[free] = _time(graphs[-1])
         finally:
-            self._side.measured.pop(key)
-        return found
+            self._side.measured.pop(key, None)
+            before.clear()
+        return graphs
 
 
 def _captured(run: Callable[[], None], stream: torch.cuda.Stream, pool: Any) -> torch.cuda.CUDAGraph:
@@ -192,49 +220,75 @@ def _captured(run: Callable[[], None], stream: torch.cuda.Stream, pool: Any) -> 
     graph.capture_begin(pool=pool)
     try:
         run()
-    finally:
-        graph.capture_end()
+    except BaseException:
+        with suppress(RuntimeError):  # which says that the capture has failed
+            graph.capture_end()
+        raise
+    graph.capture_end()
     return graph
 
 
-def _time(graph: torch.cuda.CUDAGraph) -> float:
-    """ms of a replay: the shortest of some, after one that is not counted."""
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(REPLAYS + 1)]
-    graph.replay()
-    events[0].record()
-    for event in events[1:]:
-        graph.replay()
-        event.record()
-    events[-1].synchronize()
-    return min(begin.elapsed_time(end) for begin, end in pairwise(events))
+def _times(
+    graphs: Sequence[torch.cuda.CUDAGraph], choices: Sequence[int], stream: torch.cuda.Stream
+) -> dict[int, float]:
+    """ms of a replay of each: the shortest of some, in two turns, as clocks and neighbours change."""
+    found = dict.fromkeys(choices, math.inf)
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            for free, graph in zip(choices, graphs, strict=True):
+                events = [torch.cuda.Event(enable_timing=True) for _ in range(REPLAYS + 1)]
+                graph.replay()
+                events[0].record()
+                for event in events[1:]:
+                    graph.replay()
+                    event.record()
+                events[-1].synchronize()
+                found[free] = min(found[free], *(begin.elapsed_time(end) for begin, end in pairwise(events)))
+    return found
 
 
 def _machine(data: Tensor) -> dict[str, str]:
-    """What the figures hold for."""
+    """What the figures hold for: device, versions, and the code that was measured."""
+    here = Path(__file__).parent
+    code = b"".join((here / name).read_bytes() for name in _CODE)
     return {
         "device": torch.cuda.get_device_name(data.device) if data.is_cuda else data.device.type,
         "dtype": str(data.dtype),
         "torch": str(torch.__version__),
         "cuda": str(torch.version.cuda),
         "triton": triton.__version__,
+        "code": hashlib.sha256(code).hexdigest(),
     }
 
 
-def _read(path: Path | None, data: Tensor) -> dict[tuple[int, int, int], int]:
-    """What was measured on such a machine; nothing where the file is of another, or damaged."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
+_CODE = ("lora_kernels.py", "shares.py", "side.py", "triton_lora.py", "tuned.json", "tuning.py")
+
+
+def _digest(machine: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(machine, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _read(path: Path | None, machine: dict[str, str], choices: Sequence[int]) -> dict[tuple[int, int, int], int]:
+    """What was measured on such a machine; nothing where there is no file, or a damaged one."""
+    try:
         found = json.loads(path.read_text()) if path else {}
-        if found and found["machine"] == _machine(data):
-            return {(int(tokens), int(n), int(k)): int(free) for tokens, n, k, free in found["left_free"]}
-    return {}
+        rows = found["left_free"] if found.get("machine") == machine else []
+        return {(int(tokens), int(n), int(k)): free for tokens, n, k, free in rows if free in choices}
+    except FileNotFoundError:
+        return {}
+    except Exception:  # whatever a file may hold
+        log.warning("%s: damaged, it will be measured again", path, exc_info=True)
+        return {}
 
 
-def _write(path: Path, data: Tensor, known: dict[tuple[int, int, int], int]) -> None:
+def _write(path: Path, machine: dict[str, str], known: dict[tuple[int, int, int], int]) -> None:
     rows = [[*key, free] for key, free in sorted(known.items())]
+    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-            json.dump({"machine": _machine(data), "left_free": rows}, file)
-        Path(file.name).replace(path)
+        part.write_text(json.dumps({"machine": machine, "left_free": rows}))
+        part.replace(path)
     except OSError:
         log.warning("%s: not written, it will be measured again", path, exc_info=True)
+        with suppress(OSError):
+            part.unlink()

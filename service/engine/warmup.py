@@ -60,7 +60,8 @@ def warm_up(runner: Runner, arena: Arena, manifest: Manifest, budget: int, *, de
                 for tokens in sizes:
                     step(tokens, (tokens, low))
                 if not deterministic:
-                    step(TOKENS[0], (TOKENS[0], high))
+                    for tokens in (TOKENS[0], TOKENS[-1]):  # in small steps expand starts early
+                        step(tokens, (tokens, high))
             finally:
                 kernels.tails = tails
             if tails:

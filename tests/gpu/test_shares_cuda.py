@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+
 from adapters.kernels import ops, triton_lora
 from adapters.kernels.device_plan import DevicePlan
 from adapters.kernels.shares import Size, settle
@@ -17,6 +20,7 @@ from adapters.kernels.tail import with_tail
 from adapters.layers import LoraLinear
 from tests.kernels.lora_cases import error, expected, make_site, make_table, plan_of
 
+pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")
 SIZES = [Size(32, tailed=False), Size(256, tailed=False), Size(512, tailed=True)]
 
@@ -36,7 +40,8 @@ def test_measured_once_and_right_with_every_choice(step: ops.Step, tmp_path: Pat
         tail = with_tail(parts, None)
         layers.append(LoraLinear(tail.whole[:2560], None, site, None, tail))  # type: ignore[arg-type]
     side, stream = Side(DEVICE), torch.cuda.Stream(DEVICE)
-    settle(side, table.data, layers, SIZES, stream, tmp_path)
+    table.data = torch.cat([table.data, torch.randn(64 << 20, device=DEVICE).bfloat16()])
+    settle(side, table, layers, SIZES, stream, tmp_path)
     if not side.choices():
         assert side.measured == {}
         pytest.skip("products leave multiprocessors free on Hopper only")
@@ -46,12 +51,12 @@ def test_measured_once_and_right_with_every_choice(step: ops.Step, tmp_path: Pat
     assert torch._C._get_sm_carveout_experimental() is None
 
     # Another start believes the file, also one that knows of less.
-    path = tmp_path / "shares.json"
+    (path,) = tmp_path.iterdir()
     saved = json.loads(path.read_text())
     saved["left_free"] = [[*key, 24 if key[0] == 256 else free] for *key, free in saved["left_free"][1:]]
     path.write_text(json.dumps(saved))
     again = Side(DEVICE)
-    settle(again, table.data, layers, SIZES, stream, tmp_path)
+    settle(again, table, layers, SIZES, stream, tmp_path)
     assert again.measured[256, 2560, 2048] == 24
     assert set(again.measured) == set(side.measured)
     assert len(json.loads(path.read_text())["left_free"]) == 3
