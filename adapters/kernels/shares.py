@@ -77,7 +77,8 @@ def settle(
     machine = _machine(tables.data)
     path = folder / f"shares-{_digest(machine)}.json" if folder else None
     begin, known = time.perf_counter(), _read(path, machine, choices)
-    pool, graphs, new = torch.cuda.graph_pool_handle(), [], 0
+    graphs: list[torch.cuda.CUDAGraph] = []
+    pool, new = torch.cuda.graph_pool_handle(), 0
     kinds = _kinds(installed)
     # Largest first, each in the memory of the one before.
     for size in sorted(set(sizes), reverse=True):
