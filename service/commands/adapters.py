@@ -17,14 +17,30 @@ if TYPE_CHECKING:
 
 app = typer.Typer(rich_markup_mode=None)
 
+
+def _whole(name: str) -> str:
+    if "@" in name:
+        raise typer.BadParameter(f"{name!r} names a version, this takes an adapter's name alone")
+    return name
+
+
+def _versioned(adapter: str) -> str:
+    if adapter.endswith("@"):
+        raise typer.BadParameter(f"{adapter!r} has no version behind its @")
+    return adapter
+
+
 Name = Annotated[
-    str, typer.Argument(metavar="NAME", help="The adapter.", autocompletion=complete_adapters, show_default=False)
+    str,
+    typer.Argument(
+        metavar="NAME", help="The adapter.", autocompletion=complete_adapters, show_default=False, callback=_whole
+    ),
 ]
 Versioned = Annotated[
     str,
     typer.Argument(
         metavar="NAME[@VERSION]", help="The adapter; a version's number or alias.", autocompletion=complete_adapters,
-        show_default=False,
+        show_default=False, callback=_versioned,
     ),
 ]  # fmt: skip
 

@@ -1,5 +1,6 @@
 """/v1/adapters. `adapter` arguments that take a version are `name`, `name@3` or `name@alias`; another tenant's
-adapter is `owner/name` everywhere."""
+adapter is `owner/name` everywhere. A `name` is without a version: BadRequest, before anything is sent, for one that
+has it, as for names and versions that are empty."""
 
 from __future__ import annotations
 
@@ -11,28 +12,48 @@ from typing import Any, Literal
 from urllib.parse import quote
 
 from service.wire import downloads
-from service.wire.errors import NotFound
+from service.wire.errors import BadRequest, NotFound
 from service.wire.files import Progress, Remote, Upload, peft_folder
 from service.wire.flows import Flow, PageOf, Reply, Request, json_of, pages, run, send
 from service.wire.records import Adapter, AdapterVersion, Alias, Removed, Residency, StoredFile, Uploaded
 
 PAGE = 100
 _ROOT = "/v1/adapters"
+_NUMBERED = "the server gives a new version its number"
 
 
 def at(*parts: object, root: str = _ROOT) -> str:
-    """The path of a resource; what a caller gives as a name cannot become another path."""
+    """The path of a resource; what a caller gives as a name cannot become another path. Raises BadRequest for an empty
+    one, which would be the path of the list."""
+    if "" in parts:
+        raise BadRequest(400, f"A name or id that {root}/ needs is empty.", code="invalid_name")
+    return "/".join((root, *(segment(str(part)) for part in parts)))
+
+
+def segment(text: str) -> str:
+    """A text as one segment of a path."""
     # httpx resolves . and .. as a browser does, so they have to be escaped as well.
-    quoted = (quote(str(part), safe="").replace(".", "%2E") if str(part) in (".", "..") else quote(str(part), safe="")
-              for part in parts)  # fmt: skip
-    return "/".join((root, *quoted))
+    return text.replace(".", "%2E") if text in (".", "..") else quote(text, safe="")
 
 
 def split(adapter: str) -> tuple[dict[str, str | None], str, str | None]:
-    """`owner/name@version` as the parameter that says whose, the name, and the version (number or alias)."""
-    full, _, version = adapter.partition("@")
+    """`owner/name@version` as the parameter that says whose, the name, and the version (number or alias). Raises
+    BadRequest for a part that is empty: without it another adapter or version would be meant."""
+    full, at_sign, version = adapter.partition("@")
     owner, slash, name = full.rpartition("/")
-    return {"tenant": owner} if slash else {}, name, version or None
+    for part, there, value in (("name", True, name), ("owner", slash, owner), ("version", at_sign, version)):
+        if there and not value:
+            raise BadRequest(400, f"The {part} is empty in {adapter!r}.", code=f"invalid_{part}", param=part)
+    return {"tenant": owner} if slash else {}, name, version if at_sign else None
+
+
+def _whole(name: str, instead: str) -> str:
+    """The name, of what is about an adapter with all its versions. A version in it would be dropped silently, and
+    `delete` take every other one too: BadRequest, which says what is called `instead`."""
+    if "@" in name:
+        raise BadRequest(400, f"{name!r} names a version where a name alone is wanted: {instead}.", code="invalid_name",
+                         param="name")  # fmt: skip
+    return name
 
 
 def _mine(adapter: str) -> Flow[tuple[dict[str, str | None], str, str | None]]:
@@ -58,7 +79,7 @@ def upload(
     adapter; the new version becomes the default unless `default` is False. The same bytes again change nothing.
     The files are read as they are sent, in constant memory; `progress(bytes sent, bytes in all)`."""
     headers = {} if if_match is None else {"If-Match": if_match}
-    owner, name, _ = split(name)
+    owner, name, _ = split(_whole(name, _NUMBERED))
     params = {**owner, "default": default}
     return (yield from _upload(folder, description, labels, progress, {}, "PUT", at(name), headers, params))
 
@@ -72,7 +93,7 @@ def create(
     progress: Progress | None = None,
 ) -> Flow[Uploaded]:
     """Like upload, but for a new adapter only: Conflict if `name` has other content already."""
-    owner, name, _ = split(name)
+    owner, name, _ = split(_whole(name, _NUMBERED))
     return (yield from _upload(folder, description, labels, progress, {"name": name}, "POST", _ROOT, {}, owner))
 
 
@@ -117,8 +138,8 @@ def every(
 
 
 def get(name: str) -> Flow[Adapter]:
-    """One adapter with its `etag`. Raises NotFound."""
-    owner, plain, _ = split(name)
+    """One adapter with its `etag`; `version` is for one version. Raises NotFound."""
+    owner, plain, _ = split(_whole(name, "`version` is for one version"))
     found = _adapter((yield from send(Request(path=at(plain), params=owner))))
     if owner and found.owner != owner["tenant"]:
         raise NotFound(404, f"There is no adapter named {name!r}.", code="adapter_not_found")
@@ -127,7 +148,7 @@ def get(name: str) -> Flow[Adapter]:
 
 def versions(name: str) -> PageOf[AdapterVersion]:
     """The versions of an adapter, by number."""
-    owner, name, _ = split(name)
+    owner, name, _ = split(_whole(name, "`version` is for one version"))
     return pages(at(name, "versions"), AdapterVersion.read, limit=PAGE, **owner)
 
 
@@ -170,7 +191,7 @@ def update(
 ) -> Flow[Adapter]:
     """Changes what is given. `labels` replaces all labels. `visibility`: "private", "public" (every tenant may see and
     use it), or the tenants who may. `if_match`: only if the adapter still has this etag."""
-    owner, name, _ = yield from _mine(name)
+    owner, name, _ = yield from _mine(_whole(name, "all versions share what is changed; `default_version` chooses one"))
     given: dict[str, Any] = {
         "description": description,
         "labels": None if labels is None else dict(labels),
@@ -189,27 +210,27 @@ def update(
 
 def set_alias(name: str, alias: str, version: int) -> Flow[Alias]:
     """`name@alias` means this version from now on."""
-    owner, name, _ = yield from _mine(name)
+    owner, name, _ = yield from _mine(_whole(name, "the version is an argument of its own"))
     body = {"version": version}
     return Alias.read((yield from json_of("PUT", at(name, "aliases", alias), json=body, params=owner)))
 
 
 def delete_alias(name: str, alias: str) -> Flow[None]:
     """The version that it names stays."""
-    owner, name, _ = yield from _mine(name)
+    owner, name, _ = yield from _mine(_whole(name, "the alias is an argument of its own"))
     yield from send(Request(method="DELETE", path=at(name, "aliases", alias), params=owner))
 
 
 def delete(name: str, *, if_match: str | None = None) -> Flow[Removed]:
-    """An adapter with all its versions. Running requests finish."""
+    """An adapter with all its versions; `delete_version` is for one. Running requests finish."""
     headers = {} if if_match is None else {"If-Match": if_match}
-    owner, name, _ = yield from _mine(name)
+    owner, name, _ = yield from _mine(_whole(name, "`delete_version` is for one version, this deletes all"))
     return Removed.read((yield from json_of("DELETE", at(name), headers=headers, params=owner)))
 
 
 def delete_version(name: str, version: int) -> Flow[Removed]:
     """One version. Conflict for the default one while there are others, and for one with aliases."""
-    owner, name, _ = yield from _mine(name)
+    owner, name, _ = yield from _mine(_whole(name, "the version is an argument of its own"))
     return Removed.read((yield from json_of("DELETE", at(name, "versions", version), params=owner)))
 
 

@@ -9,7 +9,7 @@ LoraplexError
  ├── DamagedFile            downloaded bytes that are not those announced
  ├── MergeFailed            a merge that was waited for failed or was cancelled
  └── ApiError               the server said no: status, code, param, message, reasons, request_id, retry_after
-      ├── BadRequest        400, and every other 4xx
+      ├── BadRequest        400, and every other 4xx; and what the client refuses by itself, sending nothing
       ├── Unauthorized      401
       ├── Forbidden         403
       ├── NotFound          404

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict, Unpack
-from urllib.parse import quote
 
-from service.wire.errors import ProtocolError
+from service.wire.adapters import segment
+from service.wire.errors import BadRequest, ProtocolError
 from service.wire.flows import Flow, Open, PageOf, Request, Streamed, json_of, pages, send
 from service.wire.merges import Sources, weights
 from service.wire.records import Answer, Model, Tokens, read_answer
@@ -73,6 +73,12 @@ def _whole(path: str, body: Mapping[str, Any]) -> Flow[Answer]:
     return read_answer(reply.json(), reply.headers.get("x-loraplex-adapter"))
 
 
+def _not_streamed(options: Any, instead: str) -> None:
+    """Raises BadRequest where a stream is asked for of what gives a whole answer: its events could not be read."""
+    if {**options, **options.get("extra", {})}.get("stream"):
+        raise BadRequest(400, f"This call gives the whole answer: `{instead}` gives a stream.", param="stream")
+
+
 def _streamed(path: str, body: Mapping[str, Any]) -> Flow[Streamed]:
     body = {**body, "stream": True, "stream_options": {"include_usage": True}}
     return Streamed((yield Open(Request(method="POST", path=path, json=body))))
@@ -84,6 +90,7 @@ def complete(
     """Continues a prompt: a text or token ids, or several. `model`: base, `adapter`, `adapter@3` or `adapter@alias`;
     None: the base, whose name is then asked for first. `adapters`: a mix of adapters for this one request, weights by
     name; `model` has to be the base."""
+    _not_streamed(options, "complete_stream")
     body = yield from _body({"prompt": prompt}, model, adapters, options)
     return (yield from _whole("/v1/completions", body))
 
@@ -105,6 +112,7 @@ def chat(
     **options: Unpack[ChatOptions],
 ) -> Flow[Answer]:
     """Answers a conversation; a text is one message of the user. `model` and `adapters` as in `complete`."""
+    _not_streamed(options, "chat_stream")
     body = yield from _body(_messages(messages, system), model, adapters, options)
     return (yield from _whole("/v1/chat/completions", body))
 
@@ -129,8 +137,10 @@ def models() -> PageOf[Model]:
 
 def model(id: str) -> Flow[Model]:
     """One model: `base`, `adapter`, `adapter@3` or `adapter@alias`."""
+    if not id:
+        raise BadRequest(400, "The model's id is empty.", param="model")
     # The id stands in the path as it is: it may have a slash.
-    return Model.read((yield from json_of("GET", f"/v1/models/{quote(id, safe='/@')}")))
+    return Model.read((yield from json_of("GET", "/".join(("/v1/models", *map(segment, id.split("/")))))))
 
 
 def base_model() -> Flow[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from service.wire import adapters, downloads
-from service.wire.errors import ConnectionFailed, MergeFailed, ProtocolError, TimedOut, Unavailable
+from service.wire.errors import BadRequest, ConnectionFailed, MergeFailed, ProtocolError, TimedOut, Unavailable
 from service.wire.files import Progress, Remote
 from service.wire.flows import Flow, PageOf, Sleep, json_of, pages
 from service.wire.records import Merge, MergeFile, MergeState
@@ -24,8 +25,11 @@ Sources = Mapping[str, float] | Sequence[str]
 
 
 def weights(sources: Sources) -> list[dict[str, Any]]:
-    """[{"adapter", "weight"}]"""
-    pairs = sources.items() if isinstance(sources, Mapping) else [(name, 1.0) for name in sources]
+    """[{"adapter", "weight"}]. Raises BadRequest for a weight that JSON has no number for."""
+    pairs = list(sources.items()) if isinstance(sources, Mapping) else [(name, 1.0) for name in sources]
+    for name, weight in pairs:
+        if isinstance(weight, float) and not math.isfinite(weight):
+            raise BadRequest(400, f"The weight of {name!r} is not a finite number (value {weight}).", param="weight")
     return [{"adapter": name, "weight": weight} for name, weight in pairs]
 
 

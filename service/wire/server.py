@@ -11,7 +11,7 @@ from typing import IO, Any, cast
 import httpx
 
 from service import __version__
-from service.wire.errors import ConnectionFailed, StreamCut, TimedOut
+from service.wire.errors import BadRequest, ConnectionFailed, StreamCut, TimedOut
 from service.wire.files import UploadBody
 from service.wire.flows import Request
 
@@ -57,7 +57,7 @@ class Server:
         return httpx.Timeout(seconds, connect=min(CONNECT_TIMEOUT_S, seconds), pool=None)
 
     def build(self, client: httpx.Client | httpx.AsyncClient, request: Request) -> httpx.Request:
-        """The request as httpx wants it. Raises LocalFileError."""
+        """The request as httpx wants it. Raises LocalFileError, and BadRequest for what cannot be written."""
         options: dict[str, Any] = {"headers": dict(request.headers)}
         params = {key: value for key, value in request.params.items() if value is not None}
         if self.tenant is not None:
@@ -69,7 +69,10 @@ class Server:
         if request.timeout_s is not None:
             options["timeout"] = self._timeout(request.timeout_s)
         if request.upload is None:
-            return client.build_request(request.method, request.path, **options)
+            try:
+                return client.build_request(request.method, request.path, **options)
+            except ValueError as exc:  # no finite number, half a surrogate pair
+                raise BadRequest(400, f"The request cannot be written: {exc}.") from exc
         parts = request.upload.open()
         files = [
             (field, (part.name, cast("IO[bytes]", part))) for field, part in parts

@@ -151,6 +151,21 @@ def test_upload_list_show_download_delete(cli: Callable[..., Any], folder: Path,
     )
 
 
+def test_a_version_is_not_dropped(cli: Callable[..., Any], folder: Path) -> None:
+    name = "cli-whole"
+    assert cli("upload", name, folder).exit_code == 0
+    for command, *more in (("upload", folder), ("upload", folder, "--create"), ("share",), ("share", "--public")):
+        refused = cli(command, f"{name}@5", *more)
+        assert (refused.exit_code, refused.stdout) == (2, "")
+        assert f"'{name}@5' names a version" in refused.stderr
+    for command, *more in (("show",), ("delete", "--yes"), ("download", folder), ("load",), ("unload",)):
+        refused = cli(command, f"{name}@", *more)
+        assert (refused.exit_code, refused.stdout) == (2, "")
+        assert f"'{name}@' has no version" in refused.stderr
+    assert "versions: 1\n" in cli("show", name).stdout
+    assert cli("delete", name).exit_code == 0
+
+
 def test_every_reason_is_on_a_line_of_its_own(cli: Callable[..., Any], folder: Path) -> None:
     config = folder / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"use_dora": True, "bias": "all"}))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -219,6 +220,48 @@ def test_what_the_server_refuses(both: Both, tmp_path: Path) -> None:
         with pytest.raises(api.ApiError) as odd:
             both.do(client.adapters.get(name))
         assert odd.value.status in (400, 404)
+    for name in ("../adapters", "../adapters/own", "./../adapters", "own/../own"):
+        with pytest.raises(api.NotFound) as odd:
+            both.do(client.model(name))
+        assert odd.value.code == "model_not_found"
+
+
+def test_a_version_in_a_name_is_never_dropped(both: Both, kind: str, tmp_path: Path) -> None:
+    adapters, name = both.client.adapters, f"whole-{kind}"
+    folder, other = peft_folder(tmp_path / "one", 51), peft_folder(tmp_path / "two", 52)
+    both.do(adapters.upload(name, folder))
+    both.do(adapters.upload(name, other))
+    both.do(adapters.set_alias(name, "old", 1))
+    before = both.do(adapters.get(name)).raw
+    for full in (f"{name}@1", f"{name}@999", f"{name}@old", f"{name}@", f"default/{name}@1", "@1"):
+        calls: list[tuple[Callable[[], Any], str]] = [
+            (lambda full=full: adapters.delete(full), "`delete_version` is for one version"),
+            (lambda full=full: adapters.delete_version(full, 2), "an argument of its own"),
+            (lambda full=full: adapters.delete_alias(full, "old"), "an argument of its own"),
+            (lambda full=full: adapters.set_alias(full, "new", 2), "an argument of its own"),
+            (lambda full=full: adapters.update(full, description="x"), "all versions share"),
+            (lambda full=full: adapters.upload(full, folder), "its number"),
+            (lambda full=full: adapters.create(full, folder), "its number"),
+            (lambda full=full: adapters.get(full), "`version` is for one version"),
+        ]
+        for call, instead in calls:
+            with pytest.raises(api.BadRequest, match=instead) as refused:
+                both.do(call())
+            assert repr(full) in refused.value.message
+            assert (refused.value.status, refused.value.param) == (400, "name")
+        with pytest.raises(api.BadRequest, match="`version` is for one version"):
+            both.all(adapters.versions(full))
+    for call in (adapters.version, adapters.files, adapters.load, adapters.unload):
+        with pytest.raises(api.BadRequest, match=f"version is empty in '{name}@'"):
+            both.do(call(f"{name}@"))
+    with pytest.raises(api.BadRequest, match="version is empty"):
+        both.do(adapters.download(f"{name}@", tmp_path / "down"))
+    assert not (tmp_path / "down").exists()
+    after = both.do(adapters.get(name)).raw
+    assert {key: after[key] for key in ("versions", "aliases", "description", "default_version")} == {
+        key: before[key] for key in ("versions", "aliases", "description", "default_version")
+    }
+    both.do(adapters.delete(name))
 
 
 def test_tokens_and_operation(both: Both, server: InferenceServer) -> None:

@@ -137,6 +137,39 @@ def test_urls_and_keys(monkeypatch: pytest.MonkeyPatch, connect: Connect) -> Non
         assert seen == [(f"Bearer k-{n}", "/behind/a/path/version", "loraplex") for n in (1, 2)]
 
 
+def test_what_is_refused_is_not_sent(connect: Connect, tmp_path: Path) -> None:
+    """Each of these would be another request than the one that is meant, or none that can be written."""
+    folder, nan, inf = peft_folder(tmp_path / "a", 1), float("nan"), float("inf")
+    calls: list[tuple[Callable[[Any], Any], str]] = [
+        (lambda c: c.adapters.delete("news@1"), "'news@1' names a version .* `delete_version`"),
+        (lambda c: c.adapters.delete("owner/news@1"), "'owner/news@1' names a version"),
+        (lambda c: c.adapters.upload("news@7", folder), "'news@7' names a version"),
+        (lambda c: c.adapters.version("news@"), "version is empty in 'news@'"),
+        (lambda c: c.adapters.load("owner/news@"), "version is empty"),
+        (lambda c: c.adapters.get(""), "name is empty in ''"),
+        (lambda c: c.adapters.delete("owner/"), "name is empty"),
+        (lambda c: c.adapters.upload("/news", folder), "owner is empty in '/news'"),
+        (lambda c: c.adapters.delete_alias("news", ""), "name or id"),
+        (lambda c: c.tenants.delete(""), "/v1/tenants/ needs is empty"),
+        (lambda c: c.merges.get(""), "/v1/merges/ needs is empty"),
+        (lambda c: c.model(""), "id is empty"),
+        (lambda c: c.chat("x", model="base", adapters={"news": nan}), "weight of 'news' is not a finite number .*nan"),
+        (lambda c: c.complete_stream("x", model="base", adapters={"news": -inf}), "weight of 'news' .*-inf"),
+        (lambda c: c.merges.create("ab", {"a": 1.0, "b": inf}), "weight of 'b' .*inf"),
+        (lambda c: c.chat("x", model="base", temperature=nan), "cannot be written"),
+        (lambda c: c.chat("\ud800", model="base"), "cannot be written"),
+        (lambda c: c.chat("x", stream=True), "`chat_stream` gives a stream"),
+        (lambda c: c.complete("x", extra={"stream": True}), "`complete_stream` gives a stream"),
+    ]
+    with scripted(lambda x: x.refuse(500)) as (url, seen):
+        both = connect(url)
+        for call, message in calls:
+            with pytest.raises(api.BadRequest, match=message) as refused:
+                both.do(call(both.client))
+            assert refused.value.status == 400
+        assert seen == []
+
+
 # ---------------------------------------------------------------- retries
 
 
