@@ -41,6 +41,7 @@ from service.store.errors import AdapterExists, CatalogueError, CatalogueUnavail
 from service.store.names import NAME_RULE, valid_name
 from service.store.records import File, NewVersion, Removed, Resolved, Version, engine_key
 from service.store.tables import DEFAULT_TENANT
+from service.store.usage import Owner
 from service.uploads import FieldRule, Form, Spool, UploadedFile, safe_basename
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ class Library:
         name: str | None = None,
         make_default: bool | None = None,
         condition: Condition = always,
-        tenant: str = DEFAULT_TENANT,
+        owner: Owner,
     ) -> Published:
         """Publishes the adapter in the request's multipart body.
 
@@ -148,13 +149,14 @@ class Library:
         that a version has already gives that version back and changes nothing, but the default if `make_default` is
         True. Without (POST) the form names a new adapter. What the tenant's limits cannot admit is refused before it is
         received. Raises ApiError, AdapterRefused, AdapterExists, QuotaReached, PreconditionFailed, EngineUnavailable,
+        TenantNotFound for an owner who was deleted meanwhile,
         WorkersUnavailable.
         """
         _ = self.engine.manifest  # nothing can be checked before there is an engine
         if name is not None:
             self.require_name(name)
-        room = await self.catalogue.upload_room(tenant, name)
-        async with self._spool.receive(request, FIELDS, tenant, room) as form:
+        room = await self.catalogue.upload_room(owner.name, name)
+        async with self._spool.receive(request, FIELDS, owner.name, room) as form:
             given = form.fields.get("name")
             _require(form, ("config", "weights") if name is not None else ("name", "config", "weights"))
             if name is not None and given is not None and given != name:
@@ -176,7 +178,8 @@ class Library:
                 condition=condition,
                 description=form.fields.get("description"),
                 labels=labels,
-                tenant=tenant,
+                tenant=owner.name,
+                owner=owner,
             )
 
     async def publish(
@@ -194,12 +197,14 @@ class Library:
         provenance: dict[str, Any] | None = None,
         also: Callable[[Edits, int], Awaitable[None]] | None = None,
         tenant: str = DEFAULT_TENANT,
+        owner: Owner | None = None,
     ) -> Published:
         """Local files, which are moved away, as a version of the adapter `target`; the rest as `upload` says, and also
         StoreUnavailable and CatalogueUnavailable. Whatever is raised, nothing has changed.
 
         `new_adapter`: refuse (AdapterExists) if it is there with other content. `provenance` is shown in the version's
-        spec. `also`, given the version's number, is part of the same transaction; what it raises undoes all."""
+        spec. `also`, given the version's number, is part of the same transaction; what it raises undoes all. `owner`:
+        the tenant, who must not have been deleted meanwhile (TenantNotFound)."""
         manifest = self.engine.manifest
         inspection = await self._workers.run(inspect_upload, config, weights, index, manifest)
         sources = {CONFIG_NAME: config, **weights} | ({INDEX_NAME: index} if index is not None else {})
@@ -207,14 +212,14 @@ class Library:
         new = _new_version(inspection, manifest, provenance)
         names = {**{file.sha256: False for file in new.files}, new.digest: True}
         upload = uuid.uuid4().hex
-        async with self.catalogue.write() as edits:
+        async with self.catalogue.write(owner) as edits:
             if await _find(edits, target, new, new_adapter, tenant, condition) is None:
                 await edits.require_room(target, new, tenant)
             await edits.blobs.claim(upload, names, self._janitor.instance, self._spool.process)
         try:
             # Also what is there already: should it have been damaged since, this repairs it.
             await self._in_thread(self._store, inspection, sources)
-            async with self.catalogue.write() as edits:
+            async with self.catalogue.write(owner) as edits:
                 number = await _find(edits, target, new, new_adapter, tenant, condition)
                 created = number is None
                 if number is None:

@@ -25,6 +25,7 @@ from service.library import Library
 from service.merge_task import StoredSource
 from service.settings import Settings
 from service.store.merges import Job, KeyReused, NewJob, Source, TooManyMerges
+from service.store.usage import Owner
 
 MAX_QUEUED = 64
 """Of one tenant."""
@@ -77,13 +78,16 @@ class Merges:
         self._folder = settings.merges_dir
         self._folder.mkdir(parents=True, exist_ok=True)
 
-    async def submit(self, wanted: Wanted, key: str | None, tenant: str, viewer: str | None = None) -> tuple[Job, bool]:
+    async def submit(
+        self, wanted: Wanted, key: str | None, owner: Owner, viewer: str | None = None
+    ) -> tuple[Job, bool]:
         """The queued job and True, or the one that this Idempotency-Key has started already and False. `viewer`: whose
         eyes see the sources; None: everything.
 
         Raises ApiError (400, 403 for another tenant's source, 409, 422 with every reason, 429), NotFound, Conflict,
         QuotaReached, EngineUnavailable, OSError ENOSPC.
         """
+        tenant = owner.name
         if key is not None:
             async with self.library.catalogue.merges() as table:
                 if (job := _same(await table.by_key(key, tenant), wanted)) is not None:
@@ -114,7 +118,7 @@ class Merges:
             forecast.rank,
         )
         try:
-            async with self.library.catalogue.write() as edits:
+            async with self.library.catalogue.write(owner) as edits:
                 if key is not None and (job := _same(await edits.merges.by_key(key, tenant), wanted)) is not None:
                     return job, False
                 return await edits.merges.add(new, MAX_QUEUED), True
@@ -134,13 +138,13 @@ class Merges:
             raise ApiError(422, "The merge is impossible: " + "; ".join(texts), code="merge_refused", reasons=texts)
         return forecast
 
-    async def delete(self, identity: str, tenant: str) -> Job | None:
+    async def delete(self, identity: str, owner: Owner) -> Job | None:
         """Cancels a queued or running job and gives it; of any other, deletes row and files, and gives None."""
-        async with self.library.catalogue.write() as edits:
-            job = await edits.merges.get(identity, tenant)
+        async with self.library.catalogue.write(owner) as edits:
+            job = await edits.merges.get(identity, owner.name)
             if job.active:
                 await edits.merges.cancel(job)
-                return await edits.merges.get(identity, tenant)
+                return await edits.merges.get(identity, owner.name)
             await edits.merges.remove(job)
         await asyncio.to_thread(remove_folder, self._folder / job.id)
         return None

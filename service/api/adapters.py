@@ -245,7 +245,7 @@ async def create_adapter(request: Request, library: Lib, caller: CallerDep) -> R
     """Uploads a new adapter. 200 if the name has this content already, 409 if it has other content."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json":
         await _refuse_source(request)
-    return await _published(request, library, caller, await library.upload(request, tenant=caller.tenant))
+    return await _published(request, library, caller, await library.upload(request, owner=caller.owner))
 
 
 @router.put("/{name}", status_code=201, openapi_extra=_FORM)
@@ -255,9 +255,7 @@ async def put_adapter(
 ) -> Response:
     """Uploads a version of an adapter and makes it the default unless `default=false`; creates the adapter if there
     is none. 200 with the version that has this content already, if one has."""
-    published = await library.upload(
-        request, name=name, make_default=default, condition=condition, tenant=caller.tenant
-    )
+    published = await library.upload(request, name=name, make_default=default, condition=condition, owner=caller.owner)
     return await _published(request, library, caller, published)
 
 
@@ -338,7 +336,7 @@ async def change_adapter(name: str, body: AdapterPatch, library: Lib, condition:
         if field in given:
             value = shown(getattr(body, field))
             raise ApiError(400, f"{field!r} is not available yet (value {value}).", code="not_available", param=field)
-    async with library.catalogue.write() as edits:
+    async with library.catalogue.write(caller.owner) as edits:
         await edits.change(
             name,
             description=body.description if "description" in given else None,
@@ -372,7 +370,7 @@ def _visibility(value: Any) -> str | list[str]:
 @allow("manage")
 async def delete_adapter(name: str, library: Lib, condition: Cond, caller: CallerDep) -> dict[str, Any]:
     """Deletes an adapter with all its versions. Running requests finish. Says which stored bytes become free."""
-    async with library.catalogue.write() as edits:
+    async with library.catalogue.write(caller.owner) as edits:
         removed = await edits.remove_adapter(name, caller.tenant, condition)
     library.reclaim(removed)
     return _removed_json(name, "adapter", removed)
@@ -414,7 +412,7 @@ async def get_version(name: str, version: str, library: Lib, caller: CallerDep) 
 async def delete_version(name: str, version: int, library: Lib, condition: Cond, caller: CallerDep) -> dict[str, Any]:
     """Deletes a version; its number is never used again. 409 for the default while there are others, and for one with
     aliases. The adapter goes with its last version."""
-    async with library.catalogue.write() as edits:
+    async with library.catalogue.write(caller.owner) as edits:
         removed = await edits.remove_version(name, version, caller.tenant, condition)
     library.reclaim(removed)
     return _removed_json(f"{name}@{version}", "adapter.version", removed)
@@ -467,7 +465,7 @@ async def put_alias(
     if not valid_alias(alias):
         message = f"An alias is {ALIAS_RULE} (value {shown(alias)})."
         raise ApiError(400, message, code="invalid_alias", param="alias")
-    async with library.catalogue.write() as edits:
+    async with library.catalogue.write(caller.owner) as edits:
         new = await edits.set_alias(name, alias, body.version, caller.tenant, condition)
     answer = {"id": f"{name}@{alias}", "object": "adapter.alias", "alias": alias, "version": body.version}
     return JSONResponse(answer, 201 if new else 200)
@@ -477,7 +475,7 @@ async def put_alias(
 @allow("manage")
 async def delete_alias(name: str, alias: str, library: Lib, condition: Cond, caller: CallerDep) -> dict[str, Any]:
     """Removes an alias; the version stays."""
-    async with library.catalogue.write() as edits:
+    async with library.catalogue.write(caller.owner) as edits:
         await edits.remove_alias(name, alias, caller.tenant, condition)
     return {"id": f"{name}@{alias}", "object": "adapter.alias", "deleted": True}
 

@@ -19,6 +19,7 @@ from service.limits import TenantLimits
 from service.store.errors import CatalogueError
 from service.store.tables import DEFAULT_TENANT, DEFAULT_TENANT_NUMBER
 from service.store.tenants import KEY, SCOPES, Credentials, Tenant, Tenants, matches_none
+from service.store.usage import Owner
 
 CACHE_S = 1.0
 MOST_CACHED = 10_000
@@ -47,6 +48,11 @@ class Caller:
     namespace: str = DEFAULT_TENANT
     viewer: str | None = None
     """Whose eyes see what is shown (service/store/visibility.py); None: everything."""
+
+    @property
+    def owner(self) -> Owner:
+        """Whose what the caller changes is."""
+        return Owner(self.tenant_id, self.tenant)
 
     @property
     def salt(self) -> str:

@@ -135,7 +135,7 @@ def merge_json(job: Job) -> dict[str, Any]:
 @allow("upload", metered=True)
 async def create_merge(body: MergeRequest, merges: MergesDep, caller: CallerDep, key: Key) -> Response:
     """Queues a merge. 200 with the merge as it is now if this Idempotency-Key has started it already."""
-    job, new = await merges.submit(body.wanted(), key, caller.tenant, caller.viewer)
+    job, new = await merges.submit(body.wanted(), key, caller.owner, caller.viewer)
     return JSONResponse(merge_json(job), 202 if new else 200, {"Location": f"/v1/merges/{job.id}"})
 
 
@@ -167,7 +167,7 @@ async def get_merge(merge: str, merges: MergesDep, caller: CallerDep) -> dict[st
 async def delete_merge(merge: str, merges: MergesDep, caller: CallerDep) -> dict[str, Any]:
     """Cancels a merge that is queued or running, and answers with it. Any other is deleted, a checkpoint with its
     files; an adapter that it made stays."""
-    cancelled = await merges.delete(merge, caller.tenant)
+    cancelled = await merges.delete(merge, caller.owner)
     if cancelled is not None:
         return merge_json(cancelled)
     return {"id": merge, "object": "merge", "deleted": True}

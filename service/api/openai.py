@@ -26,7 +26,6 @@ from service.metrics import Metrics
 from service.named_metrics import NamedRequest
 from service.store.errors import NotFound
 from service.store.records import Adapter
-from service.store.usage import Owner
 from service.usage import Meter
 
 router = APIRouter(tags=["inference"], route_class=Route)
@@ -289,7 +288,7 @@ async def _respond(
     sequences = len(job.prompts) * job.n
     most = sum(map(len, job.prompts)) + sequences * job.sampling.max_tokens
     reserve(request, caller, sequences=sequences, tokens=most)
-    owner = Owner(caller.tenant_id, caller.tenant)
+    owner = caller.owner
     meter = services.recorder.open(owner, caller.key_id or "", target.account)
     named = None
     if services.metrics.named is not None:

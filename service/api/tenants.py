@@ -13,6 +13,7 @@ from pydantic import Field, StrictBool, StrictInt, StrictStr
 from service.api.adapters import Lib, Limit, _list_json
 from service.api.auth import Guards, Route, about, allow
 from service.api.failure import ApiError, shown
+from service.api.keyring import CACHE_S
 from service.api.merges import MergesDep
 from service.api.schemas import Strict
 from service.limits import LIMITS
@@ -23,6 +24,8 @@ from service.store.tenants import Key, Tenant
 router = APIRouter(tags=["tenants"], route_class=Route)
 
 MAX_WEIGHT = 1000.0
+FORGOTTEN_S = CACHE_S + 0.25
+"""After which every process has read a key's row again."""
 _Limit = Annotated[StrictInt | None, Field(ge=0, lt=2**63)]
 
 
@@ -197,7 +200,12 @@ async def change_tenant(tenant: str, body: TenantPatch, guards: GuardsDep) -> di
 @router.delete("/v1/tenants/{tenant}")
 @allow("admin")
 async def delete_tenant(tenant: str, guards: GuardsDep, library: Lib, merges: MergesDep) -> dict[str, Any]:
-    """Deletes a tenant with its keys, adapters and merges. Requests that run end as they would."""
+    """Deletes a tenant with its keys, adapters and merges. Generations that run end as they would; uploads end with
+    404. The answer comes when no process takes the keys any more, so that nobody uses them on another tenant who is
+    given the name at once."""
+    await guards.tenants.retire(tenant)
+    guards.keyring.forget()
+    await asyncio.sleep(FORGOTTEN_S)
     removed, jobs = await guards.tenants.delete(tenant)
     guards.keyring.forget()
     for each in removed:

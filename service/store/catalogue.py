@@ -19,7 +19,7 @@ from service.store import quotas
 from service.store.blob_book import BlobBook
 from service.store.database import Database
 from service.store.edits import Edits
-from service.store.errors import AdapterNotFound, VersionNotFound
+from service.store.errors import AdapterNotFound, TenantNotFound, VersionNotFound
 from service.store.merges import MergeTable
 from service.store.names import Selector, parse_selector, split_model, split_owner, valid_name
 from service.store.records import Adapter, File, Page, Resolved, Version, engine_key
@@ -119,9 +119,15 @@ class Catalogue:
             yield MergeTable(connection)
 
     @asynccontextmanager
-    async def write(self) -> AsyncIterator[Edits]:
-        """Changes that are committed together when the block ends; an exception rolls all of them back."""
+    async def write(self, owner: Owner | None = None) -> AsyncIterator[Edits]:
+        """Changes that are committed together when the block ends; an exception rolls all of them back. owner: who must
+        be there still, as the request may have begun before a tenant of that name was deleted, and another was given
+        the name. Raises TenantNotFound."""
         async with self._database.write() as connection:
+            if owner is not None:
+                here = sa.and_(tenants.c.number == owner.number, tenants.c.id == owner.name)
+                if await connection.scalar(sa.select(tenants.c.number).where(here)) is None:
+                    raise TenantNotFound(owner.name)
             yield Edits(connection)
 
     @property

@@ -197,6 +197,12 @@ class Tenants:
                 await connection.execute(sa.update(tenants).where(tenants.c.number == row.number).values(**values))
             return _tenant((await connection.execute(_TENANT, {"tenant": tenant})).one())
 
+    async def retire(self, tenant: str) -> None:
+        """Before `delete`: its keys are refused. Raises TenantNotFound, TenantReserved."""
+        if tenant == DEFAULT_TENANT:
+            raise TenantReserved(tenant)
+        await self.change(tenant, disabled=True)
+
     async def delete(self, tenant: str) -> tuple[list[Removed], list[str]]:
         """Deletes the tenant with its keys, adapters and merges, and what others had shared with it. Whoever is given
         the same name later begins with nothing. (what its adapters leave behind, ids of its merges). Raises

@@ -50,7 +50,8 @@ COUNTS = tuple(field.name for field in fields(Counts))
 
 
 class Owner(NamedTuple):
-    """Whose use it is. The number says which tenant; the name is what that one was called."""
+    """Whose use, or change, it is. The number says which tenant, and is never given again; the name is what that one
+    was called."""
 
     number: int
     name: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import sqlite3
 import threading
 import time
@@ -21,7 +22,7 @@ from service.store.tenants import KEY
 from tests.real_parts import Postgres
 
 from .inference_helpers import BASE, InferenceServer
-from .tenant_helpers import ADMIN, TenantServer, complete, key_id, upload, wait_for
+from .tenant_helpers import ADMIN, TenantServer, adapter_files, complete, key_id, upload, wait_for
 
 
 def names(answer: httpx.Response) -> list[str]:
@@ -145,6 +146,62 @@ def test_deleting_a_tenant_takes_everything_and_leaves_nothing_to_the_next(store
             assert complete(client, f"{other}/gift").status_code == 404
             assert upload(client, "ash-1", 1).json()["version"] == 1
         stored.http.delete("/v1/tenants/phoenix")
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["gone", "given again"])
+def test_an_upload_ends_with_its_tenant(stored: TenantServer, again: bool) -> None:
+    """Half of it has come when the tenant is deleted: the rest is nobody's, also if another has the name by then."""
+    stored.tenant("swift")
+    with stored.client(stored.key("swift")) as client:
+        whole = client.build_request("POST", "/v1/adapters", data={"name": "ghost"}, files=adapter_files(3))
+    body = whole.read()
+    head = "".join(f"{name}: {value}\r\n" for name, value in whole.headers.items())
+    with socket.create_connection(("127.0.0.1", stored.settings.port), timeout=60) as connection:
+        connection.sendall(f"POST /v1/adapters HTTP/1.1\r\n{head}\r\n".encode() + body[: len(body) // 2])
+        wait_for(lambda: any(path.is_dir() for path in stored.settings.uploads_dir.glob("*/*")))
+        assert stored.http.delete("/v1/tenants/swift").status_code == 200
+        if again:
+            stored.tenant("swift")
+        connection.sendall(body[len(body) // 2 :])
+        answer = b""
+        while not answer.endswith(b"}}"):
+            answer += connection.recv(65536)
+    assert answer.startswith(b"HTTP/1.1 404 ")
+    assert b'"tenant_not_found"' in answer
+    assert "ghost" not in names(stored.http.get("/v1/adapters", params={"owner": "swift"}))
+    if again:
+        with stored.client(stored.key("swift")) as client:
+            assert names(client.get("/v1/adapters")) == []
+            assert upload(client, "ghost", 3).json()["version"] == 1
+        stored.http.delete("/v1/tenants/swift")
+
+
+def test_no_process_takes_a_deleted_tenants_key_for_the_next_one(stored: TenantServer) -> None:
+    """Each remembers keys for a second: time enough to delete, to give the name again, and to use it."""
+    stored.tenant("lapwing")
+    old = stored.key("lapwing")
+    with stored.another_process() as url, stored.client(old, url) as stale:
+        stop = threading.Event()
+
+        def ask() -> None:
+            while not stop.is_set():
+                stale.get("/v1/adapters")
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        try:
+            assert stored.http.delete("/v1/tenants/lapwing").status_code == 200
+        finally:
+            stop.set()
+            asking.join()
+        stored.tenant("lapwing")
+        with stored.client(stored.key("lapwing")) as client:
+            assert upload(client, "secret", 1).status_code == 201
+            # 403 where it is known yet, as a disabled tenant's.
+            assert stale.get("/v1/adapters").status_code in (401, 403)
+            assert stale.delete("/v1/adapters/secret").status_code in (401, 403)
+            assert names(client.get("/v1/adapters")) == ["secret"]
+        stored.http.delete("/v1/tenants/lapwing")
 
 
 def test_use_stays_with_the_tenant_that_had_it(stored: TenantServer) -> None:
