@@ -14,6 +14,7 @@ from typing import Annotated, Any, TypeVar
 from urllib.parse import parse_qsl
 
 from fastapi import Depends, Request, Response
+from fastapi.dependencies.models import Dependant
 from fastapi.routing import APIRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -164,7 +165,8 @@ def _tenant_of(scope: Scope) -> str | None:
 
 
 class Route(APIRoute):
-    """A route that declares its rule (`allow`), and asks it before the request's body is read."""
+    """A route that declares its rule (`allow`), and asks it before the request's body is read. Query parameters that it
+    does not have are refused, unless it is open to everybody: what probes add to their addresses changes nothing."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         rule: Rule | None = getattr(self.endpoint, "rule", None)
@@ -175,6 +177,7 @@ class Route(APIRoute):
         # What changes nothing of anybody's is not for the audit log: reads, and what is only computed.
         computed = rule.metered and not rule.scopes & {"upload", "manage"}
         changes = bool((self.methods or set()) - {"GET", "HEAD"}) and not computed
+        parameters = sorted({*_query_parameters(self.dependant), "tenant"})
 
         async def handle(request: Request) -> Response:
             if changes and not rule.open:
@@ -187,8 +190,11 @@ class Route(APIRoute):
             caller: Caller | None = state.get("caller")
             if caller is None:
                 _only_user(request)
+                if not rule.open:
+                    _require_known(request, parameters)
             elif not rule.open:
                 _require(caller, rule)
+                _require_known(request, parameters)
                 if rule.metered:
                     _admit(request.app.state.guards.limiter, caller, state)
                 if changes and caller.namespace != caller.tenant:
@@ -198,6 +204,23 @@ class Route(APIRoute):
             return await handler(request)
 
         return handle
+
+
+def _query_parameters(dependant: Dependant) -> set[str]:
+    """By the names that they have in an address."""
+    own = {field.alias for field in dependant.query_params}
+    return own.union(*map(_query_parameters, dependant.dependencies))
+
+
+def _require_known(request: Request, parameters: list[str]) -> None:
+    """Raises ApiError 400 for a query parameter that the route does not have: passed over, one that is mistyped has
+    something else done than was asked for. Its value is not shown, which may be a key."""
+    if not request.scope["query_string"]:
+        return
+    unknown = next((name for name in request.query_params if name not in parameters), None)
+    if unknown is not None:
+        message = f"Unknown query parameter {shown(unknown)}; there are: {', '.join(parameters)}."
+        raise ApiError(400, message, code="unknown_parameter", param=unknown)
 
 
 def _only_user(request: Request) -> None:

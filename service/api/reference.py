@@ -65,7 +65,8 @@ FAILURES: dict[str, tuple[int, ...]] = {
     "metrics": (),
     "version": (),
 }
-"""Statuses of failure by operation. Every operation may also answer 500."""
+"""Statuses of failure by operation. Every operation may also answer 500, and 400 to a query parameter that it does not
+have, unless it is open to everybody."""
 
 _BYTES = {"schema": {"type": "string", "format": "binary"}}
 _TEXT = {"schema": {"type": "string"}}
@@ -288,7 +289,7 @@ def _complete(operation: Json, bodies: dict[str, Json] | None) -> None:
     responses.pop("422", None)
     for status, response in SUCCESSES.get(name, {}).items():
         responses[status] = dict(response)
-    for code in FAILURES[name]:
+    for code in (*FAILURES[name], *(() if RULES[name].open else (400,))):
         responses[str(code)] = _failure(code)
     if bodies is not None:
         content = operation["requestBody"]["content"]["application/json"]

@@ -143,6 +143,8 @@ def test_versions(api: httpx.Client, variant: Callable[[int], list[Any]]) -> Non
     same = api.put("/v1/adapters/many", files=variant(1))
     assert (same.status_code, same.json()["version"], same.json()["default_version"]) == (200, 1, 3)
     assert same.headers["etag"] == put.headers["etag"]
+    mistyped = api.put("/v1/adapters/many?deflt=false", files=variant(5))
+    assert (mistyped.status_code, error_of(mistyped)["param"]) == (400, "deflt")
     back = api.put("/v1/adapters/many?default=true", files=variant(1))
     assert (back.status_code, back.json()["version"], back.json()["default_version"]) == (200, 1, 1)
 

@@ -197,6 +197,36 @@ def test_urls_and_methods(server: InferenceServer) -> None:
     assert wrong.headers["allow"] == "POST"
 
 
+def test_query_parameters_that_a_route_does_not_have(server: InferenceServer) -> None:
+    """Of every route but those of probes, before the body is looked at."""
+    for path, item in server.http.get("/openapi.json").json()["paths"].items():
+        for method, operation in item.items():
+            there = [each["name"] for each in operation["parameters"] if each["in"] == "query"]
+            address = path.format(
+                **{each["name"]: each["example"] for each in operation["parameters"] if "example" in each}
+            )
+            answer = server.http.request(
+                method, f"{address}?tenant=default&limmit=1", headers={"content-type": "text/x"}
+            )
+            if path in ("/health", "/ready"):
+                assert answer.status_code == 200, path
+                continue
+            assert answer.status_code == 400, (method, path, answer.text)
+            error = answer.json()["error"]
+            assert (error["code"], error["param"]) == ("unknown_parameter", "limmit"), (method, path)
+            names = ", ".join(sorted([*there, "tenant"]))
+            assert error["message"] == f'Unknown query parameter "limmit"; there are: {names}.', (method, path)
+    for query in ("api-version=2024-10-21", "start=2026-01-01&end=2026-02-01", "From=2026-01-01", "=", "fr%00om=1"):
+        for path in ("/v1/usage", "/v1/models", "/"):
+            assert server.http.get(f"{path}?{query}").json()["error"]["code"] == "unknown_parameter", (path, query)
+    assert server.http.get("/v1/usage?from=2026-01-01&to=2026-02-01&tenant=default").status_code == 200
+    secret = server.http.get("/v1/models?api_key=sesame").text
+    assert "api_key" in secret
+    assert "sesame" not in secret
+    for path in ("/docs?x=1", "/openapi.json?x=1"):
+        assert server.http.get(path).status_code == 200
+
+
 def test_other_routes_check_their_bodies_too(server: InferenceServer) -> None:
     for path, body, param in (
         ("/tokenize", {}, "prompt"),
