@@ -18,7 +18,7 @@ from adapters.errors import AdapterMissing
 from adapters.merge_request import MAX_SOURCES, METHODS, MIN_SHARD_BYTES
 from service.api import ranges
 from service.api.adapters import Limit, Route, _list_json, _matches
-from service.api.auth import CallerDep, allow
+from service.api.auth import Caller, CallerDep, allow
 from service.api.failure import ApiError, shown
 from service.api.schemas import Model, Strict, _text
 from service.merges import Merges, Wanted
@@ -145,21 +145,29 @@ async def list_merges(
     merges: MergesDep, caller: CallerDep, limit: Limit = 20, after: str | None = None, state: State | None = None
 ) -> dict[str, Any]:
     """Merges, the newest first. `after`: the id of one of them."""
+    _require_own(caller)
     async with merges.library.catalogue.merges() as table:
         page = await table.page(limit, after, state, caller.tenant)
     return _list_json([merge_json(job) for job in page.items], page.has_more)
 
 
-async def _job(merges: Merges, identity: str, tenant: str) -> Job:
+def _require_own(caller: Caller) -> None:
+    """Raises ApiError 403 for ?tenant of another one: merges are not shared, and the caller's own are not meant."""
+    if caller.namespace != caller.tenant:
+        raise ApiError(403, "A key shows the merges of its own tenant only.", code="not_your_tenant", param="tenant")
+
+
+async def _job(merges: Merges, identity: str, caller: Caller) -> Job:
+    _require_own(caller)
     async with merges.library.catalogue.merges() as table:
-        return await table.get(identity, tenant)
+        return await table.get(identity, caller.tenant)
 
 
 @router.get("/{merge}")
 @allow("upload", "manage")
 async def get_merge(merge: str, merges: MergesDep, caller: CallerDep) -> dict[str, Any]:
     """One merge: queued, running, succeeded, failed (`error` says why) or cancelled."""
-    return merge_json(await _job(merges, merge, caller.tenant))
+    return merge_json(await _job(merges, merge, caller))
 
 
 @router.delete("/{merge}")
@@ -177,7 +185,7 @@ async def delete_merge(merge: str, merges: MergesDep, caller: CallerDep) -> dict
 @allow("upload", "manage")
 async def list_merge_files(merge: str, merges: MergesDep, caller: CallerDep) -> dict[str, Any]:
     """The files of a checkpoint; none before it is complete."""
-    files = (await _job(merges, merge, caller.tenant)).files
+    files = (await _job(merges, merge, caller)).files
     return _list_json([{"id": file["name"], "object": "merge.file", **file} for file in files], False)
 
 
@@ -186,7 +194,7 @@ async def list_merge_files(merge: str, merges: MergesDep, caller: CallerDep) -> 
 async def get_merge_file(request: Request, merge: str, filename: str, merges: MergesDep, caller: CallerDep) -> Response:
     """One file of a checkpoint, by its name in the list; that of a chat template may have a folder and a slash in it.
     The ETag is its sha256; ranges work, so a download can be resumed."""
-    job = await _job(merges, merge, caller.tenant)
+    job = await _job(merges, merge, caller)
     file = next((file for file in job.files if file["name"] == filename), None)
     missing = ApiError(404, f"Merge {job.id} has no file {shown(filename)}.", code="file_not_found")
     if file is None:

@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from pydantic import Field, StrictBool, StrictInt, StrictStr
 
 from service.api.adapters import Lib, Limit, _list_json
-from service.api.auth import Guards, Route, about, allow
+from service.api.auth import CallerDep, Guards, Route, about, allow
 from service.api.failure import ApiError, shown
 from service.api.keyring import CACHE_S
 from service.api.merges import MergesDep
@@ -275,15 +275,17 @@ audit_router = APIRouter(tags=["audit"], route_class=Route)
 @allow("admin")
 async def list_audit(
     request: Request,
+    caller: CallerDep,
     limit: Limit = 20,
     after: Annotated[str | None, Query(pattern="^[0-9]{1,18}$")] = None,
-    tenant_id: str | None = None,
+    tenant_id: Annotated[str | None, Query(description="As this tenant alone, also a deleted one.")] = None,
 ) -> dict[str, Any]:
     """What has been changed by whom, the newest first: uploads and every other management action, `done`, `refused` or
     `failed`; one that has only `begun` still runs, or its process ended before its end could be entered. The actor is
-    "admin", the id of a key, or on a server without keys "operator"."""
+    "admin", the id of a key, or on a server without keys "operator". Of everybody, or as one tenant with `tenant`."""
     audit: AuditLog = request.app.state.audit
-    page = await audit.list_actions(limit, None if after is None else int(after), tenant_id)
+    whose = caller.viewer if tenant_id is None else tenant_id
+    page = await audit.list_actions(limit, None if after is None else int(after), whose)
     return _list_json([_action_json(action) for action in page.items], page.has_more)
 
 

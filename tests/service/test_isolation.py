@@ -215,15 +215,21 @@ def test_another_tenants_merge_is_not_there(cast: Cast, operations: list[tuple[s
         for query in queries:
             hidden = send(cast.server, method, address(path, operation, merge=cast.merge), key, **query)
             missing = send(cast.server, method, address(path, operation, merge="nothing"), key, **query)
-            assert hidden.status_code == missing.status_code == (403 if query and method == "DELETE" else 404), path
+            assert hidden.status_code == missing.status_code == (403 if query else 404), path
             assert hidden.text.replace(cast.merge, "ID") == missing.text.replace("nothing", "ID")
             seen += 1
     assert seen >= 8
     with cast.server.client(cast.beta_key) as client:
-        for tenant in ("", "?tenant=alpha"):
-            assert client.get(f"/v1/merges{tenant}").json()["data"] == []
+        assert client.get("/v1/merges").json()["data"] == []
+        # Not its own in place of those that were asked for; there or not, the answer is the same.
+        for tenant in ("alpha", "nobody"):
+            refused = client.get("/v1/merges", params={"tenant": tenant})
+            assert (refused.status_code, refused.json()["error"]["code"]) == (403, "not_your_tenant")
+        assert client.get("/v1/merges", params={"tenant": "beta"}).json()["data"] == []
     with cast.server.client(cast.alpha_key) as client:
         assert [each["id"] for each in client.get("/v1/merges").json()["data"]] == [cast.merge]
+        assert client.get(f"/v1/merges/{cast.merge}", params={"tenant": "alpha"}).status_code == 200
+    assert cast.server.http.get("/v1/merges", params={"tenant": "alpha"}).json()["data"][0]["id"] == cast.merge
 
 
 def test_another_tenants_adapter_in_requests(cast: Cast) -> None:

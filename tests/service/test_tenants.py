@@ -691,6 +691,10 @@ def test_every_change_is_in_the_audit_log_and_no_key_is_in_any_log(stored: Tenan
         ]
         assert [each["state"] for each in actions] == ["done"] * 2 + ["refused"] * 5 + ["done"] * 2
         assert actions[0]["request_id"] == request_id == "by-hand"
+        assert stored.http.get("/v1/audit", params={"tenant": tenant}).json()["data"] == actions
+        both = stored.http.get("/v1/audit", params={"tenant": "default", "tenant_id": tenant})
+        assert both.json()["data"] == actions
+        assert stored.http.get("/v1/audit", params={"tenant": "nobody-at-all"}).status_code == 404
         newest = stored.http.get("/v1/audit?limit=3").json()
         assert newest["has_more"]
         assert (newest["data"][0]["action"], newest["data"][0]["target"]) == ("change_tenant", tenant)
