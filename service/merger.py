@@ -254,6 +254,7 @@ class Merger:
 
         await self._library.publish(
             job.name, out / CONFIG_NAME, {WEIGHTS: out / WEIGHTS}, None,
+            make_default=True,  # also where an older version has these bytes
             description=job.description or None, provenance=provenance(job), also=finish, tenant=job.tenant,
         )  # fmt: skip
 

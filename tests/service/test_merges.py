@@ -99,10 +99,15 @@ def test_adapters_into_an_adapter(client: Client) -> None:
     again = client.ended(client.submit("ab", {"a": 0.5, "b": -2.0}, method="cat"))
     assert again["adapter"] == "ab@2"
     assert client.http.get("/v1/adapters/ab").json()["versions"] == [1, 2]
+    # So has one with the content of an older version, and makes that the default, as every merge does with its version.
+    older = client.ended(client.submit("ab", {"a": 0.5, "b": -2.0}))
+    assert older["adapter"] == "ab@1"
+    found = client.http.get("/v1/adapters/ab").json()
+    assert (found["versions"], found["default_version"]) == ([1, 2], 1)
     assert client.folders() == set()
 
     listed = client.http.get("/v1/merges", params={"limit": 2}).json()
-    assert listed["data"][0]["id"] == again["id"]
+    assert [each["id"] for each in listed["data"]] == [older["id"], again["id"]]
     assert listed["has_more"]
     rest = client.http.get("/v1/merges", params={"after": listed["last_id"], "state": "succeeded"}).json()
     assert queued["id"] in [each["id"] for each in rest["data"]]
