@@ -49,7 +49,8 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 @dataclass(frozen=True, slots=True)
 class Rule:
     """What a route asks of its caller: any one of `scopes`; none of them: any key will do. `metered`: it is what
-    requests and tokens per minute and concurrent requests count: inference, uploads, merges."""
+    requests and tokens per minute and concurrent requests count: inference, /tokenize and
+    /detokenize, uploads, merges."""
 
     scopes: frozenset[str]
     open: bool = False

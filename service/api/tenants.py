@@ -33,7 +33,7 @@ class LimitsPatch(Strict):
     """Limits of one tenant. One that is not named stays, null lifts it."""
 
     requests_per_minute: _Limit = None
-    """Inference requests, uploads and merges; 429."""
+    """Inference, /tokenize and /detokenize, uploads and merges; 429."""
     tokens_per_minute: _Limit = None
     """Tokens of prompts and answers. What a request may use at most is reserved when it begins, and what it has not
     used is given back when it ends; 429, and 413 for one that alone may use more."""
