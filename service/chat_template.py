@@ -111,6 +111,11 @@ class ChatTemplate:
         """Whether any template mentions `word`, such as a role."""
         return any(word in source for source in self._sources.values())
 
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the template that a conversation with tools is rendered by mentions them."""
+        return "tool_use" in self._templates or "tools" in self._sources.get("default", "")
+
     def render(
         self,
         messages: list[dict[str, Any]],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import socket
 from concurrent.futures import ThreadPoolExecutor
@@ -301,12 +302,35 @@ def test_ignored_fields_and_nulls_are_taken(server: InferenceServer) -> None:
     assert answer.json()["choices"][0]["text"] == server.expected_text(PROMPT, 4)
 
 
-def test_tools_reach_the_template(server: InferenceServer) -> None:
-    tool = {"type": "function", "function": {"name": "clock", "parameters": {"type": "object"}, "strict": True}}
-    answer = server.http.post("/tokenize", json={"messages": MESSAGES, "tools": [tool]})
-    assert answer.status_code == 200
-    body = {"model": BASE, "messages": MESSAGES, "tools": [tool], "tool_choice": "auto", "max_tokens": 2}
-    assert server.http.post("/v1/chat/completions", json=body).status_code == 200
+TOOL = {"type": "function", "function": {"name": "clock", "parameters": {"type": "object"}, "strict": True}}
+
+
+@pytest.mark.parametrize("file", ["chat_template.jinja", "additional_chat_templates/tool_use.jinja"])
+def test_tools_reach_the_template(base_model_dir: Path, tmp_path: Path, file: str) -> None:
+    model = shutil.copytree(base_model_dir, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    (model / file).parent.mkdir(exist_ok=True)
+    (model / file).write_text("{% if tools %}{{ tools[0].function | tojson }}{% endif %}{{ messages[0].content }}")
+    server = InferenceServer(model)
+    try:
+        server.start()
+        ids = server.http.post("/tokenize", json={"messages": MESSAGES, "tools": [TOOL]}).json()["tokens"]
+        assert server.tokenizer.decode(ids) == json.dumps(TOOL["function"]) + "Hello"
+        body = {"model": BASE, "messages": MESSAGES, "tools": [TOOL], "tool_choice": "auto", "max_tokens": 2}
+        answer = server.http.post("/v1/chat/completions", json=body)
+        assert answer.json()["usage"]["prompt_tokens"] == len(ids)
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize"])
+def test_tools_that_the_template_would_not_show_are_refused(server: InferenceServer, path: str) -> None:
+    body = {"model": BASE, "messages": MESSAGES}
+    assert server.http.post(path, json=body | {"tools": []}).status_code == 200
+    answer = server.http.post(path, json=body | {"tools": [TOOL]})
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert (error["param"], error["code"]) == ("tools", "tools_not_supported")
+    assert "no place for tools" in error["message"]
 
 
 def test_tokenize_and_detokenize(server: InferenceServer) -> None:
