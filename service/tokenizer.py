@@ -48,6 +48,12 @@ class Tokenizer:
         # Saved training settings would cut or pad prompts.
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        # Offsets are for starts() alone, where a token has the spaces that are part of it.
+        post = tokenizer.post_processor
+        parts: Any = post if hasattr(post, "__getitem__") else (post,)
+        for part in parts:
+            if hasattr(part, "trim_offsets"):
+                part.trim_offsets = False
         self._tokenizer = tokenizer
         self.chat = chat
         self.eos_token_ids = eos_token_ids
@@ -96,6 +102,25 @@ class Tokenizer:
             encodings = self._tokenizer.encode_batch_fast(batch, add_special_tokens=add_special_tokens)
             ids += [encoding.ids for encoding in encodings]
         return ids
+
+    async def starts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Where in its text each token of encode() starts, in characters. What the post-processor adds (BOS) has no
+        width. Not by decoding: a normaliser, or a special token that swallows spaces, gives another text back."""
+        if sum(map(len, texts)) <= _INLINE_CHARACTERS:
+            return self._starts(texts)
+        return await asyncio.to_thread(self._starts, texts)
+
+    def _starts(self, texts: Sequence[str]) -> list[list[int]]:
+        all_starts: list[list[int]] = []
+        for batch in _batches(texts):
+            for encoding in self._tokenizer.encode_batch(batch):
+                starts: list[int] = []
+                end = 0
+                for (start, stop), added in zip(encoding.offsets, encoding.special_tokens_mask, strict=True):
+                    starts.append(end if added else min(start, end))
+                    end = end if added else stop
+                all_starts.append(starts)
+        return all_starts
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `ids`; ids outside the vocabulary have none."""

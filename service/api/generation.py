@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Protocol
 
 from service.engine.client import EngineClient
@@ -42,6 +43,8 @@ class Job:
     """The text goes on where the prompt ends (completions), rather than being a text of its own (chat)."""
     echo: list[str] | None = None
     """Text of each prompt, to stand before the answer."""
+    echo_starts: list[list[int]] | None = None
+    """Where in that text each token of each prompt starts; None: the text is the decoding of the tokens."""
     score_only: bool = False
     """Nothing is to be generated (max_tokens 0). The engine makes at least one token; it is dropped."""
 
@@ -216,18 +219,25 @@ class _Choice:
         out, self.waiting = self.waiting[:count], [] if finish is not None else self.waiting[count:]
         return out
 
-    def echo(self, text: str, prompt: list[int], delta: Delta, tokenizer: Tokenizer) -> Piece:
-        """The prompt as the first piece of the choice; what follows is offset by its length."""
+    def echo(self, text: str, number: int, delta: Delta, tokenizer: Tokenizer) -> Piece:
+        """The prompt of that number as the first piece of the choice; what follows is offset by its length."""
         tokens = None
         if self.job.sampling.logprobs is not None:
-            tokens = []
-            reader = Detokenizer(tokenizer, skip_special_tokens=self.job.skip_special_tokens)
-            offset = 0
-            for token, logprob in zip(prompt, delta.prompt_logprobs or [None] * len(prompt), strict=True):
-                tokens.append(Token(token, min(offset, len(text)), logprob))
-                offset += len(reader.push(token))
+            prompt = self.job.prompts[number]
+            given = self.job.echo_starts
+            starts = self._decoded_starts(prompt, tokenizer) if given is None else given[number]
+            logprobs = delta.prompt_logprobs or [None] * len(prompt)
+            tokens = [
+                Token(token, min(start, len(text)), logprob)
+                for token, start, logprob in zip(prompt, starts, logprobs, strict=True)
+            ]
         self.decoded = self.released = len(text)
         return Piece(self.index, text, tokens)
+
+    def _decoded_starts(self, prompt: list[int], tokenizer: Tokenizer) -> list[int]:
+        reader = Detokenizer(tokenizer, skip_special_tokens=self.job.skip_special_tokens)
+        ends = accumulate((len(reader.push(token)) for token in prompt), initial=0)
+        return list(ends)[:-1]
 
 
 class Generation:
@@ -301,7 +311,7 @@ class Generation:
                     if delta.index % job.n == 0:
                         self.usage.cached_tokens += delta.cached_tokens
                     if job.echo is not None:
-                        yield choice.echo(job.echo[number], job.prompts[number], delta, self._tokenizer)
+                        yield choice.echo(job.echo[number], number, delta, self._tokenizer)
                 if job.score_only:
                     # One token was generated because the engine cannot generate none.
                     unfinished.discard(delta.index)

@@ -71,13 +71,15 @@ async def completions(body: CompletionRequest, request: Request, services: Servi
     # The engine makes at least one token, also where the prompt is only to be scored.
     sampling = _sampling(services, body, max(1, max_tokens), logprobs=body.logprobs, echo=body.echo)
     check_lengths(prompts, sampling, body.n, limits, "prompt")
-    echo = None
+    job = _job(body, caller, target, prompts, sampling)
+    job.continues, job.score_only = True, max_tokens == 0
     if body.echo:
-        echo = texts or [
+        # A text is echoed as it came, with special tokens in it, whatever skip_special_tokens says of the answer.
+        job.echo = texts or [
             services.tokenizer.decode(ids, skip_special_tokens=body.skip_special_tokens) for ids in prompts
         ]
-    job = _job(body, caller, target, prompts, sampling)
-    job.continues, job.echo, job.score_only = True, echo, max_tokens == 0
+        if texts and body.logprobs is not None:
+            job.echo_starts = await services.tokenizer.starts(texts)
     return await _respond(request, services, body, job, target, CompletionFormat)
 
 

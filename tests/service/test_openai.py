@@ -256,6 +256,30 @@ def test_completion_logprobs_with_echo(server: InferenceServer, stream: bool) ->
         assert token.startswith("bytes:") or text.startswith(token, offset)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("as_ids", [False, True])
+def test_echoed_special_tokens_stand_where_their_offsets_say(
+    server: InferenceServer, stream: bool, skip: bool, as_ids: bool
+) -> None:
+    prompt = "<|im_start|>user\nhi \U0001f700<|im_end|>\n  <|im_start|>assistant\n"
+    (ids,) = server.tokenizer.encode_now([prompt])
+    arguments: dict[str, Any] = {"model": BASE, "prompt": ids if as_ids else prompt, "max_tokens": 3, "temperature": 0}
+    arguments |= {"logprobs": 0, "echo": True, "extra_body": {"skip_special_tokens": skip}}
+    text, tokens, offsets = "", [], []
+    made = server.openai.completions.create(**arguments, stream=stream)
+    for part in [chunk.choices[0] for chunk in made] if stream else made.choices:
+        text += part.text
+        tokens += part.logprobs.tokens
+        offsets += part.logprobs.text_offset
+    shown = server.tokenizer.decode(ids, skip_special_tokens=skip) if as_ids else prompt
+    assert text == shown + server.expected_text(ids, 3)
+    assert tokens == [server.tokenizer.token_text(id) for id in [*ids, *server.expected_ids(ids, 3)]]
+    for token, start, end in zip(tokens, offsets, [*offsets[1:], len(text)], strict=True):
+        silent = as_ids and skip and token.startswith("<|im_")
+        assert token.startswith("bytes:") or text[start:end] == ("" if silent else token)
+
+
 def test_scoring_a_prompt_generates_nothing(server: InferenceServer) -> None:
     answer = server.openai.completions.create(model=BASE, prompt=PROMPT, max_tokens=0, echo=True, logprobs=0)
     (choice,) = answer.choices

@@ -195,6 +195,26 @@ def test_a_character_split_over_tokens_comes_whole(tokenizer: Tokenizer) -> None
     assert "".join(streamed(tokenizer, ids[1:], ids[:1])) == "🜀𐍈"
 
 
+async def test_tokens_start_where_they_stand_in_the_text(tokenizer: Tokenizer) -> None:
+    """Also where the post-processor adds tokens and trims offsets, and where decoding would not give the text back."""
+    text = "<|im_start|> A\n   so  \U0001f700<|im_end|>\n"
+    (ids,) = tokenizer.encode_now([text])
+    plain = [len(tokenizer.decode(ids[:at], skip_special_tokens=False).rstrip("\ufffd")) for at in range(len(ids))]
+    assert await tokenizer.starts([text, ""]) == [plain, []]
+    inner = tokenizers.Tokenizer.from_str(tokenizer._tokenizer.to_str())
+    inner.normalizer = tokenizers.normalizers.Replace("shorter", "so")
+    processors = tokenizers.processors
+    around = processors.TemplateProcessing(
+        single="<|im_start|> $A <|im_end|>", special_tokens=[("<|im_start|>", 1), ("<|im_end|>", 2)]
+    )
+    inner.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), around])
+    added = Tokenizer(inner, ChatTemplate({}, {}), ())
+    assert await added.starts([text, "A shorter one"]) == [[0, *plain, len(text)], [0, 0, 1, 9, 13]]
+    long = " a" * 2000
+    assert await added.starts([long]) == [[0, *range(0, len(long) + 1, 2)]]
+    assert await metaspace().starts(["a \u00e9!"]) == [[0, 1, 2, 2, 3]]
+
+
 def test_undecodable_and_silent_tokens_do_not_slow_it_down(tokenizer: Tokenizer) -> None:
     bad = next(id for id in range(tokenizer.vocab_size) if tokenizer.token_bytes(id) == b"\xe2")
     for token in (bad, 2):
