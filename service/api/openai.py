@@ -16,10 +16,18 @@ from service.api.auth import SINGLE_USER, Caller, CallerDep, Route, allow, calle
 from service.api.departure import Departure
 from service.api.deps import EventStream, Services, ServicesDep
 from service.api.errors import as_api_error
-from service.api.failure import ApiError, invalid
+from service.api.failure import invalid
 from service.api.formats import DONE, ChatFormat, CompletionFormat, Format, error_event
 from service.api.generation import Generation, Job, Piece
-from service.api.prompts import capacity, chat_prompt, check_characters, check_ids, require_engine
+from service.api.prompts import (
+    capacity,
+    chat_prompt,
+    check_characters,
+    check_ids,
+    find_model,
+    require_engine,
+    unknown_model,
+)
 from service.api.schemas import AdapterWeight, ChatRequest, CompletionRequest, Sampled
 from service.engine.messages import AdapterRef, Limits, SamplingParams
 from service.metrics import Metrics
@@ -144,14 +152,9 @@ async def list_models(
 @router.get("/v1/models/{model:path}", summary="One model")
 @allow("any")
 async def get_model(model: str, services: ServicesDep, caller: CallerDep) -> dict[str, Any]:
-    if model == services.base_name:
+    found = await find_model(services, caller, model)
+    if found is None:
         return _base_model(services)
-    try:
-        found = await services.catalogue.resolve(model, caller.namespace, caller.viewer)
-    except NotFound as exc:
-        raise _unknown_model(model, "model", exc) from exc
-    if (ready := services.engine.last_ready) is not None:
-        found.require_base(*ready.manifest.fingerprints)
     return _model(services, model, found.created_at, services.base_name)
 
 
@@ -178,7 +181,7 @@ async def resolve(services: Services, body: Sampled, caller: Caller, *, ahead: b
         try:
             found = await services.catalogue.resolve(adapter.name, caller.namespace, caller.viewer)
         except NotFound as exc:
-            raise _unknown_model(adapter.name, f"adapters[{i}].name" if composed else "model", exc) from exc
+            raise unknown_model(adapter.name, f"adapters[{i}].name" if composed else "model", exc) from exc
         found.require_base(*services.engine.manifest.fingerprints)
         # The same adapter twice is one with the sum of its weights.
         weights[found.key] = weights.get(found.key, 0.0) + adapter.weight
@@ -200,10 +203,6 @@ def _granted(caller: Caller, asked: int | None, default: int) -> int:
     if asked is not None and asked > most:
         raise limit_error(413, caller, "max_tokens", most, f"; the request asks for {asked}")
     return min(default, most) if asked is None else asked
-
-
-def _unknown_model(model: str, param: str, exc: NotFound) -> ApiError:
-    return ApiError(404, f"The model {model!r} does not exist: {exc}", code="model_not_found", param=param)
 
 
 def check_lengths(prompts: list[list[int]], sampling: SamplingParams, n: int, limits: Limits, param: str) -> None:

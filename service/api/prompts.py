@@ -8,13 +8,15 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from service.api.auth import Route, allow
+from service.api.auth import Caller, CallerDep, Route, allow
 from service.api.deps import Services, ServicesDep
-from service.api.failure import invalid
+from service.api.failure import ApiError, invalid
 from service.api.schemas import ChatRequest, DetokenizeRequest, Message, TokenizeRequest
 from service.chat_template import ChatTemplateError
 from service.engine.errors import EngineUnavailable
 from service.engine.messages import Limits
+from service.store.errors import NotFound
+from service.store.records import Resolved
 
 router = APIRouter(tags=["tokens"], route_class=Route)
 
@@ -24,7 +26,8 @@ _INLINE_CHARACTERS = 2048
 
 @router.post("/tokenize", summary="Token ids of a text or of a conversation")
 @allow("any", metered=True)
-async def tokenize(body: TokenizeRequest, services: ServicesDep) -> dict[str, Any]:
+async def tokenize(body: TokenizeRequest, services: ServicesDep, caller: CallerDep) -> dict[str, Any]:
+    await find_model(services, caller, body.model)
     tokenizer = services.tokenizer
     if body.messages is not None:
         ids = await chat_prompt(services, body, add_special_tokens=bool(body.add_special_tokens))
@@ -45,10 +48,29 @@ async def tokenize(body: TokenizeRequest, services: ServicesDep) -> dict[str, An
 
 @router.post("/detokenize", summary="The text of token ids")
 @allow("any", metered=True)
-async def detokenize(body: DetokenizeRequest, services: ServicesDep) -> dict[str, Any]:
+async def detokenize(body: DetokenizeRequest, services: ServicesDep, caller: CallerDep) -> dict[str, Any]:
+    await find_model(services, caller, body.model)
     check_ids(body.tokens or [0], services.tokenizer.vocab_size, "tokens")
     text = await asyncio.to_thread(services.tokenizer.decode, body.tokens, skip_special_tokens=body.skip_special_tokens)
     return {"prompt": text}
+
+
+async def find_model(services: Services, caller: Caller, model: str | None) -> Resolved | None:
+    """The adapter that a model string means to the caller, also while there is no engine; None: the base model, which
+    is also meant where none is named. Raises ApiError 404, WrongBase."""
+    if model is None or model == services.base_name:
+        return None
+    try:
+        found = await services.catalogue.resolve(model, caller.namespace, caller.viewer)
+    except NotFound as exc:
+        raise unknown_model(model, "model", exc) from exc
+    if (ready := services.engine.last_ready) is not None:
+        found.require_base(*ready.manifest.fingerprints)
+    return found
+
+
+def unknown_model(model: str, param: str, exc: NotFound) -> ApiError:
+    return ApiError(404, f"The model {model!r} does not exist: {exc}", code="model_not_found", param=param)
 
 
 async def chat_prompt(

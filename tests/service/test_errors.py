@@ -233,10 +233,27 @@ def test_other_routes_check_their_bodies_too(server: InferenceServer) -> None:
         ("/tokenize", {"prompt": "x", "messages": CHAT["messages"]}, "prompt"),
         ("/detokenize", {"tokens": [VOCABULARY]}, "tokens"),
         ("/detokenize", {"tokens": "x"}, "tokens"),
+        ("/tokenize", {"prompt": "x", "model": ""}, "model"),
     ):
         answer = server.http.post(path, json=body)
         assert answer.status_code == 400
         assert answer.json()["error"]["param"] == param
+
+
+def test_tokens_are_those_of_a_model_that_is_there(server: InferenceServer, adapters: dict[str, str]) -> None:
+    for path, body in (
+        ("/tokenize", {"prompt": "x"}),
+        ("/tokenize", {"messages": CHAT["messages"]}),
+        ("/detokenize", {"tokens": [5]}),
+    ):
+        for model in (BASE, None, "first", "first@1", "first@old"):
+            assert server.http.post(path, json=body | {"model": model}).status_code == 200
+        for model in ("nope", "first@99", "../x"):
+            answer = server.http.post(path, json=body | {"model": model})
+            assert answer.status_code == 404
+            error = answer.json()["error"]
+            assert (error["code"], error["param"]) == ("model_not_found", "model")
+            assert error == server.http.post("/v1/completions", json=COMPLETION | {"model": model}).json()["error"]
 
 
 # ---------------------------------------------------------------- a busy, a broken, an absent engine

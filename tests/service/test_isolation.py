@@ -246,6 +246,7 @@ def test_another_tenants_adapter_in_requests(cast: Cast) -> None:
                     "/v1/chat/completions", json={"model": full, "messages": [{"role": "user", "content": "x"}]}
                 ),
                 client.get(f"/v1/models/{full}"),
+                client.post("/tokenize", json={"model": full, "prompt": "x"}),
                 complete(client, name),
                 client.get(f"/v1/adapters/{name}"),
                 client.post(
@@ -257,7 +258,7 @@ def test_another_tenants_adapter_in_requests(cast: Cast) -> None:
         hidden, missing, nobody = told(SECRET), told("secret-nothing"), told(SECRET, "nobody")
         assert hidden == missing == nobody
         assert {status for status, _ in hidden} <= {404, 422}
-        assert [status for status, _ in hidden][:8] == [404] * 8
+        assert [status for status, _ in hidden][:9] == [404] * 9
         for path in ("/v1/models", "/v1/adapters", "/v1/adapters?owner=alpha", "/v1/adapters?tenant=alpha"):
             assert SECRET not in client.get(path).text
         assert client.get("/v1/adapters").json()["data"] == []
