@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -125,6 +126,10 @@ def _prompts(value: Any) -> Any:
     raise ValueError(expected)
 
 
+_TEXT_PART = frozenset({"type", "text", "prompt_cache_breakpoint"})
+"""Fields of a text part; the last is as those of IGNORED."""
+
+
 def _content(value: Any) -> str | None:
     """Text parts are joined by a newline, since templates that take a list are the fewer."""
     if value is None or isinstance(value, str):
@@ -135,6 +140,8 @@ def _content(value: Any) -> str | None:
             if not isinstance(part, dict) or part.get("type") != "text":
                 kind = part.get("type") if isinstance(part, dict) else part
                 raise ValueError(f"part {i} is of type {kind!r}, but only text parts are supported")
+            if unknown := part.keys() - _TEXT_PART:
+                raise ValueError(f"part {i} has the unknown field {shown(min(unknown))}")
             if not isinstance(part.get("text"), str):
                 raise ValueError(f"part {i} should have a string as its text")
             texts.append(part["text"])
@@ -149,6 +156,13 @@ def _content(value: Any) -> str | None:
 def _few_biases(value: Any) -> Any:
     if isinstance(value, dict) and len(value) > MAX_BIASES:
         raise ValueError(f"should have at most {MAX_BIASES} token ids, it has {len(value)}")
+    return value
+
+
+def _canonical(value: Any) -> Any:
+    """One spelling for each id, or one of two entries would be lost."""
+    if isinstance(value, str) and not re.fullmatch("0|-?[1-9][0-9]*", value):
+        raise ValueError("should be a token id in decimal digits, without leading zeros or anything around them")
     return value
 
 
@@ -167,9 +181,10 @@ Prompts = Annotated[list[str] | list[list[int]], PlainValidator(_prompts), WithJ
 _PARTS_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}, {"type": "null"}]}
 Content = Annotated[str | None, BeforeValidator(_content), WithJsonSchema(_PARTS_SCHEMA)]
 Model = Annotated[str, Field(min_length=1, max_length=256)]
+TokenId = Annotated[int, BeforeValidator(_canonical)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Biases = Annotated[
-    dict[int, Bias], BeforeValidator(_few_biases), Field(json_schema_extra={"maxProperties": MAX_BIASES})
+    dict[TokenId, Bias], BeforeValidator(_few_biases), Field(json_schema_extra={"maxProperties": MAX_BIASES})
 ]
 
 
@@ -256,15 +271,19 @@ class CompletionRequest(Sampled):
         return self
 
 
-class ToolCallFunction(BaseModel):
+class ToolCallFunction(Strict):
     name: str
     arguments: str | dict[str, Any] = ""
+    parsed_arguments: Any = Field(None, exclude=True)
+    """What the `openai` client's parse() adds; not for the template."""
 
 
-class ToolCall(BaseModel):
+class ToolCall(Strict):
     id: str | None = None
     type: Literal["function"] = "function"
     function: ToolCallFunction
+    index: int | None = Field(None, exclude=True)
+    """Of a streamed one, as clients put them together; not for the template."""
 
 
 class Message(Strict):

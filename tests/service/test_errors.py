@@ -54,6 +54,10 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"logit_bias": {"5": 101}}, "logit_bias.5", "101"),
     ({"logit_bias": {str(VOCABULARY): 1}}, "logit_bias", str(VOCABULARY)),
     ({"logit_bias": {"x": 1}}, "logit_bias.x.[key]", "x"),
+    ({"logit_bias": {"5": 1, "05": -1}}, "logit_bias.05.[key]", "05"),
+    ({"logit_bias": {" 5": 1}}, "logit_bias. 5.[key]", " 5"),
+    ({"logit_bias": {"5.0": 1}}, "logit_bias.5.0.[key]", "5.0"),
+    ({"logit_bias": {"-1": 1}}, "logit_bias", "-1"),
     ({"stop_token_ids": [-5]}, "stop_token_ids", "-5"),
     ({"stop": [""]}, "stop", "empty"),
     ({"stop": [str(i) for i in range(17)]}, "stop", "17"),
@@ -72,6 +76,11 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"model": "other", "adapters": [{"name": "a"}]}, "adapters", "other"),
 ]
 
+
+def _called(**fields: Any) -> dict[str, Any]:
+    return {"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f"}, **fields}]}
+
+
 BAD_CHATS: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": []}, "messages", "[]"),
     ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role", "robot"),
@@ -82,6 +91,13 @@ BAD_CHATS: list[tuple[dict[str, Any], str, str]] = [
         "image_url",
     ),
     ({"messages": [{"role": "user", "content": "x", "mood": "good"}]}, "messages[0].mood", "unknown field"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "mood": "good"}]}]},
+        "messages[0].content",
+        'unknown field "mood"',
+    ),
+    ({"messages": [_called(mood="good")]}, "messages[0].tool_calls[0].mood", "unknown field"),
+    ({"messages": [_called(function={"name": "f", "mood": 1})]}, "messages[0].tool_calls[0].function.mood", "unknown"),
     ({"top_logprobs": 2}, "top_logprobs", "2"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "21"),
     ({"max_tokens": 0}, "max_tokens", "0"),

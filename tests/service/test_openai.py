@@ -12,6 +12,7 @@ from typing import Any
 
 import openai
 import pytest
+from openai.types.chat import ChatCompletionMessage, ParsedFunction
 
 from tests.service.inference_helpers import BASE, InferenceServer, events
 
@@ -132,6 +133,35 @@ def test_messages_in_all_their_forms(server: InferenceServer) -> None:
     text = answers[1].choices[0].message.content
     ids = chat_ids(server, [*plain, {"role": "assistant", "content": text}, {"role": "user", "content": "And?"}])
     assert again.choices[0].message.content == server.expected_text(ids, 8)
+
+
+def test_tool_calls_go_back_as_clients_send_them(base_model_dir: Path, tmp_path: Path) -> None:
+    """With the nulls of an answer, and with what streaming and parse() add, of which the template sees nothing."""
+    model = shutil.copytree(base_model_dir, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    (model / "chat_template.jinja").write_text("{{ messages | tojson }}")
+    function = ParsedFunction(name="clock", arguments='{"zone": "UTC"}', parsed_arguments={"zone": "UTC"})
+    call = {"id": "1", "type": "function", "function": function.model_dump(), "index": 0}
+    nulls = dict.fromkeys(("refusal", "audio", "function_call", "annotations", "content"))
+    made = ChatCompletionMessage.model_validate({"role": "assistant", "tool_calls": [call], **nulls})
+    part = {"type": "text", "text": "noon", "prompt_cache_breakpoint": {"mode": "explicit"}}
+    messages: list[Any] = [*MESSAGES, made, {"role": "tool", "tool_call_id": "1", "content": [part]}]
+    shown = {"id": "1", "type": "function", "function": {"name": "clock", "arguments": {"zone": "UTC"}}}
+    server = InferenceServer(model)
+    try:
+        server.start()
+        answer = server.openai.chat.completions.create(model=BASE, messages=messages, max_tokens=1)
+        raw = [message if isinstance(message, dict) else message.model_dump() for message in messages]
+        assert set(nulls) < set(raw[1])
+        ids = server.http.post("/tokenize", json={"messages": raw}).json()["tokens"]
+        assert json.loads(server.tokenizer.decode(ids)) == [
+            *MESSAGES,
+            {"role": "assistant", "tool_calls": [shown]},
+            {"role": "tool", "tool_call_id": "1", "content": "noon"},
+        ]
+        assert answer.usage is not None
+        assert answer.usage.prompt_tokens == len(ids)
+    finally:
+        server.stop()
 
 
 @pytest.mark.parametrize("stream", [False, True])
