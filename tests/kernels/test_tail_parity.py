@@ -18,6 +18,8 @@ from tests.engine.test_parity import MIXES, World, ask_all, check_all
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there the kernels run for real, in tests/gpu")
 
+INTERPRETED_S = 600.0
+"""An engine's steps in Triton's interpreter take seconds each, on a busy machine more."""
 NAMES = ("rank1", "rank8-rs", "rank16", "rank33-regex", "rank64-patterns", "one-layer")
 
 
@@ -59,7 +61,7 @@ def test_tokens_and_distributions_are_peft_s(staged: list[int], tmp_path: Path) 
     ]
     for names in groups:
         ask_all(engine, world, names, max_tokens=5, prompt_logprobs=VOCABULARY)
-        engine.run()
+        engine.run(INTERPRETED_S)
         check_all(engine, world, names)
     assert len(staged) > 20, "the tails were hardly used"
     assert sum(staged) > 6, "no adapter was staged again"
@@ -85,7 +87,7 @@ def test_prompts_stand_in_the_tails_beside_sequences_that_decode(
     world = World("llama", tmp_path, every, MIXES[:1])
     engine = world.engine(tmp_path, max_tokens_per_step=64, prefix_caching=False, arena_bytes=64 << 20)
     ask_all(engine, world, max_tokens=4)
-    engine.run()
+    engine.run(INTERPRETED_S)
     check_all(engine, world)
     assert sum(both) > 3, "no step had adapters of both kinds"
     engine.close()
@@ -103,13 +105,13 @@ def test_what_a_failed_step_did_not_stage_the_next_one_does(
         raise torch.OutOfMemoryError("as if the device had none left")
 
     ask_all(engine, world, ["rank8-rs"], max_tokens=2)
-    engine.run()
+    engine.run(INTERPRETED_S)
     monkeypatch.setattr(TritonKernels, "stage", failing)
     ask_all(engine, world, ["rank16"], max_tokens=2)
-    engine.run()
+    engine.run(INTERPRETED_S)
     assert engine.refused
     engine.refused.clear()
     ask_all(engine, world, ["rank16", "rank8-rs"], max_tokens=2)
-    engine.run()
+    engine.run(INTERPRETED_S)
     check_all(engine, world, ["rank16", "rank8-rs"])
     engine.close()
