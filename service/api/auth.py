@@ -8,7 +8,8 @@ nothing is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+import time
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 from urllib.parse import parse_qsl
@@ -21,7 +22,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from service import log
 from service.api.errors import as_api_error, status_of
 from service.api.failure import ApiError, shown
-from service.api.keyring import ADMIN, OPERATOR, SINGLE_USER, Caller, Keyring
+from service.api.keyring import ADMIN, CACHE_S, OPERATOR, SINGLE_USER, Caller, Keyring
 from service.limits import Limiter, LimitReached
 from service.store.audit import AuditLog
 from service.store.errors import CatalogueError
@@ -139,7 +140,7 @@ class Gate:
             state["error_code"] = error.code
             await error.response()(scope, receive, send)
             return
-        state["caller"] = caller
+        state["caller"], state["known_at"] = caller, time.monotonic()
         state["tenant"], state["key"] = caller.tenant, caller.actor
         try:
             await self._app(scope, receive, send)
@@ -168,6 +169,9 @@ def _tenant_of(scope: Scope) -> str | None:
 class Route(APIRoute):
     """A route that declares its rule (`allow`), and asks it before the request's body is read. Query parameters that it
     does not have are refused, unless it is open to everybody: what probes add to their addresses changes nothing."""
+
+    def __init__(self, *args: Any, dependencies: Sequence[Any] | None = None, **options: Any) -> None:
+        super().__init__(*args, dependencies=[Depends(_still_known), *(dependencies or ())], **options)
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         rule: Rule | None = getattr(self.endpoint, "rule", None)
@@ -205,6 +209,19 @@ class Route(APIRoute):
             return await handler(request)
 
         return handle
+
+
+async def _still_known(request: Request) -> None:
+    """Asks for the caller again where the body took its time: while it came a key may have been revoked, or the tenant
+    deleted and another been given the name. (FastAPI reads the body before it solves dependencies.) Raises ApiError
+    401, 403."""
+    state = request.scope["state"]
+    caller: Caller | None = state.get("caller")
+    if caller is None or time.monotonic() - state["known_at"] < CACHE_S:
+        return
+    now = await request.app.state.guards.keyring.caller(_authorization(request.scope), _tenant_of(request.scope))
+    if now.tenant_id != caller.tenant_id:
+        raise ApiError(401, "The tenant has been deleted.", code="invalid_key")
 
 
 def _query_parameters(dependant: Dependant) -> set[str]:

@@ -136,7 +136,10 @@ class Keyring:
         name = DEFAULT_TENANT if tenant is None else tenant
         fresh = self._named.get(name)
         if fresh is None or time.monotonic() - fresh[0] > CACHE_S:
-            fresh = _keep(self._named, name, await self._tenants.get(name))
+            read_at = time.monotonic()
+            found = await self._tenants.get(name)
+            # One that is disabled may be about to be deleted, and the name be given again.
+            fresh = (read_at, found) if found.disabled else _keep(self._named, name, found, read_at)
         own = fresh[1]
         limits = TenantLimits.of(own.limits)
         return Caller(own.id, own.number, None, True, frozenset(SCOPES), own.weight, limits, own.id, tenant)

@@ -78,9 +78,10 @@ async def chat_prompt(
 ) -> list[int]:
     """Token ids of a conversation. The template writes the special tokens itself."""
     tokenizer = services.tokenizer
-    if body.tools and tokenizer.chat and not tokenizer.chat.takes_tools:
+    wanted = body.tools and getattr(body, "tool_choice", None) != "none"
+    if wanted and tokenizer.chat and not tokenizer.chat.takes_tools:
         # The model would answer as if there were none, and the client would wait for calls that never come.
-        message = f"'tools' has {len(body.tools)} entries, but the model's chat template has no place for tools."
+        message = f"'tools' has {len(body.tools or ())} entries, but the model's chat template has no place for tools."
         raise invalid("tools", message, "tools_not_supported")
     messages: Sequence[Message] = body.messages or ()
     developer_role = tokenizer.chat.names("developer")

@@ -126,8 +126,8 @@ def _prompts(value: Any) -> Any:
     raise ValueError(expected)
 
 
-_TEXT_PART = frozenset({"type", "text", "prompt_cache_breakpoint"})
-"""Fields of a text part; the last is as those of IGNORED."""
+_TEXT_PART = frozenset({"type", "text", "id", "annotations", "cache_control", "prompt_cache_breakpoint"})
+"""Fields of a text part; those behind the text are as those of IGNORED (clients of other services add them)."""
 
 
 def _content(value: Any) -> str | None:
@@ -299,6 +299,8 @@ class Message(Strict):
     annotations: Any = None
     audio: None = None
     function_call: None = None
+    parsed: Any = Field(None, exclude=True)
+    """As parsed_arguments."""
 
     @model_validator(mode="after")
     def _has_content(self) -> Message:

@@ -202,7 +202,7 @@ async def change_tenant(tenant: str, body: TenantPatch, guards: GuardsDep) -> di
 async def delete_tenant(tenant: str, guards: GuardsDep, library: Lib, merges: MergesDep) -> dict[str, Any]:
     """Deletes a tenant with its keys, adapters and merges. Generations that run end as they would; uploads end with
     404. The answer comes when no process takes the keys any more, so that nobody uses them on another tenant who is
-    given the name at once."""
+    given the name at once. One that is broken off meanwhile leaves the tenant disabled, with all that it has."""
     await guards.tenants.retire(tenant)
     guards.keyring.forget()
     await asyncio.sleep(FORGOTTEN_S)

@@ -12,7 +12,7 @@ from typing import Any
 
 import openai
 import pytest
-from openai.types.chat import ChatCompletionMessage, ParsedFunction
+from openai.types.chat import ParsedChatCompletionMessage, ParsedFunction
 
 from tests.service.inference_helpers import BASE, InferenceServer, events
 
@@ -141,9 +141,9 @@ def test_tool_calls_go_back_as_clients_send_them(base_model_dir: Path, tmp_path:
     (model / "chat_template.jinja").write_text("{{ messages | tojson }}")
     function = ParsedFunction(name="clock", arguments='{"zone": "UTC"}', parsed_arguments={"zone": "UTC"})
     call = {"id": "1", "type": "function", "function": function.model_dump(), "index": 0}
-    nulls = dict.fromkeys(("refusal", "audio", "function_call", "annotations", "content"))
-    made = ChatCompletionMessage.model_validate({"role": "assistant", "tool_calls": [call], **nulls})
-    part = {"type": "text", "text": "noon", "prompt_cache_breakpoint": {"mode": "explicit"}}
+    nulls = dict.fromkeys(("refusal", "audio", "function_call", "annotations", "content", "parsed"))
+    made: Any = ParsedChatCompletionMessage.model_validate({"role": "assistant", "tool_calls": [call], **nulls})
+    part = {"type": "text", "text": "noon", "id": "lc_1", "prompt_cache_breakpoint": {"mode": "explicit"}}
     messages: list[Any] = [*MESSAGES, made, {"role": "tool", "tool_call_id": "1", "content": [part]}]
     shown = {"id": "1", "type": "function", "function": {"name": "clock", "arguments": {"zone": "UTC"}}}
     server = InferenceServer(model)
@@ -385,6 +385,9 @@ def test_tools_that_the_template_would_not_show_are_refused(server: InferenceSer
     error = answer.json()["error"]
     assert (error["param"], error["code"]) == ("tools", "tools_not_supported")
     assert "no place for tools" in error["message"]
+    if path != "/tokenize":  # the model is not to call any: nothing is missed
+        unused = body | {"tools": [TOOL], "tool_choice": "none", "max_tokens": 1}
+        assert server.http.post(path, json=unused).status_code == 200
 
 
 def test_tokenize_and_detokenize(server: InferenceServer) -> None:

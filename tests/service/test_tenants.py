@@ -164,8 +164,8 @@ def test_an_upload_ends_with_its_tenant(stored: TenantServer, again: bool) -> No
             stored.tenant("swift")
         connection.sendall(body[len(body) // 2 :])
         answer = b""
-        while not answer.endswith(b"}}"):
-            answer += connection.recv(65536)
+        while not answer.endswith(b"}}") and (piece := connection.recv(65536)):
+            answer += piece
     assert answer.startswith(b"HTTP/1.1 404 ")
     assert b'"tenant_not_found"' in answer
     assert "ghost" not in names(stored.http.get("/v1/adapters", params={"owner": "swift"}))
@@ -174,6 +174,52 @@ def test_an_upload_ends_with_its_tenant(stored: TenantServer, again: bool) -> No
             assert names(client.get("/v1/adapters")) == []
             assert upload(client, "ghost", 3).json()["version"] == 1
         stored.http.delete("/v1/tenants/swift")
+
+
+def test_a_question_ends_with_its_tenant(stored: TenantServer) -> None:
+    """The body comes when another has the name, and an adapter of the name that is asked for."""
+    stored.tenant("crow")
+    with stored.client(stored.key("crow")) as client:
+        whole = client.build_request(
+            "POST", "/v1/completions", json={"model": "secret", "prompt": [1], "max_tokens": 1}
+        )
+    body = whole.read()
+    head = "".join(f"{name}: {value}\r\n" for name, value in whole.headers.items() if name != "connection")
+    with socket.create_connection(("127.0.0.1", stored.settings.port), timeout=60) as connection:
+        connection.sendall(f"POST /v1/completions HTTP/1.1\r\nConnection: close\r\n{head}\r\n".encode() + body[:9])
+        assert stored.http.delete("/v1/tenants/crow").status_code == 200
+        stored.tenant("crow")
+        with stored.client(stored.key("crow")) as client:
+            assert upload(client, "secret", 1).status_code == 201
+        connection.sendall(body[9:])
+        answer = b""
+        while piece := connection.recv(65536):
+            answer += piece
+    assert answer.startswith(b"HTTP/1.1 401 "), answer
+    stored.http.delete("/v1/tenants/crow")
+
+
+def test_the_admin_finds_a_name_that_was_given_again_at_once(stored: TenantServer) -> None:
+    """In every process: each remembers for a second whom `?tenant` means."""
+    stored.tenant("rail")
+    with stored.another_process() as url, stored.client(ADMIN, url) as admin:
+        stop = threading.Event()
+
+        def ask() -> None:
+            while not stop.is_set():
+                admin.get("/v1/adapters", params={"tenant": "rail"})
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        try:
+            assert stored.http.delete("/v1/tenants/rail").status_code == 200
+        finally:
+            stop.set()
+            asking.join()
+        stored.tenant("rail")
+        made = admin.put("/v1/adapters/n", params={"tenant": "rail"}, files=adapter_files(1))
+        assert made.status_code == 201, made.text
+        stored.http.delete("/v1/tenants/rail")
 
 
 def test_no_process_takes_a_deleted_tenants_key_for_the_next_one(stored: TenantServer) -> None:
