@@ -38,7 +38,7 @@ ADAPTERS, RANK = 64, 16
 steps of a few tokens, which miss the multiprocessors least."""
 LAYERS = 3
 """Of one kind that a measurement goes through at most: weights and factors should not be found in the cache."""
-REPLAYS = 4
+REPLAYS = 3
 MOST_S = 15.0
 """Seconds after which what is left keeps the rule. An 8B model has 80 products to measure."""
 GAIN = 0.985
@@ -232,20 +232,25 @@ def _captured(run: Callable[[], None], stream: torch.cuda.Stream, pool: Any) -> 
 def _times(
     graphs: Sequence[torch.cuda.CUDAGraph], choices: Sequence[int], stream: torch.cuda.Stream
 ) -> dict[int, float]:
-    """ms of a replay of each: the shortest of some, in two turns, as clocks and neighbours change."""
+    """Seconds of a replay of each, in two turns, as clocks and neighbours change."""
     found = dict.fromkeys(choices, math.inf)
     with torch.cuda.stream(stream):
         for _ in range(2):
             for free, graph in zip(choices, graphs, strict=True):
-                events = [torch.cuda.Event(enable_timing=True) for _ in range(REPLAYS + 1)]
-                graph.replay()
-                events[0].record()
-                for event in events[1:]:
-                    graph.replay()
-                    event.record()
-                events[-1].synchronize()
-                found[free] = min(found[free], *(begin.elapsed_time(end) for begin, end in pairwise(events)))
+                found[free] = min(found[free], replayed(graph))
     return found
+
+
+def replayed(graph: torch.cuda.CUDAGraph) -> float:
+    """Seconds of a replay on the current stream: the shortest of REPLAYS, after one that is not counted."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(REPLAYS + 1)]
+    graph.replay()
+    events[0].record()
+    for event in events[1:]:
+        graph.replay()
+        event.record()
+    events[-1].synchronize()
+    return min(begin.elapsed_time(end) for begin, end in pairwise(events)) / 1e3
 
 
 def _machine(data: Tensor) -> dict[str, str]:

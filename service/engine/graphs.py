@@ -19,7 +19,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from torch import Tensor
 
 from adapters.kernels.backend import TritonKernels, many_tokens_each
 from adapters.kernels.device_plan import DevicePlan, PlanShape, PlanSizeError, pack
-from adapters.kernels.shares import Size
+from adapters.kernels.shares import Size, replayed
 from adapters.kernels.side import LEAST_TOKENS, MOST_TOKENS
 from adapters.kernels.tail import Placed
 from adapters.kernels.tail_plan import TailPlan, TailShape, pack_tail
@@ -140,21 +139,6 @@ Forward = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """(ids [T], positions [T], tokens wanted or None for all) -> logits [wanted, vocabulary]"""
 
 
-REPLAYS = 3
-
-
-def _replayed(graph: torch.cuda.CUDAGraph) -> float:
-    """Seconds of a replay: the shortest of REPLAYS, after one that is not counted."""
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(REPLAYS + 1)]
-    graph.replay()
-    events[0].record()
-    for event in events[1:]:
-        graph.replay()
-        event.record()
-    events[-1].synchronize()
-    return min(begin.elapsed_time(end) for begin, end in pairwise(events)) / 1e3
-
-
 class StepGraphs:
     """All graphs of an engine."""
 
@@ -212,7 +196,7 @@ class StepGraphs:
             for variant in places.variants:
                 self._graphs[places.shape, variant] = self._capture(places, variant, pool)
                 if variant is None and places.shape.tiles:
-                    taken = _replayed(self._graphs[places.shape, None])
+                    taken = replayed(self._graphs[places.shape, None])
                     if taken > LATER * least:
                         log.info("steps of %d tokens take longer than larger ones: padded", places.shape.tokens)
                         del self._graphs[places.shape, None]

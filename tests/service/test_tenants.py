@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -199,23 +200,30 @@ def test_a_question_ends_with_its_tenant(stored: TenantServer) -> None:
     stored.http.delete("/v1/tenants/crow")
 
 
+@contextlib.contextmanager
+def asking(ask: Callable[[], object]) -> Iterator[None]:
+    """Again and again, by a thread, so that what a process remembers of the answer is new until the block ends."""
+    stop = threading.Event()
+
+    def go_on() -> None:
+        while not stop.is_set():
+            ask()
+
+    thread = threading.Thread(target=go_on)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
 def test_the_admin_finds_a_name_that_was_given_again_at_once(stored: TenantServer) -> None:
     """In every process: each remembers for a second whom `?tenant` means."""
     stored.tenant("rail")
     with stored.another_process() as url, stored.client(ADMIN, url) as admin:
-        stop = threading.Event()
-
-        def ask() -> None:
-            while not stop.is_set():
-                admin.get("/v1/adapters", params={"tenant": "rail"})
-
-        asking = threading.Thread(target=ask)
-        asking.start()
-        try:
+        with asking(lambda: admin.get("/v1/adapters", params={"tenant": "rail"})):
             assert stored.http.delete("/v1/tenants/rail").status_code == 200
-        finally:
-            stop.set()
-            asking.join()
         stored.tenant("rail")
         made = admin.put("/v1/adapters/n", params={"tenant": "rail"}, files=adapter_files(1))
         assert made.status_code == 201, made.text
@@ -227,19 +235,8 @@ def test_no_process_takes_a_deleted_tenants_key_for_the_next_one(stored: TenantS
     stored.tenant("lapwing")
     old = stored.key("lapwing")
     with stored.another_process() as url, stored.client(old, url) as stale:
-        stop = threading.Event()
-
-        def ask() -> None:
-            while not stop.is_set():
-                stale.get("/v1/adapters")
-
-        asking = threading.Thread(target=ask)
-        asking.start()
-        try:
+        with asking(lambda: stale.get("/v1/adapters")):
             assert stored.http.delete("/v1/tenants/lapwing").status_code == 200
-        finally:
-            stop.set()
-            asking.join()
         stored.tenant("lapwing")
         with stored.client(stored.key("lapwing")) as client:
             assert upload(client, "secret", 1).status_code == 201
