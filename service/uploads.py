@@ -17,7 +17,7 @@ import threading
 import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -105,8 +105,11 @@ class Spool:
         with _held_still(self._root):
             for entry in self._root.iterdir():
                 if entry != self._home and not _held(entry):
-                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-                    swept += 1
+                    # A process that closes lets go of its folder and deletes it itself: what it was faster with is
+                    # gone, and what this one has not come to is still deleted there.
+                    with suppress(FileNotFoundError):
+                        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+                        swept += 1
         return swept
 
     def serve(self) -> None:
@@ -182,7 +185,7 @@ def _held(entry: Path, least_bytes: int = 0) -> bool:
         with (entry / LOCK_FILE).open("rb") as lock:
             if os.fstat(lock.fileno()).st_size < least_bytes:
                 return False
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two that ask at once are not in each other's way
     except BlockingIOError:
         return True
     except OSError:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -286,6 +287,22 @@ def test_the_sweep_spares_the_living(tmp_path: Path) -> None:
     assert list(root.iterdir()) == [spool._home]
     spool.close()
     shutil.rmtree(root)
+
+
+def test_a_sweep_may_meet_a_process_that_closes(tmp_path: Path) -> None:
+    """Both delete the folder of the one that closes: the lock is let go of before the folder is gone."""
+    spool = Spool(tmp_path, LIMIT)
+    for _ in range(20):
+        closing = Spool(tmp_path, LIMIT)
+        for number in range(300):
+            (closing._home / f"upload-{number}").mkdir()
+        with ThreadPoolExecutor(1) as threads:
+            closed = threads.submit(closing.close)
+            while not closed.done():
+                spool.sweep()
+            closed.result()
+        assert list(tmp_path.iterdir()) == [spool._home]
+    spool.close()
 
 
 def test_client_file_names() -> None:
