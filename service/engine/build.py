@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -71,9 +72,12 @@ def build_engine(
     if cuda and not config.deterministic:
         prefer_cublaslt()
     budget = config.max_tokens_per_step or tokens_per_step(config.device, deterministic=config.deterministic)
-    # Pinning 8 GiB takes 2 to 3 s, and no processor.
-    with ThreadPoolExecutor(1) as beside:
+    graphs = cuda and not config.eager
+    # Pinning 8 GiB takes 2 to 3 s, and no processor; nor do the weights, while they are copied.
+    with ThreadPoolExecutor(2) as beside:
         slab = beside.submit(Slab, _host_bytes(config), pinned=cuda)
+        if graphs:
+            beside.submit(import_module, "service.engine.prepare")
         try:
             loaded = load_model(config)
         except Exception as error:
@@ -109,7 +113,7 @@ def build_engine(
         arena_bytes=arena.capacity,
     )
     runner = Runner(loaded, backend, kernels, config.page_size, draw=drawing, ahead=config.ahead)
-    if cuda and not config.eager:
+    if graphs:
         from service.engine.prepare import prepare  # Triton comes with torch for CUDA only
 
         prepare(config, loaded, runner, backend, kernels, arena, budget, limits.max_positions)

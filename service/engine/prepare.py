@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import torch._dynamo.exc
+import torch._inductor.compile_fx  # some seconds, which the first step that compiles would spend
 import torch._inductor.exc
 
 from adapters.arena import Arena
