@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
@@ -111,10 +113,11 @@ class ChatTemplate:
         """Whether any template mentions `word`, such as a role."""
         return any(word in source for source in self._sources.values())
 
-    @property
+    @cached_property
     def takes_tools(self) -> bool:
-        """Whether the template that a conversation with tools is rendered by mentions them."""
-        return "tool_use" in self._templates or "tools" in self._sources.get("default", "")
+        """Whether the template that a conversation with tools is rendered by reads them."""
+        source = self._sources.get("tool_use", self._sources.get("default", ""))
+        return "tools" in jinja2.meta.find_undeclared_variables(_environment().parse(source))
 
     def render(
         self,

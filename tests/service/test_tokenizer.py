@@ -291,3 +291,21 @@ def test_no_token_has_more_characters_than_it_is_said_to_have(tokenizer: Tokeniz
     assert most is not None
     assert max(len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size)) == most
     assert metaspace().characters_per_token is None
+
+
+@pytest.mark.parametrize(
+    ("template", "taken"),
+    [
+        ("{% for tool in tools %}{{ tool }}{% endfor %}", True),
+        # As Llama 3.1's.
+        ("{% if not tools is defined %}{% set tools = none %}{% endif %}{{ tools }}", True),
+        ("{% macro calls() %}{{ tools }}{% endmacro %}{{ calls() }}", True),
+        ("{% generation %}{{ tools }}{% endgeneration %}", True),
+        ("{# no tools #}You have no tools. {{ messages }}", False),
+        ("{% set tools = [] %}{{ tools }}", False),
+        ("{{ message['tools'] }}", False),
+    ],
+)
+def test_a_template_takes_tools_if_it_reads_what_it_is_given(template: str, taken: bool) -> None:
+    assert ChatTemplate({"default": template}, {}).takes_tools is taken
+    assert ChatTemplate({"default": "{{ tools }}", "tool_use": template}, {}).takes_tools is taken
