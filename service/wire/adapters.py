@@ -56,15 +56,6 @@ def _whole(name: str, instead: str) -> str:
     return name
 
 
-def _mine(adapter: str) -> Flow[tuple[dict[str, str | None], str, str | None]]:
-    """`split`, for what changes something. A server with one user takes no notice of the owner, and would change the
-    adapter that it has under this name: `get` refuses that one."""
-    parts = split(adapter)
-    if parts[0]:
-        yield from get(adapter.partition("@")[0])
-    return parts
-
-
 def upload(
     name: str,
     folder: str | Path,
@@ -191,7 +182,7 @@ def update(
 ) -> Flow[Adapter]:
     """Changes what is given. `labels` replaces all labels. `visibility`: "private", "public" (every tenant may see and
     use it), or the tenants who may. `if_match`: only if the adapter still has this etag."""
-    owner, name, _ = yield from _mine(_whole(name, "all versions share what is changed; `default_version` chooses one"))
+    owner, name, _ = split(_whole(name, "all versions share what is changed; `default_version` chooses one"))
     given: dict[str, Any] = {
         "description": description,
         "labels": None if labels is None else dict(labels),
@@ -210,27 +201,27 @@ def update(
 
 def set_alias(name: str, alias: str, version: int) -> Flow[Alias]:
     """`name@alias` means this version from now on."""
-    owner, name, _ = yield from _mine(_whole(name, "the version is an argument of its own"))
+    owner, name, _ = split(_whole(name, "the version is an argument of its own"))
     body = {"version": version}
     return Alias.read((yield from json_of("PUT", at(name, "aliases", alias), json=body, params=owner)))
 
 
 def delete_alias(name: str, alias: str) -> Flow[None]:
     """The version that it names stays."""
-    owner, name, _ = yield from _mine(_whole(name, "the alias is an argument of its own"))
+    owner, name, _ = split(_whole(name, "the alias is an argument of its own"))
     yield from send(Request(method="DELETE", path=at(name, "aliases", alias), params=owner))
 
 
 def delete(name: str, *, if_match: str | None = None) -> Flow[Removed]:
     """An adapter with all its versions; `delete_version` is for one. Running requests finish."""
     headers = {} if if_match is None else {"If-Match": if_match}
-    owner, name, _ = yield from _mine(_whole(name, "`delete_version` is for one version, this deletes all"))
+    owner, name, _ = split(_whole(name, "`delete_version` is for one version, this deletes all"))
     return Removed.read((yield from json_of("DELETE", at(name), headers=headers, params=owner)))
 
 
 def delete_version(name: str, version: int) -> Flow[Removed]:
     """One version. Conflict for the default one while there are others, and for one with aliases."""
-    owner, name, _ = yield from _mine(_whole(name, "the version is an argument of its own"))
+    owner, name, _ = split(_whole(name, "the version is an argument of its own"))
     return Removed.read((yield from json_of("DELETE", at(name, "versions", version), params=owner)))
 
 
@@ -245,6 +236,6 @@ def unload(adapter: str, *, wait: bool = True) -> Flow[Residency]:
 
 
 def _move(adapter: str, verb: str, wait: bool) -> Flow[Residency]:
-    owner, name, number = yield from _mine(adapter)
+    owner, name, number = split(adapter)
     params = {**owner, "version": number, "wait": wait}
     return Residency.read((yield from json_of("POST", at(name, verb), params=params)))

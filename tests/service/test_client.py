@@ -205,6 +205,8 @@ def test_what_the_server_refuses(both: Both, tmp_path: Path) -> None:
     both.do(client.adapters.upload("own", peft_folder(tmp_path / "own", 42)))
     for call in (
         lambda: client.adapters.get("nobody/own"),
+        lambda: client.adapters.upload("nobody/own", tmp_path / "own", description="x"),
+        lambda: client.adapters.create("nobody/own", tmp_path / "own", description="x"),
         lambda: client.adapters.version("nobody/own@1"),
         lambda: client.adapters.update("nobody/own", description="x"),
         lambda: client.adapters.delete_version("nobody/own", 1),
