@@ -36,16 +36,21 @@ class Tokens(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Meter:
-    """One request. `tokens` may be set when it is known."""
+    """One request, which counts as one from its first token on: what was refused, or left before, used nothing. `tokens`
+    may be set when it is known."""
 
     owner: Owner
     key: str
     adapter: str
     tokens: Tokens | None = None
-    _new: Counts = field(default_factory=lambda: Counts(requests=1))
+    _new: Counts = field(default_factory=Counts)
+    _begun: bool = False
     _taken: tuple[int, int, int] = (0, 0, 0)
 
     def first_token(self, seconds: float) -> None:
+        """Of one of its answers."""
+        self._new.requests += not self._begun
+        self._begun = True
         self._new.first_tokens += 1
         self._new.first_token_ms += seconds * 1000
 

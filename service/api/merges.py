@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Header, Request, Response
 from fastapi.responses import FileResponse, JSONResponse
-from pydantic import AfterValidator, Field, StrictInt, StrictStr
+from pydantic import AfterValidator, Field, StrictInt, StrictStr, model_validator
 
 from adapters.errors import AdapterMissing
 from adapters.merge_request import MAX_SOURCES, METHODS, MIN_SHARD_BYTES
@@ -20,7 +20,7 @@ from service.api import ranges
 from service.api.adapters import Limit, Route, _list_json, _matches
 from service.api.auth import Caller, CallerDep, allow
 from service.api.failure import ApiError, shown
-from service.api.schemas import Model, Strict, _text
+from service.api.schemas import Model, Strict, _refused, _text
 from service.merges import Merges, Wanted
 from service.store.merges import Job, State
 
@@ -64,7 +64,13 @@ class MergeRequest(Strict):
     max_shard_bytes: StrictInt | None = Field(None, ge=MIN_SHARD_BYTES, lt=2**63)
     """The largest weights file of a checkpoint; default 5 GB."""
     description: Annotated[StrictStr, AfterValidator(_text)] = Field("", max_length=16 << 10)
-    """Of an adapter that is new."""
+    """Of an adapter that is new; a checkpoint has none."""
+
+    @model_validator(mode="after")
+    def _a_checkpoint_has_no_description(self) -> MergeRequest:
+        if self.description and self.into == "checkpoint":
+            raise _refused("description", self.description, "is an adapter's; into = checkpoint has no use for it")
+        return self
 
     def wanted(self) -> Wanted:
         given = {name: getattr(self, name) for name in _OPTIONS if getattr(self, name) is not None}

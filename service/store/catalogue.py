@@ -151,7 +151,7 @@ class Catalogue:
         except AdapterNotFound:
             raise AdapterNotFound(given) from None
         except VersionNotFound:
-            raise VersionNotFound(name, selector or text or "") from None
+            raise VersionNotFound(given, selector or text or "") from None
 
     async def find_version(
         self, name: str, selector: Selector = None, tenant: str = DEFAULT_TENANT, viewer: str | None = None

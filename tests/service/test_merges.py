@@ -260,6 +260,7 @@ def test_a_merge_holds_its_sources_until_it_ends(client: Client, moments: Moment
         ({"name": "../x"}, 400, "invalid_name", ["../x"]),
         ({"name": BASE}, 409, "name_reserved", [BASE]),
         ({"max_shard_bytes": 1}, 400, None, ["max_shard_bytes"]),
+        ({"into": "checkpoint", "description": "Both"}, 400, None, ["description", "Both", "checkpoint"]),
         ({"surprise": 1}, 400, "unknown_field", ["surprise"]),
     ],
 )

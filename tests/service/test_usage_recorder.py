@@ -48,6 +48,16 @@ class Rows:
         return total
 
 
+ONE = Counts(requests=1, first_tokens=1, first_token_ms=10.0)
+"""What `answered` adds."""
+
+
+def answered(recorder: UsageRecorder, owner: Owner, key: str, adapter: str) -> None:
+    meter = recorder.open(owner, key, adapter)
+    meter.first_token(0.01)
+    recorder.close_meter(meter)
+
+
 async def test_a_stream_is_written_as_it_goes() -> None:
     rows = Rows()
     recorder = UsageRecorder(rows.write, clock=lambda: 7250.0)
@@ -55,7 +65,7 @@ async def test_a_stream_is_written_as_it_goes() -> None:
     meter = recorder.open(Owner(1, "acme"), "k1", "pirate")
     meter.tokens = tokens
     await recorder.flush()
-    assert rows.total() == Counts(requests=1)
+    assert not rows.writes, "it may still be refused"
     meter.first_token(0.25)
     tokens.prompt_tokens, tokens.cached_tokens, tokens.completion_tokens = 100, 64, 1
     await recorder.flush()
@@ -67,7 +77,7 @@ async def test_a_stream_is_written_as_it_goes() -> None:
     assert rows.rows == {
         (7200, Owner(1, "acme"), "k1", "pirate"): Counts(1, 100, 64, 9, first_tokens=1, first_token_ms=250.0),
     }
-    assert rows.writes == 3, "nothing new is not written"
+    assert rows.writes == 2, "nothing new is not written"
 
 
 async def test_hours_and_names_are_rows_of_their_own() -> None:
@@ -76,12 +86,12 @@ async def test_hours_and_names_are_rows_of_their_own() -> None:
     for moment in (HOUR_S - 1.0, HOUR_S + 1.0):
         now[0] = moment
         for owner, key, adapter in ((A, "k", ""), (A, "k", "x"), (B, "k", "x"), (LATER_A, "k", "x")):
-            recorder.close_meter(recorder.open(owner, key, adapter))
+            answered(recorder, owner, key, adapter)
     recorder.add(A, "", "x", Counts(loads=2, byte_hours=0.5))
     await recorder.flush()
     assert len(rows.rows) == 9
     assert rows.rows[HOUR_S, A, "", "x"] == Counts(loads=2, byte_hours=0.5)
-    assert rows.rows[0, A, "k", "x"] == Counts(requests=1)
+    assert rows.rows[0, A, "k", "x"] == ONE
 
 
 async def test_nothing_is_lost_or_counted_twice_while_the_database_comes_and_goes() -> None:
@@ -96,12 +106,14 @@ async def test_nothing_is_lost_or_counted_twice_while_the_database_comes_and_goe
             meter = recorder.open(A, "k", draw.choice("abc"))
             meter.tokens = Tokens()
             meters.append(meter)
-            expected.requests += 1
         for meter in meters:
             tokens = meter.tokens
             assert isinstance(tokens, Tokens)
             if draw.random() < 0.5:
                 if not tokens.completion_tokens:
+                    meter.first_token(0.0)
+                    expected.requests += 1
+                    expected.first_tokens += 1
                     tokens.prompt_tokens = draw.randrange(1, 50)
                     expected.prompt_tokens += tokens.prompt_tokens
                 tokens.completion_tokens += 3
@@ -117,14 +129,27 @@ async def test_nothing_is_lost_or_counted_twice_while_the_database_comes_and_goe
     assert rows.total() == expected
 
 
+async def test_requests_count_from_their_first_answers_first_token_on() -> None:
+    rows = Rows()
+    recorder = UsageRecorder(rows.write)
+    recorder.close_meter(recorder.open(A, "k", ""))  # refused, or left
+    several = recorder.open(A, "k", "")
+    for _ in range(3):
+        several.first_token(0.01)
+        await recorder.flush()
+    recorder.close_meter(several)
+    await recorder.flush()
+    assert (rows.total().requests, rows.total().first_tokens) == (1, 3)
+
+
 async def test_it_writes_by_itself_and_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(usage, "INTERVAL_S", 0.01)
     rows = Rows()
     recorder = UsageRecorder(rows.write)
     recorder.start()
-    recorder.close_meter(recorder.open(A, "", ""))
+    answered(recorder, A, "", "")
     await asyncio.wait_for(rows.written.wait(), 30)
-    recorder.close_meter(recorder.open(A, "", ""))
+    answered(recorder, A, "", "")
     await recorder.close()
     assert rows.total().requests == 2
 
@@ -133,14 +158,14 @@ async def test_the_log_says_once_that_the_database_is_away(caplog: pytest.LogCap
     rows = Rows()
     recorder = UsageRecorder(rows.write)
     rows.away = True
-    recorder.close_meter(recorder.open(A, "", ""))
+    answered(recorder, A, "", "")
     for _ in range(3):
         await recorder.flush()
     assert len(caplog.records) == 1
     assert "no route to the database" in caplog.text
     rows.away = False
     await recorder.flush()
-    assert rows.total() == Counts(requests=1)
+    assert rows.total() == ONE
 
 
 def test_counts_know_whether_there_is_something() -> None:
