@@ -165,7 +165,7 @@ class _EngineCollector:
 
 def _shared_folder(settings: Settings) -> Path:
     """The folder of this start of the service, and the library switched to it. Those of earlier starts go."""
-    base = settings.run_dir / "metrics"
+    base = settings.metrics_dir
     folder = base / str(os.getppid())
     folder.mkdir(parents=True, exist_ok=True)
     for other in base.iterdir():

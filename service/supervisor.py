@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import time
@@ -115,6 +116,9 @@ class Supervisor:
             with self._display.steps():
                 model = await self._resolved()
             self._prepare(model)
+            # A start may have the process ids of an earlier one, as it always has in a container: figures of processes
+            # that were killed then would count as those of the new ones.
+            shutil.rmtree(self._settings.metrics_dir, ignore_errors=True)
             try:
                 listener.listen(2048)
             except OSError as exc:  # two sockets may bind one port as long as neither listens

@@ -3,6 +3,7 @@ where no answer is looked at (tests/docs/test_readme.py starts the real one)."""
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -81,6 +82,16 @@ def test_a_killed_supervisor_takes_everything_with_it(launch: Callable[..., Laun
     service.process.kill()
     service.process.wait()
     wait_for(lambda: not service.survivors())
+
+
+def test_a_start_counts_anew_though_process_ids_come_again(launch: Callable[..., Launched], tmp_path: Path) -> None:
+    """In a container the processes of every start have the same ones."""
+    earlier = tmp_path / "run" / "metrics" / str(os.getpid())
+    earlier.mkdir(parents=True)
+    (earlier / f"gauge_livesum_{os.getpid()}.db").touch()
+    service = launch("--api-workers", "2")
+    service.wait_announced()
+    assert [folder.name for folder in earlier.parent.iterdir()] == [str(service.process.pid)]
 
 
 def test_a_killed_engine_comes_back(service: Launched) -> None:
