@@ -153,6 +153,18 @@ def test_sigterm_during_the_first_start(tmp_path: Path, free_port: Callable[[], 
     assert [path.name for path in (tmp_path / "models").rglob("*") if path.is_file()] == [".lock"]
 
 
+def test_sigterm_while_the_model_is_looked_at(tmp_path: Path, free_port: Callable[[], int]) -> None:
+    """Nothing breaks the thread off that reads it, nor one that downloads: it is not waited for."""
+    source = tmp_path / "huge.gguf"
+    with source.open("wb") as file:
+        file.truncate(1 << 40)  # a hole, which takes no room, and hours to read
+    with Launched(tmp_path, free_port(), "--simulated", SIMULATED, "--model", str(source)) as service:
+        wait_for(lambda: "checking huge.gguf" in service.log.read_text())
+        service.process.terminate()
+        assert service.process.wait(60) == 0
+        assert "loraplex has stopped" in service.log.read_text()
+
+
 def test_a_second_service_on_one_data_folder_is_refused(launch: Callable[..., Launched], tmp_path: Path) -> None:
     service = launch()
     wait_for((tmp_path / "run" / "lock").exists)
