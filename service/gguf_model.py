@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -30,6 +31,7 @@ CONVERTER = 1
 _ALWAYS = (CONFIG_FILE, "tokenizer.json", SINGLE_FILE)
 
 _helpers: set[subprocess.Popen[str]] = set()
+_stopped = threading.Event()
 
 
 class ModelError(Exception):
@@ -106,6 +108,8 @@ def run_lines(
     """Runs a helper process, calls `each` with every line that it prints, and returns its exit code."""
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=env) as process:
         _helpers.add(process)
+        if _stopped.is_set():
+            process.kill()
         try:
             for line in process.stdout or ():
                 if line.strip():
@@ -117,7 +121,8 @@ def run_lines(
 
 
 def stop_helpers() -> None:
-    """From another thread: breaks off what run_lines runs, so that its caller fails soon."""
+    """From another thread: breaks off what run_lines runs or is about to run, so that its caller fails soon."""
+    _stopped.set()
     for process in list(_helpers):
         process.kill()
 

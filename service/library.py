@@ -218,7 +218,7 @@ class Library:
             await edits.blobs.claim(upload, names, self._janitor.instance, self._spool.process)
         try:
             # Also what is there already: should it have been damaged since, this repairs it.
-            await self._in_thread(self._store, inspection, sources)
+            await _to_its_end(self._in_thread(self._store, inspection, sources))
             async with self.catalogue.write(owner) as edits:
                 number = await _find(edits, target, new, new_adapter, tenant, condition)
                 created = number is None

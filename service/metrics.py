@@ -105,10 +105,8 @@ class Metrics:
 
         registry = self._registry
         if self._folder is not None:
-            from prometheus_client import multiprocess
-
             registry = CollectorRegistry()
-            multiprocess.MultiProcessCollector(registry, path=str(self._folder))  # type: ignore[no-untyped-call]
+            registry.register(_ProcessesCollector(self._folder))
         pages = [generate_latest(registry), generate_latest(self._engine.registry)]
         if merges is not None:
             counted = CollectorRegistry()
@@ -122,6 +120,27 @@ class Metrics:
             from prometheus_client import multiprocess
 
             multiprocess.mark_process_dead(os.getpid(), path=str(self._folder))  # type: ignore[no-untyped-call]
+
+
+class _ProcessesCollector:
+    """What all processes of this start have counted."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def collect(self) -> Iterator[Metric]:
+        from prometheus_client import multiprocess
+
+        # A file is empty for a moment while a process that starts makes it, and the library cannot read such a one.
+        files = [str(path) for path in self._folder.glob("*.db") if _size(path)]
+        yield from multiprocess.MultiProcessCollector.merge(files)  # type: ignore[no-untyped-call]
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:  # of a process that has just ended
+        return 0
 
 
 class _MergesCollector:
@@ -165,7 +184,7 @@ class _EngineCollector:
 
 def _shared_folder(settings: Settings) -> Path:
     """The folder of this start of the service, and the library switched to it. Those of earlier starts go."""
-    base = settings.run_dir / "metrics"
+    base = settings.metrics_dir
     folder = base / str(os.getppid())
     folder.mkdir(parents=True, exist_ok=True)
     for other in base.iterdir():

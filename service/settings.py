@@ -284,6 +284,11 @@ class Settings(BaseSettings):
         return self.data_dir / "run"
 
     @property
+    def metrics_dir(self) -> Path:
+        """What several API processes have counted since the start (service/metrics.py)."""
+        return self.run_dir / "metrics"
+
+    @property
     def uploads_dir(self) -> Path:
         return self.data_dir / "uploads"
 

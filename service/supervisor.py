@@ -12,10 +12,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,8 @@ from service.store.merges_due import merges_due
 API_STOP_S = api_worker.GRACE_S + 5.0
 ENGINE_STOP_S = 10.0
 """The engine is told to stop after the API processes have ended, so nothing is left for it to finish."""
+RESOLVE_STOP_S = 5.0
+"""What the search for the base model gets to end in order once its helpers were broken off."""
 LEAVE_S = 5.0
 """What it may take to tell the database that this service has ended; it is found out anyway."""
 SILENT_S = 5.0
@@ -67,7 +71,10 @@ STEADY_S = 60.0
 
 
 class Stopped(Exception):  # noqa: N818 - not an error
-    """A signal asked for the end."""
+    """A signal asked for the end. `held_up`: a thread goes on that nothing can break off, as one that downloads; Python
+    would wait for it."""
+
+    held_up = False
 
 
 class Supervisor:
@@ -115,6 +122,9 @@ class Supervisor:
             with self._display.steps():
                 model = await self._resolved()
             self._prepare(model)
+            # A start may have the process ids of an earlier one, as it always has in a container: figures of processes
+            # that were killed then would count as those of the new ones.
+            shutil.rmtree(self._settings.metrics_dir, ignore_errors=True)
             try:
                 listener.listen(2048)
             except OSError as exc:  # two sockets may bind one port as long as neither listens
@@ -144,11 +154,15 @@ class Supervisor:
 
     async def _resolved(self) -> Path:
         source = self._settings.model, self._settings.data_dir, self._display
-        work = asyncio.create_task(asyncio.to_thread(resolve_model, *source))
+        threads = ThreadPoolExecutor(1)  # not the loop's own, which it waits for at its end
+        work = threads.submit(resolve_model, *source)
+        threads.shutdown(wait=False)
         try:
-            await self._or_stop(work)
-        except Stopped:
-            stop_helpers()  # the thread itself cannot be broken off
+            await self._or_stop(asyncio.wrap_future(work))
+        except Stopped as stopped:
+            stop_helpers()
+            await asyncio.to_thread(wait, [work], RESOLVE_STOP_S)
+            stopped.held_up = not work.done()
             raise
         return work.result()
 
@@ -194,7 +208,7 @@ class Supervisor:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _or_stop(self, work: asyncio.Task[Any], *watched: asyncio.Task[Any]) -> None:
+    async def _or_stop(self, work: asyncio.Future[Any], *watched: asyncio.Task[Any]) -> None:
         """Until `work` is done. Raises Stopped on a signal, and what a watched task raises."""
         stop = asyncio.create_task(self._stop.wait())
         try:

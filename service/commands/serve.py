@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
 import signal
+import sys
 from collections.abc import Callable
 from types import FrameType
 from typing import Any, get_type_hints
@@ -94,8 +96,12 @@ def _run(
 
     try:
         asyncio.run(run())
-    except Stopped:
+    except Stopped as stopped:
         display.line("loraplex has stopped.")
+        if stopped.held_up:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
         return 0
     except KeyboardInterrupt:
         return 130

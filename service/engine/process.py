@@ -52,7 +52,7 @@ CLIENT_TIMEOUT_S = 10.0
 EXIT_GRACE_S = 5.0
 """After the drain time the main thread gets so long to end its step; then the process exits without it."""
 LOADER_POLL_S = 0.01
-"""While nothing runs and adapters are on their way; their first token may be late by this."""
+"""While nothing runs and adapters are on their way, or the process drains; their first token may be late by this."""
 STATS_INTERVAL_S = 0.25
 IDLE_S = 1.0
 """After a step so long ago the books may be checked: 9 ms with 40,000 pages, for which who comes then has to wait. In
@@ -343,7 +343,8 @@ class EngineProcess:
         """Until a message comes, or the loader may have brought something."""
         timeout: float | None = LOADER_POLL_S
         now = time.monotonic()
-        if not self.engine.expecting:
+        # Who drains looks for the end: the stop may have been handled before the step, and no message comes after it.
+        if not self.engine.expecting and self._drain_until is None:
             timeout = check_at(self._checked, self._worked, self._integrity_interval_s) - now
             if timeout <= 0.0:
                 self.engine.check_integrity()

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,8 @@ from service.engine.messages import (
     decode_from_engine,
     encode,
 )
-from service.engine.process import IDLE_S, OVERDUE, Postman, check_at
-from service.engine.simulated import Options, expected
+from service.engine.process import IDLE_S, OVERDUE, EngineProcess, Postman, check_at
+from service.engine.simulated import Options, build_engine, expected
 from tests.soundness import check_engine, checking
 
 ROOT = Path(__file__).parents[2]
@@ -466,6 +467,17 @@ async def test_an_idle_engine_stops_at_once(start: Start, client: EngineClient) 
     await client.wait_ready(60)
     process.terminate()
     assert await asyncio.to_thread(process.wait, 10) == 0
+
+
+def test_a_stop_from_before_the_first_step_is_heard(address: str, tmp_path: Path) -> None:
+    """Nothing comes after it that would wake an idle engine."""
+    config = EngineConfig(model_path="", blobs_dir=str(tmp_path), cache_dir=str(tmp_path), socket=address)
+    engine = EngineProcess(config, lambda config, send, wake: build_engine(config, send, Options(), wake=wake))
+    engine.stop("SIGTERM")
+    running = threading.Thread(target=engine.run, daemon=True)
+    running.start()
+    running.join(10)
+    assert not running.is_alive()
 
 
 async def test_an_engine_that_keeps_failing_exits_with_an_error(start: Start, client: EngineClient) -> None:

@@ -3,6 +3,7 @@ where no answer is looked at (tests/docs/test_readme.py starts the real one)."""
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -83,6 +84,16 @@ def test_a_killed_supervisor_takes_everything_with_it(launch: Callable[..., Laun
     wait_for(lambda: not service.survivors())
 
 
+def test_a_start_counts_anew_though_process_ids_come_again(launch: Callable[..., Launched], tmp_path: Path) -> None:
+    """In a container the processes of every start have the same ones."""
+    earlier = tmp_path / "run" / "metrics" / str(os.getpid())
+    earlier.mkdir(parents=True)
+    (earlier / f"gauge_livesum_{os.getpid()}.db").touch()
+    service = launch("--api-workers", "2")
+    service.wait_announced()
+    assert [folder.name for folder in earlier.parent.iterdir()] == [str(service.process.pid)]
+
+
 def test_a_killed_engine_comes_back(service: Launched) -> None:
     first = service.child(ENGINE)
     first.kill()
@@ -140,6 +151,18 @@ def test_sigterm_during_the_first_start(tmp_path: Path, free_port: Callable[[], 
         assert service.process.wait(60) == 0
         assert service.survivors() == []
     assert [path.name for path in (tmp_path / "models").rglob("*") if path.is_file()] == [".lock"]
+
+
+def test_sigterm_while_the_model_is_looked_at(tmp_path: Path, free_port: Callable[[], int]) -> None:
+    """Nothing breaks the thread off that reads it, nor one that downloads: it is not waited for."""
+    source = tmp_path / "huge.gguf"
+    with source.open("wb") as file:
+        file.truncate(1 << 40)  # a hole, which takes no room, and hours to read
+    with Launched(tmp_path, free_port(), "--simulated", SIMULATED, "--model", str(source)) as service:
+        wait_for(lambda: "checking huge.gguf" in service.log.read_text())
+        service.process.terminate()
+        assert service.process.wait(60) == 0
+        assert "loraplex has stopped" in service.log.read_text()
 
 
 def test_a_second_service_on_one_data_folder_is_refused(launch: Callable[..., Launched], tmp_path: Path) -> None:
