@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -54,7 +54,8 @@ class Blobs(Protocol):
         """What `open` gives has the bytes that were stored. AdapterMissing, BlobDamaged."""
 
     def fetch(self, sha: str) -> Path:
-        """A local file with the blob's bytes, checked just now; not to be changed. AdapterMissing, BlobDamaged."""
+        """A local file with the blob's bytes, checked just now; not to be changed. A cache keeps it for a minute, or as
+        long as it is held (`hold`). AdapterMissing, BlobDamaged."""
 
     def where(self, sha: str) -> str:
         """For messages to the operator."""
@@ -74,6 +75,14 @@ class Blobs(Protocol):
 
     def check(self) -> None:
         """StoreUnavailable if it does not answer."""
+
+
+def hold(path: Path, until: ExitStack) -> Path:
+    """Keeps a file that `fetch` gave in the cache until then: what a merge reads may come over many minutes, and be
+    more than the cache may hold."""
+    stream = until.enter_context(path.open("rb"))
+    fcntl.flock(stream, fcntl.LOCK_SH)
+    return path
 
 
 class BlobStore:

@@ -266,9 +266,21 @@ class S3Blobs:
         for used, size, sha in sorted(found):
             if total <= self._cache_bytes or used > young:
                 break
-            if sha != keep:
+            if sha != keep and not _held(self._cache.path(sha)):
                 self._cache.delete(sha)
                 total -= size
+
+
+def _held(path: Path) -> bool:
+    """Whether somebody is at work with it (adapters.blobs.hold)."""
+    try:
+        with path.open("rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        pass
+    return False
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import asyncio
 import hashlib
 import shutil
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -128,11 +129,12 @@ class Merges:
     async def _forecast(self, wanted: Wanted, sources: list[Source], manifest: Manifest, tenant: str) -> Forecast:
         """What it will give. Raises ApiError 422 if it is impossible."""
         stored = await stored_sources(self.library, sources, tenant)
-        local = await asyncio.to_thread(lambda: [source.fetch(self.library.blobs) for source in stored])
         options = MergeOptions(**wanted.options)
-        forecast = await self._workers.run(
-            forecast_merge, local, manifest, options, wanted.target, self._model, self._memory
-        )
+        with ExitStack() as until:
+            local = await asyncio.to_thread(lambda: [source.fetch(self.library.blobs, until) for source in stored])
+            forecast = await self._workers.run(
+                forecast_merge, local, manifest, options, wanted.target, self._model, self._memory
+            )
         if forecast.reasons:
             texts = [str(reason) for reason in forecast.reasons]
             raise ApiError(422, "The merge is impossible: " + "; ".join(texts), code="merge_refused", reasons=texts)

@@ -36,8 +36,8 @@ class Tokens(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Meter:
-    """One request, which counts as one from its first token on: what was refused, or left before, used nothing. `tokens`
-    may be set when it is known."""
+    """One request, counted from its first token on: one that was refused, or left before, used nothing. `tokens` may be
+    set when it is known."""
 
     owner: Owner
     key: str

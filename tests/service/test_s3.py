@@ -7,6 +7,7 @@ import os
 import pickle
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import obstore
 import pytest
 
 from adapters import s3 as s3_module
+from adapters.blobs import hold
 from adapters.block import read_header
 from adapters.errors import AdapterUnavailable, BlobDamaged, StoreUnavailable
 from adapters.packer import Packer
@@ -124,6 +126,18 @@ def test_the_cache_is_bounded_and_its_copies_are_checked(
     assert blobs.fetch(huge).stat().st_size == 5000, "the one in use always fits"
     again = pickle.loads(pickle.dumps(blobs))
     assert again.fetch(names[3]).read_bytes() == b"\3" * 1000
+
+
+def test_what_is_held_stays_in_the_cache(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sources of a merge may be more than it holds, and take minutes to come."""
+    monkeypatch.setattr(s3_module, "YOUNG_S", -1.0)
+    blobs = S3Blobs(s3.create(), tmp_path, 2500)
+    names = [blobs.put_bytes(bytes([number]) * 1000) for number in range(5)]
+    with ExitStack() as until:
+        paths = [hold(blobs.fetch(sha), until) for sha in names]
+        assert [path.read_bytes()[0] for path in paths] == [0, 1, 2, 3, 4]
+    blobs.fetch(blobs.put_bytes(b"one more"))
+    assert len(list(tmp_path.glob("??/*"))) == 3, "two of those, and the one that has just come"
 
 
 def test_a_packer_fetches_and_finds_damage(s3: S3, tmp_path: Path) -> None:
