@@ -39,6 +39,8 @@ def patient(base_model_dir: Path) -> Iterator[InferenceServer]:
         keep_alive_s=1,
         log_level="warning",
     )
+    # A connection that is kept may be used again at the very moment at which the server ends it for being idle.
+    server.http.headers["Connection"] = "close"
     try:
         yield server.start()
     finally:
