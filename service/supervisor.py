@@ -328,7 +328,7 @@ class Supervisor:
         await asyncio.sleep(pause)
 
     async def _announce(self, client: EngineClient, listener: socket.socket) -> None:
-        """Waits for /ready, uploads the examples, says where the service is."""
+        """Waits until the service is ready, uploads the examples, says where it is."""
         host, port = listener.getsockname()[:2]
         local = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         url = f"http://[{local}]:{port}" if ":" in local else f"http://{local}:{port}"
@@ -339,14 +339,11 @@ class Supervisor:
             base_url=url, headers=headers, timeout=60.0, trust_env=False, verify=False
         ) as http:
             while True:
-                with contextlib.suppress(httpx.HTTPError):
-                    if (await http.get("/ready")).status_code == 200:
-                        break
+                found = await self._what_is_there(http)
+                if found is not None:
+                    break
                 await asyncio.sleep(0.1)
-            problems: list[str] = []
-            if self._examples and not self._settings.model:  # they are made for the embedded model
-                problems = await load_examples(http, self._settings.data_dir, self._display)
-            models = [model["id"] for model in (await http.get("/v1/models")).json()["data"]]
+        problems, models = found
         for problem in problems:
             self._display.line(problem, "yellow")
         ready = client.last_ready
@@ -354,6 +351,20 @@ class Supervisor:
         seconds = time.monotonic() - self._started
         self._announced = True
         self._display.ready(url, models[0], device, models[1:], seconds)
+
+    async def _what_is_there(self, http: httpx.AsyncClient) -> tuple[list[str], list[str]] | None:
+        """(a line for each example that was not taken, names of the models). None if the service is not ready, or was
+        not to the end: an API process that is killed in between is replaced like any other, and the next one asked."""
+        with contextlib.suppress(httpx.HTTPError):
+            if (await http.get("/ready")).status_code != 200:
+                return None
+            problems: list[str] = []
+            if self._examples and not self._settings.model:  # they are made for the embedded model
+                problems = await load_examples(http, self._settings.data_dir, self._display)
+            listed = await http.get("/v1/models")
+            if listed.status_code != 503:
+                return problems, [model["id"] for model in listed.json()["data"]]
+        return None
 
     # ------------------------------------------------------------ stopping
 

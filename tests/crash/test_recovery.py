@@ -193,7 +193,7 @@ def test_pinned_adapters_are_fetched_again_by_a_new_engine(world: World) -> None
         engine = world.running.child(ENGINE)
         engine.kill()
         wait_for(lambda: not engine.is_running() and world.ready(), 30)
-        wait_for(lambda: http.get("/v1/adapters/pinned").json()["residency"] == "device", 10)
+        wait_for(lambda: http.get("/v1/adapters/pinned").json()["residency"] == "device", 60)
         assert http.get("/v1/adapters/other").json()["residency"] == "absent"
 
 

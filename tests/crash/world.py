@@ -167,7 +167,7 @@ class World:
         service.check()
         service.process.terminate()
         code = service.process.wait(60)
-        wait_for(lambda: not service.survivors(), 10)
+        wait_for(lambda: not service.survivors(), 60)
         self._ended()
         return code
 

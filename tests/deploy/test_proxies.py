@@ -130,7 +130,7 @@ def proxied(base_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> I
 
 def test_tokens_pass_nginx_as_they_come(proxied: Proxied) -> None:
     server, client = proxied
-    body = {"model": BASE, "prompt": "Hello", "max_tokens": 40, "ignore_eos": True, "stream": True}
+    body = {"model": BASE, "prompt": "Hello", "max_tokens": 120, "ignore_eos": True, "stream": True}
     with client.stream("POST", "/v1/completions", json=body) as answer:
         assert answer.status_code == 200
         lines = (line for line in answer.iter_lines() if line.startswith("data:"))

@@ -146,9 +146,10 @@ async def test_requests_stream_side_by_side(start: Start, client: EngineClient) 
     assert client.healthy
 
 
-async def tokens_meanwhile(client: EngineClient, act: Callable[[str], Awaitable[object]]) -> list[int]:
-    """How many tokens a stream got from beginning to end of `act`, three times, each with a name of its own. The
-    stream's first steps are of a kind that is new, and launched when they can be."""
+async def least_tokens_meanwhile(client: EngineClient, act: Callable[[str], Awaitable[object]], few: int) -> int:
+    """How many tokens a stream got from beginning to end of `act`, the least of ten times, each with a name of its own;
+    done when it was so few. A busy machine makes most of them more. The stream's first steps are of a kind that is new,
+    and launched when they can be."""
     found: list[int] = []
     async with client.submit(request("other", [1, 2, 3], sampling=ENDLESS)) as stream:
         seen = 0
@@ -161,12 +162,12 @@ async def tokens_meanwhile(client: EngineClient, act: Callable[[str], Awaitable[
         waiting: list[asyncio.Task[None]] = []
         async for _ in stream:
             seen += 1
-            if seen in (4, 8, 12):
-                waiting.append(asyncio.create_task(timed(f"after {seen}")))
-            if seen == 15:
+            if min(found, default=few + 1) <= few or seen > 40:
                 break
+            if seen % 4 == 0:
+                waiting.append(asyncio.create_task(timed(f"after {seen}")))
         await asyncio.gather(*waiting)
-    return found
+    return min(found)
 
 
 async def test_who_comes_while_the_device_is_busy_is_in_the_next_step(start: Start, client: EngineClient) -> None:
@@ -174,8 +175,7 @@ async def test_who_comes_while_the_device_is_busy_is_in_the_next_step(start: Sta
     start(Options(step_s=0.4, ahead=True))
     await client.wait_ready(60)
     one = SamplingParams(temperature=0.0, max_tokens=1)
-    rides = await tokens_meanwhile(client, lambda name: collect(client, request(name, [4, 5], sampling=one)))
-    assert min(rides) <= 1, rides
+    assert await least_tokens_meanwhile(client, lambda n: collect(client, request(n, [4, 5], sampling=one)), few=1) <= 1
 
 
 async def test_a_load_takes_no_step_of_those_beside_it_for_each_of_its_stages(
@@ -184,8 +184,7 @@ async def test_a_load_takes_no_step_of_those_beside_it_for_each_of_its_stages(
     """The device is busy with the same step from first to last: what comes next is begun when something has ended."""
     start(Options(step_s=0.5, ahead=True))
     await client.wait_ready(60)
-    steps = await tokens_meanwhile(client, client.load)
-    assert min(steps) == 0, steps
+    assert await least_tokens_meanwhile(client, client.load, few=0) == 0
 
 
 async def test_a_slow_reader_loses_nothing_and_holds_little(start: Start, client: EngineClient) -> None:
@@ -244,13 +243,13 @@ async def test_one_choice_can_be_aborted_and_the_others_go_on(start: Start, clie
     start(SLOW)
     await client.wait_ready(60)
     got: dict[int, list[Delta]] = {0: [], 1: []}
-    sampling = SamplingParams(temperature=0.0, max_tokens=30)
+    sampling = SamplingParams(temperature=0.0, max_tokens=300)
     async with client.submit(request("r", [1], [2], sampling=sampling)) as stream:
         async for delta in stream:
             got[delta.index].append(delta)
             if delta.index == 0 and len(tokens(got[0])) >= 3:
                 client.abort("r", 0)
-    assert len(tokens(got[0])) < 10
+    assert len(tokens(got[0])) < 200  # more than three where this process is held up: what waits comes in one piece
     assert tokens(got[1]) == expected([2], sampling, vocab_size=1000)
     await idle(client)
 
@@ -308,7 +307,10 @@ async def test_control_calls(start: Start, client: EngineClient) -> None:
     assert await client.residency(["hint"]) == {"hint": "device"}
 
 
-async def test_a_killed_engine_fails_those_who_wait_and_another_takes_over(start: Start, client: EngineClient) -> None:
+async def test_a_killed_engine_fails_those_who_wait_and_another_takes_over(
+    start: Start, client: EngineClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module, "HEARTBEAT_TIMEOUT_S", 60.0)
     process = start(Options(step_s=0.01, load_s=1000))
     first = await client.wait_ready(60)
     stream = client.submit(request("r", [1], sampling=ENDLESS))
@@ -340,14 +342,15 @@ async def test_a_killed_engine_fails_those_who_wait_and_another_takes_over(start
 async def test_a_hung_engine_is_taken_for_lost_and_found_again(
     start: Start, client: EngineClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client_module, "HEARTBEAT_TIMEOUT_S", 1.5)
     process = start(SLOW)
     await client.wait_ready(60)
     stream = client.submit(request("r", [1], sampling=ENDLESS))
     await anext(stream)
     process.send_signal(signal.SIGSTOP)
-    with pytest.raises(EngineUnavailable, match="not heard of"):
-        await exhaust(stream)
+    with monkeypatch.context() as patch:  # only now: one that is merely late is not to be given up
+        patch.setattr(client_module, "HEARTBEAT_TIMEOUT_S", 1.5)
+        with pytest.raises(EngineUnavailable, match="not heard of"):
+            await exhaust(stream)
     assert not client.healthy
     process.send_signal(signal.SIGCONT)
     await client.wait_ready(60)
@@ -371,7 +374,7 @@ async def test_a_step_that_hangs_shows_in_the_heartbeat(
 
 
 async def test_a_dead_api_process_loses_its_sequences(start: Start, client: EngineClient, address: str) -> None:
-    start(Options(step_s=0.01, client_timeout_s=2.0))
+    start(Options(step_s=0.01, client_timeout_s=5.0))  # less, and a busy machine's living client counts as dead
     await client.wait_ready(60)
     context = zmq.asyncio.Context()
     with context, context.socket(zmq.DEALER) as other:

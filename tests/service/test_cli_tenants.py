@@ -20,8 +20,7 @@ from service.commands.tenants import expiry, limits_of
 from tests.service.client_helpers import peft_folder
 from tests.service.inference_helpers import BASE
 from tests.service.tenant_helpers import ADMIN, TenantServer, complete, wait_for
-from tests.service.test_cli import Terminal
-from tests.service.test_cli import complete as completed
+from tests.service.test_cli import Terminal, complete_from_server
 
 Run = Callable[..., Any]
 
@@ -131,7 +130,7 @@ def test_sharing(cli: Run, tenants: TenantServer, tmp_path: Path) -> None:
     assert f"visibility: shared with {other}\n" in cli("show", f"{one}/news", key=theirs).stdout
     assert rows(cli("list", "--tenant", one, key=theirs))[0][0] == f"{one}/news"
     assert cli("run", f"{one}/news", "Hello", "--max-tokens", "2", key=theirs).exit_code == 0
-    assert completed(f"loraplex show {one}/n", tenants.url, LORAPLEX_KEY=theirs) == [f"{one}/news"]
+    assert complete_from_server(f"loraplex show {one}/n", tenants.url, LORAPLEX_KEY=theirs) == [f"{one}/news"]
     denied = cli("delete", f"{one}/news", key=theirs)
     assert denied.exit_code == 1
     assert "cannot be changed with a key of another one" in denied.stderr

@@ -275,7 +275,7 @@ def test_tokens_and_operation(both: Both, server: InferenceServer) -> None:
     chat = both.do(client.tokenize(messages=[{"role": "user", "content": PROMPT}]))
     assert chat.count > tokens.count
     assert both.do(client.ready()) is True
-    assert both.do(client.wait_until_ready(1)) is None
+    assert both.do(client.wait_until_ready(60)) is None
     assert both.do(client.base_model()) == BASE
     assert both.do(client.model(BASE)).max_model_len > 0
     version = both.do(client.version())

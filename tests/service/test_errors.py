@@ -278,7 +278,7 @@ def test_tokens_are_those_of_a_model_that_is_there(server: InferenceServer, adap
 @pytest.fixture
 def small(base_model_dir: Path) -> Iterator[InferenceServer]:
     """An engine that runs one sequence slowly and lets one wait."""
-    options = {"step_s": 0.02, "poison": 777}
+    options = {"step_s": 0.05, "poison": 777}  # 400 tokens last longer than a busy machine needs to look at them
     server = InferenceServer(base_model_dir, engine_options=options, max_sequences=1, max_queue=1)
     try:
         yield server.start()

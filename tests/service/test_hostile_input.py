@@ -7,6 +7,7 @@ check of its own structures has passed.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -474,10 +475,9 @@ def test_after_the_whole_table(hostile_server: InferenceServer, before: dict[str
     """Also alone, when it is a test of a server that was sent nothing bad."""
     server = hostile_server
     # The last of the requests whose client left may still be on its way out.
-    for _ in range(100):
-        if (now := state(server)) == before:
-            break
-        server.http.get("/health")
+    until = time.monotonic() + 60
+    while (now := state(server)) != before and time.monotonic() < until:
+        time.sleep(0.05)
     assert now == before
     body = {"model": "known@prod", "prompt": "The sea", "max_tokens": 4, "temperature": 0}
     digest = before["versions"][0]["spec"]["sha256"]

@@ -42,7 +42,7 @@ class Cast:
             merge = client.post("/v1/merges", json={"name": "mixed", "sources": [{"adapter": SECRET, "weight": 0.5}]})
             assert merge.status_code == 202, merge.text
             self.merge: str = merge.json()["id"]
-        expires_at = int(time.time()) + 2
+        expires_at = int(time.time()) + 5  # what has passed when the request comes is refused
         self.expired = server.key("alpha", expires_at=expires_at)
         self.deleted = server.key("alpha")
         assert server.http.delete(f"/v1/tenants/alpha/keys/{key_id(self.deleted)}").status_code == 200

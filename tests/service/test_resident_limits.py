@@ -120,7 +120,9 @@ def test_what_is_deleted_leaves_the_memory_that_counts_for_its_owner(server: Ten
             assert load(client, "hub").status_code == 200
         gauge = "loraplex_engine_adapters_on_device"
         wait_for(lambda: loads(alpha).get("hub") == loads(beta).get("hub") == 1)
-        time.sleep(1.1)  # a heartbeat: the engine's figures are those of now
+        checks = server.metrics()["loraplex_engine_integrity_checks_total"]
+        assert resident(alpha) == resident(beta) == {"hub"}
+        server.wait_for_engine("integrity_checks_total", checks + 1)  # a heartbeat: the figures are those of now
         before = server.metrics()[gauge]
         assert alpha.delete("/v1/adapters/hub").status_code == 200
         wait_for(lambda: server.metrics()[gauge] == before - 1)
@@ -147,29 +149,28 @@ def test_five_requests_at_once_for_five_adapters_where_one_fits(server: TenantSe
         most = max(sizes.values())
         limit(server, tenant, most)
         seen: set[str] = set()
-        body = {"prompt": "one two", "max_tokens": 30, "temperature": 0, "ignore_eos": True}
+        # Turns of a second: a busy machine may let half of one pass before it is looked at again.
+        body = {"prompt": "one two", "max_tokens": 100, "temperature": 0, "ignore_eos": True}
         with ThreadPoolExecutor(6) as threads:
             asked = {
                 name: threads.submit(client.post, "/v1/completions", json={**body, "model": name}) for name in NAMES
             }
             loading = threads.submit(load, client, "five")
-            begun = time.monotonic()
             assert complete(other, "theirs", max_tokens=3).status_code == 200
-            alone = time.monotonic() - begun
+            turns = sum(each.done() for each in asked.values())
             while not all(each.done() for each in (*asked.values(), loading)):
                 there = resident(client)
                 seen |= there
                 assert sum(sizes[name] for name in there) <= most, there
-            everything = time.monotonic() - begun
         assert seen == set(NAMES)
         assert loading.result().status_code == 200
-        assert alone < everything / 2, (alone, everything)
+        assert turns < len(NAMES) / 2, "the other one has waited for them"
         for name, each in asked.items():
             answer = each.result()
             assert answer.status_code == 200, answer.text
-            # The simulated model's 30 tokens are those of this adapter, whatever was swapped meanwhile.
+            # The simulated model's 100 tokens are those of this adapter, whatever was swapped meanwhile.
             text = answer.json()["choices"][0]["text"]
-            assert text == server.expected_text("one two", 30, {digests[name]: 1.0})
+            assert text == server.expected_text("one two", 100, {digests[name]: 1.0})
 
 
 def test_loads_pins_and_uploads_keep_to_the_limit_and_a_new_engine_too(base_model_dir: Path) -> None:

@@ -37,9 +37,10 @@ def patient(base_model_dir: Path) -> Iterator[InferenceServer]:
         body_timeout_s=LIMIT,
         write_timeout_s=LIMIT,
         keep_alive_s=1,
-        max_connections=200,
         log_level="warning",
     )
+    # A connection that is kept may be used again at the very moment at which the server ends it for being idle.
+    server.http.headers["Connection"] = "close"
     try:
         yield server.start()
     finally:
@@ -243,8 +244,9 @@ def test_an_answer_that_nobody_takes_does_not_keep_the_connection(patient: Infer
     try:
         for client in clients:
             client.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP, 4096)
-            for _ in range(60):
-                client.send(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            with contextlib.suppress(ConnectionError):  # ended while more was being asked: this process was held up
+                for _ in range(60):
+                    client.send(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n")
         deadline = time.monotonic() + LIMIT + SLACK
         while len(api.net_connections("tcp")) > before:
             assert time.monotonic() < deadline
@@ -268,19 +270,25 @@ async def test_a_request_that_waits_in_the_queue_ends_with_its_client(patient: I
     assert (await post(port, "/v1/completions", completion(1, BASE, 8))).complete
 
 
-def test_more_connections_than_allowed(patient: InferenceServer) -> None:
-    clients = [Client(patient) for _ in range(205)]
+def test_more_connections_than_allowed(base_model_dir: Path) -> None:
+    """A server of its own: LIMIT would have ended the first of them before the last is there, on a busy machine."""
+    server = InferenceServer(base_model_dir, max_connections=20)
     try:
-        last = clients[-1]
-        last.send(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        answer = last.rest()
-        status, error = parsed(answer)
-        assert (status, error["code"]) == (503, "too_many_connections")
-        assert b"retry-after: 1" in answer.lower()
+        server.start(engine=False)
+        clients = [Client(server) for _ in range(25)]
+        try:
+            last = clients[-1]
+            last.send(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            answer = last.rest()
+            status, error = parsed(answer)
+            assert (status, error["code"]) == (503, "too_many_connections")
+            assert b"retry-after: 1" in answer.lower()
+        finally:
+            for client in clients:
+                client.socket.close()
+        server.wait_for("/health")
     finally:
-        for client in clients:
-            client.socket.close()
-    patient.wait_for("/health")
+        server.stop()
 
 
 def test_vanished_peers_are_the_kernels_business() -> None:

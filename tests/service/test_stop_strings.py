@@ -131,12 +131,12 @@ def test_the_engine_is_told_at_once(slow: InferenceServer, stream: bool) -> None
     _, _, stop, tokens = stop_inside(slow)
     slow.wait_until_idle()
     before = slow.metrics()["loraplex_engine_generated_tokens_total"]
-    body = {"model": BASE, "prompt": PROMPT, "temperature": 0, "max_tokens": 400, "stop": stop, "stream": stream}
+    body = {"model": BASE, "prompt": PROMPT, "temperature": 0, "max_tokens": 480, "stop": stop, "stream": stream}
     assert slow.http.post("/v1/completions", json=body).status_code == 200
     slow.wait_for_engine("generated_tokens_total", before + tokens)
     slow.wait_until_idle()
-    # A few more steps were on their way.
-    assert slow.metrics()["loraplex_engine_generated_tokens_total"] - before < 200
+    # A few more steps were on their way, and on a busy machine some seconds of them.
+    assert slow.metrics()["loraplex_engine_generated_tokens_total"] - before < 400
 
 
 def test_logprobs_end_with_the_text(server: InferenceServer) -> None:

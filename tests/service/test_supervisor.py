@@ -3,6 +3,8 @@ where no answer is looked at (tests/docs/test_readme.py starts the real one)."""
 
 from __future__ import annotations
 
+import asyncio
+import io
 import os
 import signal
 import socket
@@ -12,8 +14,12 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from rich.console import Console
 
+from service.display import Display
+from service.engine.client import EngineClient
 from service.settings import SECRETS, Settings
+from service.supervisor import Supervisor
 from tests.ports import unused_port
 from tests.service.launch import SIMULATED, Launched, run, wait_for
 from tests.service.test_model_source import write_tiny_gguf
@@ -122,6 +128,29 @@ def test_a_killed_api_process_comes_back(service: Launched) -> None:
     wait_for(service.ready)
     assert service.http.post("/v1/completions", json=PROMPT).status_code == 200
     assert service.child(ENGINE) == engine
+
+
+async def test_an_api_process_that_dies_while_the_start_asks_it_does_not_end_the_service(tmp_path: Path) -> None:
+    """Killed when it was ready, as the list of models is asked for: the start asks the next one for everything."""
+    asked: list[bytes] = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while head := await reader.readuntil(b"\r\n\r\n"):
+            asked.append(head.split()[1])
+            if asked == [b"/ready", b"/v1/models"]:
+                break
+            body = b'{"data": [{"id": "the-model"}]}'
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body))
+            if len(asked) == 4:
+                break
+        writer.close()
+
+    said = io.StringIO()
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        supervisor = Supervisor(Settings.load(data_dir=tmp_path), Display(Console(file=said)))
+        await supervisor._announce(EngineClient(f"ipc://{tmp_path}/engine.ipc"), server.sockets[0])
+    assert asked == [b"/ready", b"/v1/models"] * 2
+    assert "the-model" in said.getvalue()
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc")

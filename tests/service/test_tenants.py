@@ -188,6 +188,7 @@ def test_a_question_ends_with_its_tenant(stored: TenantServer) -> None:
     head = "".join(f"{name}: {value}\r\n" for name, value in whole.headers.items() if name != "connection")
     with socket.create_connection(("127.0.0.1", stored.settings.port), timeout=60) as connection:
         connection.sendall(f"POST /v1/completions HTTP/1.1\r\nConnection: close\r\n{head}\r\n".encode() + body[:9])
+        wait_for(lambda: used(stored, "crow")["concurrent_requests"] == 1)  # its caller has been asked for
         assert stored.http.delete("/v1/tenants/crow").status_code == 200
         stored.tenant("crow")
         with stored.client(stored.key("crow")) as client:
@@ -353,7 +354,7 @@ def test_a_key_is_disabled_and_enabled(stored: TenantServer) -> None:
         assert stored.http.get(path).json()["disabled"] is True
         assert stored.http.patch(path, json={"disabled": False, "description": "again"}).status_code == 200
         assert asked() == (200, None)
-    soon = int(time.time()) + 2
+    soon = int(time.time()) + 5
     changed = stored.http.patch(path, json={"expires_at": soon}).json()
     assert (changed["expires_at"], changed["description"], changed["disabled"]) == (soon, "again", False)
     wait_for(lambda: asked() == (401, "key_expired"))
