@@ -1,4 +1,4 @@
-# make serve | test | lint | format | docs | lock | audit | bench | fuzz | fuzz-million | soak | soak-streams | adapters. Needs Python 3.11 or newer and make; everything else goes into .venv.
+# make serve | test | test-lowest | lint | format | docs | lock | audit | bench | fuzz | fuzz-million | soak | soak-streams | adapters. Needs Python 3.11 or newer and make; everything else goes into .venv.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check
 # 23 GB. The engine's own threads are held down to match.
 WORKERS ?= 2
 
-.PHONY: serve test lint format docs lock audit bench fuzz fuzz-million soak soak-streams adapters help
+.PHONY: serve test test-lowest lint format docs lock audit bench fuzz fuzz-million soak soak-streams adapters help
 help:
 	@head -1 Makefile | cut -c3-
 
@@ -44,6 +44,18 @@ serve: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	@PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup \
 	    --cov --cov-report=term:skip-covered --durations=10 $(ARGS)
+
+# The same tests with the oldest releases that pyproject.toml allows of what the server needs, in .venv-lowest; torch is
+# the one of .venv, as the oldest has other builds.
+test-lowest: $(VENV)/.installed-dev
+	@$(BIN)/python -m venv .venv-lowest
+	@.venv-lowest/bin/python -m pip install --disable-pip-version-check -q uv
+	@.venv-lowest/bin/uv pip compile -q pyproject.toml --extra server --resolution lowest-direct --no-emit-package torch \
+	    --no-emit-package triton --no-annotate --no-header -o .venv-lowest/lowest.txt
+	@$(BIN)/python -m pip freeze | grep '^torch==' >> .venv-lowest/lowest.txt
+	@.venv-lowest/bin/python -m pip install --disable-pip-version-check -q -c .venv-lowest/lowest.txt -e '.[test]'
+	@PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv-lowest/bin/python -m pytest -n $(WORKERS) \
+	    --dist loadgroup $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
