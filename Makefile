@@ -1,4 +1,4 @@
-# make serve | test | test-lowest | lint | format | docs | lock | audit | bench | fuzz | fuzz-million | soak | soak-streams | adapters. Needs Python 3.11 or newer and make; everything else goes into .venv.
+# make serve | test | test-lowest | lint | format | docs | lock | audit | bench | fuzz | fuzz-million | soak | soak-streams | adapters. Needs Python 3.11 or newer and make; everything else goes into .venv (and .venv-lowest).
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
@@ -51,7 +51,8 @@ test-lowest: $(VENV)/.installed-dev
 	@$(BIN)/python -m venv .venv-lowest
 	@.venv-lowest/bin/python -m pip install --disable-pip-version-check -q uv
 	@.venv-lowest/bin/uv pip compile -q pyproject.toml --extra server --resolution lowest-direct --no-emit-package torch \
-	    --no-emit-package triton --no-annotate --no-header -o .venv-lowest/lowest.txt
+	    --no-emit-package triton --only-binary :all: --no-annotate --no-header -o .venv-lowest/lowest.txt
+	@sed -i -E '/^(nvidia|cuda)-/d' .venv-lowest/lowest.txt  # what the oldest torch needs
 	@$(BIN)/python -m pip freeze | grep '^torch==' >> .venv-lowest/lowest.txt
 	@.venv-lowest/bin/python -m pip install --disable-pip-version-check -q -c .venv-lowest/lowest.txt -e '.[test]'
 	@PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv-lowest/bin/python -m pytest -n $(WORKERS) \

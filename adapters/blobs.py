@@ -13,8 +13,8 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -57,6 +57,10 @@ class Blobs(Protocol):
         """A local file with the blob's bytes, checked just now; not to be changed. A cache keeps it for a minute, or as
         long as it is held (`hold`). AdapterMissing, BlobDamaged."""
 
+    def hold(self, shas: Iterable[str]) -> AbstractContextManager[None]:
+        """Until the block ends, or this process, a cache keeps those of them that are there or come meanwhile. OSError
+        where the disk is full."""
+
     def where(self, sha: str) -> str:
         """For messages to the operator."""
 
@@ -75,14 +79,6 @@ class Blobs(Protocol):
 
     def check(self) -> None:
         """StoreUnavailable if it does not answer."""
-
-
-def hold(path: Path, until: ExitStack) -> Path:
-    """Keeps a file that `fetch` gave in the cache until then: what a merge reads may come over many minutes, and be
-    more than the cache may hold."""
-    stream = until.enter_context(path.open("rb"))
-    fcntl.flock(stream, fcntl.LOCK_SH)
-    return path
 
 
 class BlobStore:
@@ -180,6 +176,10 @@ class BlobStore:
         """The file, once its bytes are known to be those that were stored. AdapterMissing, BlobDamaged."""
         self.verify(sha)
         return self.path(sha)
+
+    def hold(self, shas: Iterable[str]) -> AbstractContextManager[None]:
+        """Nothing is evicted here."""
+        return nullcontext()
 
     def where(self, sha: str) -> str:
         return str(self.path(sha))

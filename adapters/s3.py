@@ -15,7 +15,7 @@ import hashlib
 import os
 import tempfile
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from datetime import timedelta
 from io import BufferedReader
 from pathlib import Path
@@ -257,7 +257,7 @@ class S3Blobs:
 
     def _evict(self, keep: str) -> None:
         """Deletes the cached files that were not used for longest, until the others fit."""
-        found = []
+        found, held = [], self._held() | {keep}
         for sha in self._cache:
             with contextlib.suppress(FileNotFoundError):
                 status = self._cache.path(sha).stat()
@@ -266,21 +266,36 @@ class S3Blobs:
         for used, size, sha in sorted(found):
             if total <= self._cache_bytes or used > young:
                 break
-            if sha != keep and not _held(self._cache.path(sha)):
+            if sha not in held:
                 self._cache.delete(sha)
                 total -= size
 
+    @contextlib.contextmanager
+    def hold(self, shas: Iterable[str]) -> Iterator[None]:
+        """By a file with their names, locked as long as it counts: what a merge reads may come over many minutes, and
+        be more than the cache may hold."""
+        folder = self._cache.root / "held"
+        folder.mkdir(exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                file.write("\n".join(shas))
+                file.flush()
+                yield
+            finally:
+                Path(file.name).unlink(missing_ok=True)
 
-def _held(path: Path) -> bool:
-    """Whether somebody is at work with it (adapters.blobs.hold)."""
-    try:
-        with path.open("rb") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except FileNotFoundError:
-        pass
-    return False
+    def _held(self) -> set[str]:
+        found: set[str] = set()
+        folder = self._cache.root / "held"
+        for path in folder.iterdir() if folder.is_dir() else ():
+            with contextlib.suppress(FileNotFoundError), path.open() as stream:
+                found.update(stream.read().split())
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                    if time.time() - path.stat().st_mtime > YOUNG_S:  # its process is gone
+                        path.unlink()
+        return found
 
 
 @contextlib.contextmanager

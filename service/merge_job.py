@@ -23,7 +23,7 @@ from adapters.blobs import Blobs
 from adapters.merge_request import MergeOptions
 from service.engine import logs
 from service.engine.leaving import Leaving
-from service.merge_task import Priority, Said, Task, explain
+from service.merge_task import Priority, Said, Task, explain, held
 
 log = logging.getLogger(__name__)
 
@@ -67,10 +67,10 @@ def stand_back(priority: Priority) -> None:
                 time.sleep(0.2)
 
 
-def work(task: Task, voice: Voice, blobs: Blobs, until: contextlib.ExitStack) -> None:
-    """The sources stay `until` then. Raises what the merge raises."""
+def work(task: Task, voice: Voice, blobs: Blobs) -> None:
+    """Raises what the merge raises."""
     voice.say(Said("reading"))
-    sources = [source.fetch(blobs, until) for source in task.sources]
+    sources = [source.fetch(blobs) for source in task.sources]
 
     import torch
 
@@ -98,10 +98,12 @@ def main() -> None:
     task = msgspec.json.decode(arguments.task.read_bytes(), type=Task)
     logs.configure(*task.log, quiet=True)
     stand_back(task.priority)
-    with os.fdopen(arguments.fd, "wb") as stream, contextlib.ExitStack() as until:
+    with os.fdopen(arguments.fd, "wb") as stream:
         voice = Voice(stream)
         try:
-            work(task, voice, task.open_blobs(), until)
+            blobs = task.open_blobs()
+            with held(task.sources, blobs):
+                work(task, voice, blobs)
         except Exception as error:
             log.exception("a merge failed")
             voice.say(Said(error=explain(error)))

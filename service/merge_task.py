@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
-from contextlib import ExitStack
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
-from adapters.blobs import INDEX_SUFFIX, Blobs, hold, open_blobs
+from adapters.blobs import INDEX_SUFFIX, Blobs, open_blobs
 from adapters.errors import AdapterRefused, LoraplexAdapterError
 from adapters.manifest import Manifest
 from adapters.merge_request import MergeSource
@@ -29,12 +30,17 @@ class StoredSource(msgspec.Struct, frozen=True):
     files: tuple[tuple[str, str], ...]
     weight: float
 
-    def fetch(self, blobs: Blobs, until: ExitStack) -> MergeSource:
-        """Local files, checked, which stay `until` then. AdapterMissing, BlobDamaged, StoreUnavailable."""
-        paths = {name: hold(blobs.fetch(sha), until) for name, sha in self.files}
+    def fetch(self, blobs: Blobs) -> MergeSource:
+        """Local files, checked. AdapterMissing, BlobDamaged, StoreUnavailable."""
+        paths = {name: blobs.fetch(sha) for name, sha in self.files}
         index = next((path for name, path in paths.items() if name.endswith(INDEX_SUFFIX)), None)
         weights = {name: path for name, path in paths.items() if name.endswith(".safetensors")}
         return MergeSource(self.name, paths[CONFIG_NAME], weights, index, self.weight)
+
+
+def held(sources: Iterable[StoredSource], blobs: Blobs) -> AbstractContextManager[None]:
+    """What they fetch stays until the block ends."""
+    return blobs.hold([sha for source in sources for _, sha in source.files])
 
 
 class Task(msgspec.Struct, frozen=True):

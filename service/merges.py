@@ -9,7 +9,6 @@ import asyncio
 import hashlib
 import shutil
 from collections.abc import Iterable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +22,7 @@ from adapters.merge_request import MergeOptions
 from service.api.failure import ApiError, shown
 from service.jobs import Workers
 from service.library import Library
-from service.merge_task import StoredSource
+from service.merge_task import StoredSource, held
 from service.settings import Settings
 from service.store.merges import Job, KeyReused, NewJob, Source, TooManyMerges
 from service.store.usage import Owner
@@ -130,8 +129,8 @@ class Merges:
         """What it will give. Raises ApiError 422 if it is impossible."""
         stored = await stored_sources(self.library, sources, tenant)
         options = MergeOptions(**wanted.options)
-        with ExitStack() as until:
-            local = await asyncio.to_thread(lambda: [source.fetch(self.library.blobs, until) for source in stored])
+        with held(stored, self.library.blobs):
+            local = await asyncio.to_thread(lambda: [source.fetch(self.library.blobs) for source in stored])
             forecast = await self._workers.run(
                 forecast_merge, local, manifest, options, wanted.target, self._model, self._memory
             )

@@ -40,9 +40,10 @@ async def get_usage(
         int | None, Query(ge=0, lt=2**31, description="For the admin: one tenant, also a deleted one, by its number.")
     ] = None,
 ) -> Any:
-    """Sums over whole hours (UTC): a range is widened to them. `ttft_ms` is the mean time to the first token; `loads`
-    counts how often an adapter was brought to the device, `byte_hours` its bytes there times hours. Figures are at most
-    a second old. A tenant sees its own use, the admin everybody's, or one tenant's with `tenant`.
+    """Sums over whole hours (UTC): a range is widened to them. A request counts from its first token on; `ttft_ms` is
+    the mean time to that; `loads` counts how often an adapter was brought to the device, `byte_hours` its bytes there
+    times hours. Figures are at most a second old. A tenant sees its own use, the admin everybody's, or one tenant's
+    with `tenant`.
 
     Use outlives its tenant, and a new tenant of the same name begins with none: to the admin, rows by tenant also have
     `tenant_number`, which is never given twice, and `tenant_deleted`."""

@@ -73,7 +73,8 @@ def build_engine(
         prefer_cublaslt()
     budget = config.max_tokens_per_step or tokens_per_step(config.device, deterministic=config.deterministic)
     graphs = cuda and not config.eager
-    # Pinning 8 GiB takes 2 to 3 s, and no processor; nor do the weights, while they are copied.
+    # Pinning 8 GiB takes 2 to 3 s and no processor. Copying weights takes none either, so the compiler's modules, some
+    # seconds of it, are imported meanwhile.
     with ThreadPoolExecutor(2) as beside:
         slab = beside.submit(Slab, _host_bytes(config), pinned=cuda)
         if graphs:

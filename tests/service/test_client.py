@@ -212,6 +212,9 @@ def test_what_the_server_refuses(both: Both, tmp_path: Path) -> None:
         lambda: client.adapters.delete_version("nobody/own", 1),
         lambda: client.adapters.delete("nobody/own"),
         lambda: client.adapters.load("nobody/own"),
+        lambda: client.adapters.unload("nobody/own"),
+        lambda: client.adapters.set_alias("nobody/own", "prod", 1),
+        lambda: client.adapters.delete_alias("nobody/own", "prod"),
     ):
         with pytest.raises(api.NotFound) as other:
             both.do(call())
