@@ -22,6 +22,7 @@ from tests.kernels.lora_cases import error, expected, make_site, make_table, pla
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")
+LAYERS = 4
 SIZES = [Size(32, tailed=False), Size(256, tailed=False), Size(512, tailed=True)]
 
 
@@ -33,9 +34,10 @@ def step() -> Iterator[ops.Step]:
 
 def test_measured_once_and_right_with_every_choice(step: ops.Step, tmp_path: Path) -> None:
     site = make_site(2048, (2048, 512))
-    table = make_table([[16, 16]] * 8, [(2048, d) for d in site.widths], torch.bfloat16, DEVICE)
+    # As in an arena, with a place for each target of all layers.
+    table = make_table([[16, 16] * LAYERS] * 8, [(2048, d) for d in site.widths] * LAYERS, torch.bfloat16, DEVICE)
     layers = []
-    for _ in range(4):
+    for _ in range(LAYERS):
         parts = [torch.randn(d, 2048, device=DEVICE, dtype=torch.bfloat16) * 2048**-0.5 for d in site.widths]
         tail = with_tail(parts, None)
         layers.append(LoraLinear(tail.whole[:2560], None, site, None, tail))  # type: ignore[arg-type]
