@@ -11,10 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from adapters.kernels import one_row, triton_lora
+from adapters.kernels import one_row, triton_lora, triton_tail
 from adapters.kernels.device_plan import DevicePlan
+from adapters.kernels.tail import SLOTS, with_tail
+from adapters.kernels.tail_plan import TailPlan
+from adapters.kernels.triton_tail import Config
 from adapters.kernels.tuning import ExpandConfig, ShrinkConfig
-from adapters.plan import build_plan
+from adapters.plan import build_plan, parted
+from adapters.site import Site
 from service.engine.attention import StepLayout
 from service.engine.attention_triton import NewEntries, decode, kv_write, paged_attention
 from service.engine.step_arrays import StepArrays
@@ -168,6 +172,70 @@ class OneRowSetup:
                 one_row.product(lora.x, weight, None, deltas)
 
         return replay_us(launch, len(self.weights))
+
+
+class TailSetup:
+    """A product of weights with adapters of rank 16 in their tails, over several layers, and the kernel that reads it:
+    for gate and up the activation, else expand."""
+
+    def __init__(self, site: str, tokens: int, adapters: int, decoding: int = 0) -> None:
+        """adapters: of prompts, which share the tokens. decoding: the first so many tokens have an adapter each, whose
+        deltas are computed beside the product."""
+        k, self.widths = SITES[site]
+        self.columns = tuple(int(v) for v in np.cumsum([0, *self.widths])[:-1])
+        d, count = sum(self.widths), len(self.widths)
+        layers = max(2, -(-COLD_BYTES // (2 * k * d)))
+        self.gated = site == "gate_up"
+        parts = [torch.empty(w, k, dtype=torch.bfloat16, device="cuda").normal_(0, 0.02) for w in self.widths]
+        self.tails = [with_tail(parts, None) for _ in range(layers)]
+        for tail in self.tails:
+            tail.b.normal_()
+            tail.scales.fill_(1.0)
+        ends = [decoding + (tokens - decoding) * (a + 1) // adapters for a in range(adapters)]
+        spans = [(t, 1, ((adapters + t, 1.0),)) for t in range(decoding)]
+        spans += [(b, e - b, ((a, 1.0),)) for a, (b, e) in enumerate(zip([decoding, *ends], ends, strict=False))]
+        plan = build_plan(spans)
+        if plan is None:
+            raise ValueError(f"{site}: no tokens")
+        beside, prompts = parted(plan, plan.tokens < decoding)
+        if prompts is None:
+            raise ValueError(f"{site}: no prompts")
+        rows = adapters + decoding
+        where = [Site(tuple(range(i * count, (i + 1) * count)), self.columns, self.widths, k, d) for i in range(layers)]
+        slots = triton_tail.Tails(zip(where, self.tails, strict=True), layers * count, "cuda").slots
+        ranks, size = np.full(len(prompts.seg_row), 16), 1 if adapters == 1 and not decoding else SLOTS
+        placed = slots.place(prompts, ranks, np.zeros(rows, dtype=np.int64), size)
+        self.plan = TailPlan.from_plan(prompts, placed, tokens, "cuda", size, beside)
+        self.x = torch.randn(tokens, k, device="cuda", dtype=torch.bfloat16)
+        self.y = functional.linear(self.x, self.tails[0].whole)
+        self.delta = torch.randn(tokens, d, device="cuda", dtype=torch.bfloat16) if decoding else None
+        self._decoding, self._d = decoding, d
+
+    @property
+    def bytes(self) -> int:
+        """Fewest that the reader moves: the product, its own result, B, and the deltas of those that decode."""
+        tokens, size = len(self.x), self.x.element_size()
+        written = self._d // 2 if self.gated else self._d
+        b = 16 * self.plan.shape.slots * self._d
+        return size * (tokens * (self.y.shape[1] + written) + b + self._decoding * self._d)
+
+    def time(self, kernel: str, config: Config = triton_tail.CONFIG) -> float:
+        """us of "base" (the product without tails), "product" (with them) or "reader" for one layer."""
+
+        def launch() -> None:
+            for whole, _, b, scales in self.tails:
+                if kernel == "base":
+                    functional.linear(self.x, whole[: self._d])
+                elif kernel == "product":
+                    functional.linear(self.x, whole)
+                elif self.gated:
+                    triton_tail.gated(self.y, b, scales, "silu", self.plan, self.delta, config)
+                else:
+                    triton_tail.expand(self.y, b, scales, self.columns, self.widths, self.plan, self.delta, config)
+
+        # As for LoraSetup: what expand adds to must stay a number.
+        self.y.normal_()
+        return replay_us(launch, len(self.tails))
 
 
 class AttentionSetup:

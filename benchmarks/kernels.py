@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import triton
 
-from benchmarks.kernel_cases import SITES, AttentionSetup, LoraCase, LoraSetup, OneRowSetup, copy_bandwidth
+from benchmarks.kernel_cases import SITES, AttentionSetup, LoraCase, LoraSetup, OneRowSetup, TailSetup, copy_bandwidth
 from service.engine.build import prefer_cublaslt
 
 TENSOR_FLOPS = 790e12
@@ -64,6 +64,26 @@ def report_one_row(bandwidth: float) -> list[dict[str, object]]:
     return rows
 
 
+TAILS = ((64, 1, 0), (512, 1, 0), (512, 1, 63), (768, 2, 205), (2048, 4, 0))
+"""(tokens, adapters of prompts, tokens with an adapter each beside the product)"""
+
+
+def report_tails(bandwidth: float, sites: list[str]) -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = []
+    print(f"\n{'adapters in tails':<40} {'base us':>9} {'with tails':>10} {'reader us  floor ratio':>24}")
+    for tokens, adapters, decoding in TAILS:
+        for site in sites:
+            setup = TailSetup(site, tokens, adapters, decoding)
+            base, product, reader = (setup.time(kernel) for kernel in ("base", "product", "reader"))
+            floor = setup.bytes / bandwidth * 1e6
+            name = f"{site:<8} T={tokens:<5} adapters={adapters} beside={decoding}"
+            times = f"{base:9.1f} {product:10.1f} {reader:9.1f} {floor:6.1f} {reader / floor:7.2f}"
+            print(f"{name:<40} {times}", flush=True)
+            rows.append({"case": name, "base_us": base, "product_us": product, "us": reader, "floor_us": floor})
+            del setup
+    return rows
+
+
 def report_attention(bandwidth: float) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     print(f"\n{'':<40} {'us':>9} {'floor':>8} {'ratio':>7}")
@@ -101,7 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", default="1,32,64,256,4096", help="token counts")
     parser.add_argument("--sites", default=",".join(SITES), help="of " + ", ".join(SITES))
-    parser.add_argument("--only", choices=["lora", "attention", "one_row"], help="a part of the report")
+    parser.add_argument("--only", choices=["lora", "attention", "one_row", "tails"], help="a part of the report")
     parser.add_argument("--json", type=Path, help="also write the report's numbers here")
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -119,6 +139,8 @@ def main() -> None:
         rows += report_attention(bandwidth)
     if args.only in (None, "one_row"):
         rows += report_one_row(bandwidth)
+    if args.only in (None, "tails"):
+        rows += report_tails(bandwidth, sites)
     if args.json:
         args.json.write_text(json.dumps({**_environment(), "bandwidth": bandwidth, "rows": rows}, indent=1) + "\n")
 
