@@ -89,7 +89,7 @@ class Profiler:
         while any(not times for times in self.driver.times.values()):
             self.step()
         self.timed(f"{kind_name} decode", steps, 0, top, lambda: None)
-        if streams > 1:
+        if 1 < streams < self.engine.limits.max_sequences:  # else no prompt has room beside them
 
             def ride() -> None:
                 if not self.engine.scheduler.num_waiting:
