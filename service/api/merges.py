@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Header, Request, Response
 from fastapi.responses import FileResponse, JSONResponse
-from pydantic import AfterValidator, Field, StrictInt, StrictStr, model_validator
+from pydantic import AfterValidator, Field, StrictFloat, StrictInt, StrictStr, model_validator
 
 from adapters.errors import AdapterMissing
 from adapters.merge_request import MAX_SOURCES, METHODS, MIN_SHARD_BYTES
@@ -39,7 +39,7 @@ class MergeSource(Strict):
 
     adapter: Model
     """adapter | adapter@3 | adapter@alias. The version is fixed when the merge is queued."""
-    weight: float = Field(1.0, ge=-1000, le=1000)
+    weight: StrictFloat = Field(1.0, ge=-1000, le=1000)
     """May be negative."""
 
 
@@ -53,7 +53,7 @@ class MergeRequest(Strict):
     """adapter: one that is served at once. checkpoint: base and adapters as a Hugging Face folder to download."""
     method: Method = "linear"
     """PEFT's combination types. For a checkpoint linear alone: the weighted sum of the adapters, exactly."""
-    density: float | None = Field(None, gt=0, le=1)
+    density: StrictFloat | None = Field(None, gt=0, le=1)
     """Share of the values that pruning methods keep."""
     majority_sign_method: Literal["total", "frequency"] | None = None
     """How ties methods elect the sign; default total."""

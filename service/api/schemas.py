@@ -14,6 +14,9 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainValidator,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
     WithJsonSchema,
     model_validator,
 )
@@ -182,7 +185,7 @@ _PARTS_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type
 Content = Annotated[str | None, BeforeValidator(_content), WithJsonSchema(_PARTS_SCHEMA)]
 Model = Annotated[str, Field(min_length=1, max_length=256)]
 TokenId = Annotated[int, BeforeValidator(_canonical)]
-Bias = Annotated[float, Field(ge=-100, le=100)]
+Bias = Annotated[StrictFloat, Field(ge=-100, le=100)]
 Biases = Annotated[
     dict[TokenId, Bias], BeforeValidator(_few_biases), Field(json_schema_extra={"maxProperties": MAX_BIASES})
 ]
@@ -193,12 +196,12 @@ class AdapterWeight(Strict):
 
     name: Model
     """adapter | adapter@3 | adapter@alias"""
-    weight: float = Field(1.0, ge=-1000, le=1000)
+    weight: StrictFloat = Field(1.0, ge=-1000, le=1000)
 
 
 class StreamOptions(Strict):
-    include_usage: bool = False
-    include_obfuscation: bool | None = None
+    include_usage: StrictBool = False
+    include_obfuscation: StrictBool | None = None
     """OpenAI's padding against eavesdroppers; nothing is added here."""
 
 
@@ -208,27 +211,27 @@ class Sampled(Strict):
     model: Model
     adapters: list[AdapterWeight] | None = Field(None, min_length=1, max_length=MAX_ADAPTERS)
     """Several adapters at once, each with its weight; only with `model` = the base model."""
-    stream: bool = False
+    stream: StrictBool = False
     stream_options: StreamOptions | None = None
-    n: int = Field(1, ge=1, le=MAX_CHOICES)
-    max_tokens: int | None = Field(None, ge=0)
-    min_tokens: int = Field(0, ge=0)
-    temperature: float = Field(1.0, ge=0, le=2)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=-1)
+    n: StrictInt = Field(1, ge=1, le=MAX_CHOICES)
+    max_tokens: StrictInt | None = Field(None, ge=0)
+    min_tokens: StrictInt = Field(0, ge=0)
+    temperature: StrictFloat = Field(1.0, ge=0, le=2)
+    top_p: StrictFloat = Field(1.0, gt=0, le=1)
+    top_k: StrictInt = Field(0, ge=-1)
     """-1 and 0: all."""
-    min_p: float = Field(0.0, ge=0, le=1)
-    presence_penalty: float = Field(0.0, ge=-2, le=2)
-    frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    repetition_penalty: float = Field(1.0, gt=0, le=10)
+    min_p: StrictFloat = Field(0.0, ge=0, le=1)
+    presence_penalty: StrictFloat = Field(0.0, ge=-2, le=2)
+    frequency_penalty: StrictFloat = Field(0.0, ge=-2, le=2)
+    repetition_penalty: StrictFloat = Field(1.0, gt=0, le=10)
     logit_bias: Biases = {}
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    seed: StrictInt | None = Field(None, ge=-(2**63), lt=2**63)
     stop: Stops = ()
-    stop_token_ids: tuple[int, ...] = Field((), max_length=64, fail_fast=True)
-    include_stop_str_in_output: bool = False
-    ignore_eos: bool = False
-    skip_special_tokens: bool = True
-    priority: int = Field(0, ge=-100, le=100)
+    stop_token_ids: tuple[StrictInt, ...] = Field((), max_length=64, fail_fast=True)
+    include_stop_str_in_output: StrictBool = False
+    ignore_eos: StrictBool = False
+    skip_special_tokens: StrictBool = True
+    priority: StrictInt = Field(0, ge=-100, le=100)
     """Higher goes first, among the same tenant's requests."""
 
     @model_validator(mode="before")
@@ -257,9 +260,9 @@ class CompletionRequest(Sampled):
     """POST /v1/completions."""
 
     prompt: Prompts
-    echo: bool = False
-    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    best_of: int | None = None
+    echo: StrictBool = False
+    logprobs: StrictInt | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    best_of: StrictInt | None = None
     suffix: None = None
 
     @model_validator(mode="after")
@@ -282,7 +285,7 @@ class ToolCall(Strict):
     id: str | None = None
     type: Literal["function"] = "function"
     function: ToolCallFunction
-    index: int | None = Field(None, exclude=True)
+    index: StrictInt | None = Field(None, exclude=True)
     """Of a streamed one, as clients put them together; not for the template."""
 
 
@@ -340,8 +343,8 @@ class ChatFields(BaseModel):
 
     messages: list[Message] = Field(min_length=1, fail_fast=True)
     tools: list[Tool] | None = Field(None, fail_fast=True)
-    add_generation_prompt: bool = True
-    continue_final_message: bool = False
+    add_generation_prompt: StrictBool = True
+    continue_final_message: StrictBool = False
     """The answer goes on with the last message; then add_generation_prompt counts for nothing."""
     chat_template_kwargs: dict[str, Any] | None = None
 
@@ -349,9 +352,9 @@ class ChatFields(BaseModel):
 class ChatRequest(ChatFields, Sampled):
     """POST /v1/chat/completions."""
 
-    max_completion_tokens: int | None = Field(None, ge=1)
-    logprobs: bool = False
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    max_completion_tokens: StrictInt | None = Field(None, ge=1)
+    logprobs: StrictBool = False
+    top_logprobs: StrictInt | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     tool_choice: Literal["none", "auto"] | None = None
     """Tools are shown to the model; calls are not parsed out of its answer yet."""
 
@@ -373,12 +376,12 @@ class TokenizeRequest(Strict):
     prompt: Annotated[str, AfterValidator(_text)] | None = None
     messages: list[Message] | None = Field(None, min_length=1, fail_fast=True)
     tools: list[Tool] | None = Field(None, fail_fast=True)
-    add_special_tokens: bool | None = None
+    add_special_tokens: StrictBool | None = None
     """Default: true for a text, false for a conversation, whose template writes them."""
-    add_generation_prompt: bool = True
-    continue_final_message: bool = False
+    add_generation_prompt: StrictBool = True
+    continue_final_message: StrictBool = False
     chat_template_kwargs: dict[str, Any] | None = None
-    return_token_strs: bool = False
+    return_token_strs: StrictBool = False
 
     @model_validator(mode="after")
     def _one_source(self) -> TokenizeRequest:
@@ -391,5 +394,5 @@ class DetokenizeRequest(Strict):
     """POST /detokenize."""
 
     model: Model | None = None
-    tokens: list[int] = Field(fail_fast=True)
-    skip_special_tokens: bool = False
+    tokens: list[StrictInt] = Field(fail_fast=True)
+    skip_special_tokens: StrictBool = False

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import JSONResponse
-from pydantic import Field, StrictBool, StrictInt, StrictStr
+from pydantic import Field, StrictBool, StrictFloat, StrictInt, StrictStr
 
 from service.api.adapters import Lib, Limit, _list_json
 from service.api.auth import CallerDep, Guards, Route, about, allow
@@ -59,7 +59,7 @@ class TenantCreate(Strict):
     """POST /v1/tenants."""
 
     name: StrictStr = Field(max_length=256)
-    weight: float = Field(1.0, gt=0, le=MAX_WEIGHT)
+    weight: StrictFloat = Field(1.0, gt=0, le=MAX_WEIGHT)
     """Share of the device against other tenants' while they compete for it."""
     limits: LimitsPatch = LimitsPatch()
 
@@ -67,7 +67,7 @@ class TenantCreate(Strict):
 class TenantPatch(Strict):
     """PATCH /v1/tenants/{tenant}; what is not given stays."""
 
-    weight: float = Field(1.0, gt=0, le=MAX_WEIGHT)
+    weight: StrictFloat = Field(1.0, gt=0, le=MAX_WEIGHT)
     limits: LimitsPatch = LimitsPatch()
     disabled: StrictBool = False
     """Its keys are refused with 403; what it has is kept, and requests that run end as they would."""

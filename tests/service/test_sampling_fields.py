@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from pydantic import ValidationError
 
 from service.api.auth import SINGLE_USER
 from service.api.deps import Services
@@ -79,6 +80,20 @@ def test_absent_fields_are_the_engines_defaults(kind: type[Sampled], least: dict
 def test_each_alone(kind: type[Sampled], least: dict[str, Any], field: str) -> None:
     value, attribute, wanted = SAMPLING[field]
     assert sampling_of(kind, {**least, field: value}) == {**sampling_of(kind, least), attribute: wanted}
+
+
+WRONG: dict[type, list[Any]] = {bool: ["no", "true", 1, 0.0], int: [True, "3", 2.5], float: [True, "0.5", [0.5]]}
+SCALARS = {name: type(value) for name, (value, _, _) in (SAMPLING | JOB).items() if type(value) in WRONG}
+
+
+@both
+@pytest.mark.parametrize("field", [*SCALARS, "stream"])
+def test_a_value_of_another_type_is_refused(kind: type[Sampled], least: dict[str, Any], field: str) -> None:
+    for value in WRONG[SCALARS.get(field, bool)]:
+        with pytest.raises(ValidationError) as refused:
+            kind.model_validate({**least, field: value})
+        assert [error["loc"] for error in refused.value.errors()] == [(field,)], value
+    assert kind.model_validate({**least, "temperature": 1}).temperature == 1.0
 
 
 @both
