@@ -59,24 +59,28 @@ def key(kernel: str, entries: int, bucket: int, block_m: int) -> str:
 
 
 @lru_cache(maxsize=1)
-def _table() -> dict[str, dict[str, int]]:
+def _file() -> dict[str, dict[str, Any]]:
     try:
-        return json.loads(TUNED.read_text())["configs"]
+        return json.loads(TUNED.read_text())
     except FileNotFoundError:
-        return {}
+        return {"measured": {}, "configs": {}}
+
+
+def _table() -> dict[str, dict[str, int]]:
+    return _file()["configs"]
 
 
 def save(configs: dict[str, ShrinkConfig | ExpandConfig], note: dict[str, Any]) -> None:
-    """Adds to tuned.json (same keys are replaced); note: where and with what versions they were measured."""
-    known = dict(_table())
-    known.update({name: asdict(config) for name, config in configs.items()})
-    TUNED.write_text(json.dumps({"measured": note, "configs": dict(sorted(known.items()))}, indent=1) + "\n")
+    """Adds to tuned.json (same keys are replaced); note: where and with what versions these were measured."""
+    known = {"measured": dict.fromkeys(configs, note), "configs": {name: asdict(c) for name, c in configs.items()}}
+    merged = {part: dict(sorted((_file()[part] | new).items())) for part, new in known.items()}
+    TUNED.write_text(json.dumps(merged, indent=1) + "\n")
     forget()
 
 
 def forget() -> None:
     """Reads tuned.json again at the next question."""
-    for cached in (_table, shrink_config, expand_config):
+    for cached in (_file, shrink_config, expand_config):
         cached.cache_clear()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,10 +35,18 @@ def test_a_measured_case_is_used_whatever_the_model_s_shapes(table: Path) -> Non
 
 def test_saving_keeps_what_was_known(table: Path) -> None:
     first, second = ExpandConfig(16, 128, 256, 4, 3, 4), ExpandConfig(16, 256, 256, 4, 3, 4)
-    tuning.save({tuning.key("expand", 1, 16, 16): first}, {})
-    tuning.save({tuning.key("expand", 64, 16, 16): second}, {})
+    few, many = tuning.key("expand", 1, 16, 16), tuning.key("expand", 64, 16, 16)
+    tuning.save({few: first}, {"device": "one"})
+    tuning.save({many: second}, {"device": "another"})
     assert tuning.expand_config(1, 16, 16, 2) == first
     assert tuning.expand_config(64, 16, 16, 2) == second
+    assert json.loads(table.read_text())["measured"] == {few: {"device": "one"}, many: {"device": "another"}}
+
+
+def test_of_each_that_is_kept_it_is_said_where_it_was_measured() -> None:
+    kept = json.loads(tuning.TUNED.read_text())
+    assert kept["measured"].keys() == kept["configs"].keys()
+    assert all(note.keys() == {"device", "torch", "triton"} for note in kept["measured"].values())
 
 
 def check(shrink: ShrinkConfig, expand: ExpandConfig, block_m: int, element_size: int) -> None:
