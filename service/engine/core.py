@@ -275,11 +275,12 @@ class Engine:
             if result is not None and result.token_id < 0:  # before its pages can be found by others
                 self._refuse((seq.client, seq.request_id), "not_finite", NOT_FINITE)
                 continue
-            # If a page has become full. One that was preempted meanwhile has no pages.
-            if seq.num_computed % size < item.count and state is _RUNNING:
-                self.pool.commit(seq)
             if result is None:
-                continue
+                continue  # nobody knows yet whether what it has computed are numbers
+            # If a page has become full, or a prompt has ended. One that was preempted meanwhile has no pages.
+            done = seq.num_computed
+            if (done % size < item.count or done <= seq.num_prompt) and state is _RUNNING:
+                self.pool.commit(seq)
             tokens, token = seq.tokens, result.token_id
             if tokens[-1] == PENDING:
                 tokens[-1] = token
