@@ -162,30 +162,32 @@ def paged_attention(
         kv_write(new.k, new.v, k_cache, v_cache, new.slots)
         new = None
     main = None
-    if step.tile_seq.numel():
-        if n and side is not None:
-            main = torch.cuda.current_stream(q.device)
-            side.wait_stream(main)
-        with torch.cuda.stream(side if main is not None else None):
-            prefill(q, k_cache, v_cache, step, out, scale=scale, window=window, softcap=softcap, uniform=uniform)
-    if n:
-        decode(
-            q[:n],
-            k_cache,
-            v_cache,
-            step.page_table[:n],
-            step.context_lens[:n],
-            out[:n],
-            new=new,
-            scale=scale,
-            max_context=step.max_context,
-            window=window,
-            softcap=softcap,
-            count=step.count,
-            counters=counters,
-        )
-    if main is not None and side is not None:
-        main.wait_stream(side)
+    if step.tile_seq.numel() and n and side is not None:
+        main = torch.cuda.current_stream(q.device)
+        side.wait_stream(main)
+    try:
+        if step.tile_seq.numel():
+            with torch.cuda.stream(side if main is not None else None):
+                prefill(q, k_cache, v_cache, step, out, scale=scale, window=window, softcap=softcap, uniform=uniform)
+        if n:
+            decode(
+                q[:n],
+                k_cache,
+                v_cache,
+                step.page_table[:n],
+                step.context_lens[:n],
+                out[:n],
+                new=new,
+                scale=scale,
+                max_context=step.max_context,
+                window=window,
+                softcap=softcap,
+                count=step.count,
+                counters=counters,
+            )
+    finally:  # else what is freed after a failure might be given away while prompts are still computed
+        if main is not None and side is not None:
+            main.wait_stream(side)
     return out
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -177,6 +178,31 @@ def test_whichever_part_is_last_the_bits_are_the_same(monkeypatch: pytest.Monkey
     assert error(outs[0], batch.wanted) < 1e-6
     for out in outs[1:]:
         assert_same_bits(out, outs[0])
+
+
+def test_prompts_on_the_side_are_waited_for_after_a_failure_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else what the step frees could be given to others while the prompts' kernel still reads and writes it."""
+    waits: list[tuple[str, str]] = []
+
+    class Stream:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def wait_stream(self, other: Stream) -> None:
+            waits.append((self.name, other.name))
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("no room for parts")
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Stream("main"))
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(attention_triton, "prefill", lambda *_, **__: None)
+    monkeypatch.setattr(attention_triton, "decode", fails)
+    batch = make_batch(Case("", [(1, 9), (20, 25)]), torch.float32, torch.device("cpu"))
+    step = StepArrays.from_layout(batch.layout, torch.device("cpu"))
+    with pytest.raises(torch.OutOfMemoryError):
+        paged_attention(batch.q, batch.k_cache, batch.v_cache, step, scale=1.0, side=Stream("side"))  # type: ignore[arg-type]
+    assert waits == [("side", "main"), ("main", "side")]
 
 
 @pytest.mark.parametrize("splits", [1, 4])
