@@ -178,7 +178,7 @@ class Runner:
         not sample. Tokens that the launch before has drawn need not be known here: they are taken where they lie."""
         lineup, ids, positions, layout = self._inputs.build(batch.items, self._row_of)
         if lineup is not self._lineup:
-            self._lineup, self._sampling = lineup, Sampling(lineup.drawing)
+            self._lineup, self._sampling = lineup, Sampling(lineup.drawing, self._sampling)
         wanted, sampling = lineup.wanted, self._sampling
         rules = sampling.rules()
         logits, known = self._compute(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from service.engine.draw import Draw, Rules
 from service.engine.messages import SamplingParams, TokenLogprob
-from service.engine.request import Sampled, Sequence
+from service.engine.request import Sampled, Sequence, State
 from service.engine.transfer import Readback, column, to_device
 
 LOGPROB_ROWS = 256
@@ -50,10 +50,43 @@ class Drawn:
         return results
 
 
+class _Tally:
+    """The tokens of a sequence from `begin` on, each once, and how often it has come. Kept from step to step, since a
+    context may be long: what is known of it is not looked at again."""
+
+    def __init__(self, begin: int) -> None:
+        self._end = begin
+        self._place: dict[int, int] = {}
+        self._ids = self._counts = np.empty(0, dtype=np.int64)
+
+    def of(self, tokens: list[int], end: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(ids, counts) of tokens[begin:end]; to be read before the next call."""
+        new = tokens[self._end : end]
+        if not self._place and new:
+            ids, counts = np.unique(np.array(new, dtype=np.int64), return_counts=True)
+            self._place = dict(zip(ids.tolist(), range(len(ids)), strict=True))
+            self._ids, self._counts = _longer(ids), _longer(counts)
+            new = []
+        for token in new:
+            place = self._place.setdefault(token, len(self._place))
+            if place == len(self._ids):
+                self._ids, self._counts = _longer(self._ids), _longer(self._counts)
+            self._ids[place] = token
+            self._counts[place] += 1
+        self._end = max(self._end, end)
+        return self._ids[: len(self._place)], self._counts[: len(self._place)]
+
+
+def _longer(array: NDArray[np.int64]) -> NDArray[np.int64]:
+    """With as many zeros behind, and some more."""
+    return np.concatenate((array, np.zeros(len(array) + 16, dtype=np.int64)))
+
+
 class Sampling:
     """What some sequences ask of sampling, found out once for all their steps."""
 
-    def __init__(self, seqs: Seq[Sequence]) -> None:
+    def __init__(self, seqs: Seq[Sequence], before: Sampling | None = None) -> None:
+        """before: that of the last step. What it knows of sequences is not found out again."""
         self.seqs = seqs
         self.rules = Rules(seqs).now
         """To be asked in each step."""
@@ -61,6 +94,21 @@ class Sampling:
         """Rows that ask for more than a draw from the logits as they are."""
         self.logprobs = {i: seq.sampling.logprobs for i, seq in enumerate(seqs) if seq.sampling.logprobs is not None}
         """Row -> alternatives."""
+        self.everything: dict[Sequence, _Tally] = {} if before is None else _kept(before.everything)
+        """What is penalised for repetition: the prompt's tokens, too."""
+        self.generated: dict[Sequence, _Tally] = {} if before is None else _kept(before.generated)
+        """What is penalised for presence and frequency."""
+        for seq in (seqs[row] for row in self.moved):
+            p = seq.sampling
+            if p.repetition_penalty != 1.0 and seq not in self.everything:
+                self.everything[seq] = _Tally(0)
+            if (p.presence_penalty or p.frequency_penalty) and seq not in self.generated:
+                self.generated[seq] = _Tally(seq.num_prompt)
+
+
+def _kept(tallies: dict[Sequence, _Tally]) -> dict[Sequence, _Tally]:
+    """Of those that have not ended: whoever is not in this step comes back."""
+    return {seq: tally for seq, tally in tallies.items() if seq.state is not State.FINISHED}
 
 
 def sample(
@@ -122,7 +170,7 @@ class _Edits:
     """Changes to entries of logits, of all rows together: what a launch costs is paid once for a batch."""
 
     def __init__(self) -> None:
-        self.rows: list[NDArray[np.int64]] = []
+        self.rows: list[int] = []
         self.ids: list[NDArray[np.int64]] = []
         self.values: list[NDArray[np.float32]] = []
         self.last: list[Tensor] = []
@@ -130,7 +178,7 @@ class _Edits:
 
     def add(self, row: int, ids: Seq[int] | NDArray[np.int64], values: float | Seq[float] | NDArray) -> None:
         found = np.asarray(ids, dtype=np.int64)
-        self.rows.append(np.full(len(found), row, dtype=np.int64))
+        self.rows.append(row)
         self.ids.append(found)
         self.values.append(np.broadcast_to(np.asarray(values, dtype=np.float32), len(found)))
 
@@ -143,10 +191,10 @@ class _Edits:
         """((rows, ids), values), None if there are none."""
         if not self.rows and not self.last:
             return None
-        rows, ids, values = (np.concatenate(parts or [[]]) for parts in (self.rows, self.ids, self.values))
-        rows = np.concatenate((rows, [row for row, _ in self.last_of])).astype(np.int64)
-        values = np.concatenate((values, [value for _, value in self.last_of])).astype(np.float32)
-        ids_ = torch.cat((to_device(ids.astype(np.int64), device), *self.last))
+        rows = np.repeat([*self.rows, *(row for row, _ in self.last_of)], [*map(len, self.ids), *[1] * len(self.last)])
+        ids = np.concatenate(self.ids or [np.empty(0, dtype=np.int64)])
+        values = np.concatenate((*self.values, np.array([value for _, value in self.last_of], dtype=np.float32)))
+        ids_ = torch.cat((to_device(ids, device), *self.last))
         return (to_device(rows, device), ids_), to_device(values, device)
 
 
@@ -161,17 +209,21 @@ def _moved(logits: Tensor, asked: Sampling, pending: Pending | None) -> Tensor:
         if p.logit_bias:
             biases.add(row, list(p.logit_bias), list(p.logit_bias.values()))
         last = pending(row) if pending is not None and seq.pending else None
-        known = seq.tokens if last is None else seq.tokens[:-1]
-        if p.repetition_penalty != 1.0:
-            repetition.add(row, known, p.repetition_penalty)
+        known = len(seq.tokens) - (last is not None)
+        if (tally := asked.everything.get(seq)) is not None:
+            repetition.add(row, tally.of(seq.tokens, known)[0], p.repetition_penalty)
             if last is not None:
                 repetition.add_last(row, last, p.repetition_penalty)
-        ids, counts = np.unique(np.asarray(known[seq.num_prompt :], dtype=np.int64), return_counts=True)
-        for edits, penalty, times in ((presence, p.presence_penalty, 1.0), (frequency, p.frequency_penalty, counts)):
-            if penalty:
-                edits.add(row, ids, penalty * times)
-                if last is not None:
-                    edits.add_last(row, last, penalty)
+        if (tally := asked.generated.get(seq)) is not None:
+            ids, counts = tally.of(seq.tokens, known)
+            if p.presence_penalty:
+                presence.add(row, ids, p.presence_penalty)
+            if p.frequency_penalty:
+                frequency.add(row, ids, p.frequency_penalty * counts)
+            if last is not None:
+                for edits, penalty in ((presence, p.presence_penalty), (frequency, p.frequency_penalty)):
+                    if penalty:
+                        edits.add_last(row, last, penalty)
     out = logits.float().clone()
     if (edit := biases.on(out.device)) is not None:
         out.index_put_(*edit, accumulate=True)

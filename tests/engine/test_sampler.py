@@ -16,7 +16,7 @@ from transformers import (
 
 from service.engine import draw, sampler
 from service.engine.messages import SamplingParams
-from service.engine.request import PENDING, Sampled, Sequence
+from service.engine.request import PENDING, Sampled, Sequence, State
 
 VOCABULARY = 97
 
@@ -215,3 +215,30 @@ def test_logits_that_are_no_numbers_give_no_token(params):
     found = [s.token_id for s in drawn(rows, [sequence(seed=i, **params) for i in range(3)])]
     assert found[1] == draw.NOT_FINITE
     assert min(found[0], found[2]) >= 0
+
+
+@pytest.mark.parametrize(
+    "penalty", [{"repetition_penalty": 1.8}, {"presence_penalty": 0.7}, {"frequency_penalty": 0.7}]
+)
+def test_what_is_known_of_a_context_is_not_looked_at_again(penalty: dict[str, float]) -> None:
+    row = logits(seed=4)
+    seq = sequence(prompt=(5, 6, 7) * 40, generated=(8, 9, 8), temperature=0.0, logprobs=3, **penalty)
+    asked = sampler.Sampling([seq])
+    sampler.sample(row, asked, asked.rules(), draw.draw)
+    seq.tokens += [10, 9]
+    whole = sampler._moved(row, sampler.Sampling([seq]), None)
+    known = len(seq.tokens) - 2
+    seq.tokens[:known] = [50] * known  # nobody would see it
+    # Also where it has sat out a step in between.
+    for again in (asked, sampler.Sampling([seq], sampler.Sampling([sequence()], asked))):
+        torch.testing.assert_close(sampler._moved(row, again, None), whole, rtol=0, atol=0)
+
+
+def test_what_is_known_of_a_sequence_goes_when_it_has_ended() -> None:
+    seq = sequence(repetition_penalty=1.8, presence_penalty=0.5)
+    asked = sampler.Sampling([seq])
+    assert list(asked.everything) == list(asked.generated) == [seq]
+    seq.state = State.FINISHED
+    after = sampler.Sampling([], asked)
+    assert not after.everything
+    assert not after.generated
