@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 
 from adapters.accounts import Accounts
 from adapters.errors import BlobDamaged, LoraplexAdapterError
@@ -149,10 +150,7 @@ class Placement:
             return False
         region = self.slab.allocate(block.nbytes)
         if region is None:
-            victims = list(self._victims(self._host_candidates(), claim))
-            if not self.slab.fits_without(block.nbytes, {other.host for other in victims if other.host is not None}):
-                return False
-            for other in victims:
+            for other in self._in_the_way(block.nbytes, claim):
                 self.evict_host(other)
                 region = self.slab.allocate(block.nbytes)
                 if region is not None:
@@ -163,6 +161,17 @@ class Placement:
         self._begin(block, "read")
         self.loader.read(block.digest, block.info, region)
         return True
+
+    def _in_the_way(self, nbytes: int, claim: int | None) -> list[Block]:
+        """Blocks that leave the slab, one after the other, until it has a hole of `nbytes`; none if they would make
+        none. No more are looked at than that takes, for there may be tens of thousands."""
+        victims: list[Block] = []
+        candidates = self._victims(self._host_candidates(), claim)
+        while more := list(islice(candidates, max(1, len(victims)))):
+            victims += more
+            if self.slab.fits_without(nbytes, {other.host for other in victims if other.host is not None}):
+                return victims
+        return []
 
     def beyond_limit(self, account: str, nbytes: int = 0) -> list[Block] | None:
         """The blocks of an account that have to leave the device before `nbytes` more may come, least recently used
@@ -279,9 +288,10 @@ class Placement:
     @staticmethod
     def _victims(candidates: Iterator[tuple[Block, int | None]], claim: int | None) -> Iterator[Block]:
         """Those that may leave for a block with `claim` (None: nobody's): first the unclaimed in the order given
-        (least recently used first), then those claimed by younger waiters, the youngest's first."""
+        (least recently used first), then those claimed by younger waiters, the youngest's first. As they are asked for:
+        none may leave meanwhile."""
         claimed = []
-        for block, other in list(candidates):
+        for block, other in candidates:
             if other is None:
                 yield block
             elif claim is not None and other > claim:

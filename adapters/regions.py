@@ -99,6 +99,10 @@ class RegionAllocator:
     def fits_without(self, nbytes: int, removable: Collection[Region]) -> bool:
         """Whether one hole of `nbytes` would exist if the regions in `removable` were freed."""
         size, cursor = max(align(nbytes, self.alignment), self.alignment), 0
+        if self.free_bytes + sum(region.nbytes for region in removable) < size:
+            return False
+        if any(region.nbytes >= size for region in removable):
+            return True
         for region in self.regions():
             if region in removable:
                 continue

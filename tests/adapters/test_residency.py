@@ -9,6 +9,7 @@ import pytest
 
 from adapters.errors import AccountTooSmall, AdapterMissing, AdapterTooLarge, AdapterUnavailable
 from adapters.residency import TooManyAdapters
+from adapters.waiters import WaitQueue
 from tests.adapters.scripted_loader import Tiers
 
 KB4 = dict.fromkeys("abcdefgh", 16)
@@ -573,3 +574,36 @@ def test_an_account_waits_for_steps_and_copies_that_are_under_way() -> None:
     fence.passed = True
     tiers.check(tiers.lease("b@1"))
     assert tiers.resident("1") == 1024
+
+
+def test_for_one_that_comes_not_all_that_are_there_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"n{number}" for number in range(300)]
+    tiers = Tiers(dict.fromkeys(names, 16), arena_bytes=200 << 10, host_bytes=100 << 10, rows=300)
+    for name in names[:200]:
+        tiers.residency.release(tiers.lease(name))
+    asked = 0
+
+    def claim(queue: WaitQueue, digest: str) -> int | None:
+        nonlocal asked
+        asked += 1
+        return of_queue(queue, digest)
+
+    of_queue = WaitQueue.claim
+    monkeypatch.setattr(WaitQueue, "claim", claim)
+    for name in names[200:]:
+        tiers.residency.release(tiers.lease(name))
+    tiers.check()
+    stats = tiers.residency.stats()
+    assert stats["adapter_evictions_device_total"] == 100
+    assert stats["adapter_evictions_host_total"] == 200
+    assert asked < 100 * 20
+
+
+def test_the_slab_gives_up_no_more_than_makes_a_hole() -> None:
+    tiers = Tiers({**KB4, "long": 40}, arena_bytes=4096, host_bytes=4096)
+    for name in "abcd":
+        tiers.residency.release(tiers.lease(name))
+    tiers.residency.release(tiers.lease("a"))  # of those in the slab b, c and d leave first
+    tiers.residency.release(tiers.lease("long"))
+    tiers.check()
+    assert [*tiers.residency._placement.on_host] == ["a", "long"]
