@@ -109,6 +109,7 @@ class Tenants:
         self._tenants: dict[str, Tenant] = {}
         self._floor = 0.0
         """What the last tenant to leave the queues had been charged: where one starts while nobody waits."""
+        self._most_to_spare: float | None = None
 
     def __iter__(self) -> Iterator[Tenant]:
         return iter(self._tenants.values())
@@ -118,6 +119,16 @@ class Tenants:
 
     def __getitem__(self, name: str) -> Tenant:
         return self._tenants[name]
+
+    @property
+    def most_to_spare(self) -> float:
+        """The most that any tenant would still run for its weight with one sequence less."""
+        if self._most_to_spare is None:
+            self._most_to_spare = self._to_spare()
+        return self._most_to_spare
+
+    def _to_spare(self) -> float:
+        return max([(each.running - 1) / each.weight for each in self.serving.values()], default=0.0)
 
     def get(self, name: str) -> Tenant | None:
         return self._tenants.get(name)
@@ -131,7 +142,9 @@ class Tenants:
             if len(self._tenants) >= 2 * MAX_IDLE:
                 self._forget()
             tenant = self._tenants[name] = Tenant(name)
-        tenant.weight = weight
+        if tenant.weight != weight:
+            tenant.weight = weight
+            self._most_to_spare = None
         return tenant
 
     def enqueue(self, seq: Sequence, *, lift: bool) -> None:
@@ -157,12 +170,14 @@ class Tenants:
         tenant = self._tenants[seq.tenant]
         self.dequeue(seq)
         tenant.running += 1
+        self._most_to_spare = None
         self.serving[tenant.name] = tenant
 
     def end(self, seq: Sequence) -> None:
         """It does not run any more."""
         tenant = self._tenants[seq.tenant]
         tenant.running -= 1
+        self._most_to_spare = None
         if not tenant.running:
             del self.serving[tenant.name]
 
@@ -186,6 +201,8 @@ class Tenants:
             raise IntegrityError("not exactly the tenants that wait count as queued")
         if self.serving != {tenant.name: tenant for tenant in self if tenant.running}:
             raise IntegrityError("not exactly the tenants that run something count as served")
+        if self._most_to_spare not in (None, self._to_spare()):
+            raise IntegrityError("what tenants could spare was not counted anew")
         for tenant in self:
             if [*map(rank, tenant.waiting)] != sorted(map(rank, tenant.waiting)):
                 raise IntegrityError(f"the queue of tenant {tenant.name!r} is out of order")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import ItemsView, ValuesView
 
 import pytest
 
@@ -12,7 +13,7 @@ from benchmarks import fairness
 from benchmarks.timeline import H200_8B, Timeline, percentile
 from service.engine import admission, guests
 from service.engine.budgets import Filling
-from service.engine.fairness import MAX_IDLE, Prices, Tenants
+from service.engine.fairness import MAX_IDLE, Prices, Tenant, Tenants
 from service.engine.guests import PAUSE
 from service.engine.pace import StepTimes
 from service.engine.request import Sequence, State
@@ -283,6 +284,33 @@ def test_a_newcomer_gets_a_slot_from_a_flood_at_once_and_gives_none_back() -> No
         stage.scheduler.finish(seq)
     stage.tick()
     assert running == [*flood[:4], *mine[1:3]], "what nobody else wants goes to whoever asks"
+
+
+def test_of_many_tenants_that_wait_not_each_looks_at_all_that_run() -> None:
+    class Looked(dict[str, Tenant]):
+        times = 0
+
+        def values(self) -> ValuesView[Tenant]:
+            self.times += 1
+            return super().values()
+
+        def items(self) -> ItemsView[str, Tenant]:
+            self.times += 1
+            return super().items()
+
+    stage = Shared(pages=1000, max_sequences=64, budget=256)
+    serving = stage.scheduler.tenants.serving = Looked()
+    for number in range(200):
+        stage.of(f"t{number}", 4)
+    stage.tick()
+    assert len(stage.scheduler.running) == 64
+    serving.times = 0
+    stage.scheduler.schedule()
+    assert serving.times < 5
+    stage.of("t0", 4)
+    stage.scheduler.finish(stage.scheduler.running[-1])
+    stage.tick()
+    assert stage.scheduler.preemptions == 0, "nobody has one to spare"
 
 
 def test_a_newcomer_gets_pages_from_a_flood() -> None:
