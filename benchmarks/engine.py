@@ -59,6 +59,7 @@ class Driver:
     def row(
         self, kind: str, concurrency: int, digests: list[str], *, requests: int, input_len: int, output_len: int
     ) -> dict[str, float]:
+        requests = max(requests, concurrency)  # so many are begun at once, and the next row must find none of them
         rng = random.Random(0)
         vocabulary = self.engine.manifest.vocab_size
         sent: dict[str, float] = {}
@@ -155,7 +156,7 @@ def main() -> None:
     parser.add_argument("--adapters", type=Path)
     parser.add_argument("--count", type=int, default=64, help="adapters used, in order of name")
     parser.add_argument("--rows", default="base:1,base:8")
-    parser.add_argument("--requests", type=int, default=0, help="per row; 0: twice the concurrency")
+    parser.add_argument("--requests", type=int, default=0, help="per row, the concurrency at least; 0: twice that")
     parser.add_argument("--input-len", type=int, default=512)
     parser.add_argument("--output-len", type=int, default=128)
     parser.add_argument("--config", default="{}", help="EngineConfig fields as JSON")

@@ -13,7 +13,7 @@ import argparse
 import statistics
 
 from benchmarks import report
-from benchmarks.throughput import adapters_of, measure, options, running, upload
+from benchmarks.throughput import adapters_of, make, measure, options, running, upload
 
 ROWS = {"base": "none", "one adapter": "identical", "all distinct": "distinct"}
 
@@ -37,10 +37,12 @@ def main() -> None:
         for _ in range(args.turns):
             turn("base, no adapter there", "none")
         upload(url, folders)
+        for targets, count in args.make:
+            make(url, args.model, targets, range(count))
         for _ in range(args.turns):
             for name, distribution in ROWS.items():
                 turn(name, distribution)
-    write(rates, len(folders), args)
+    write(rates, len(folders) + sum(count for _, count in args.make), args)
 
 
 def write(rates: dict[str, list[float]], adapters: int, args: argparse.Namespace) -> None:

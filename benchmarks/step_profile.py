@@ -2,10 +2,10 @@
 
     python -m benchmarks.step_profile MODEL --adapters DIR --cases base:1,one:1,base:64,one:64,distinct:64
 
-A case is `kind:concurrency` as in benchmarks/engine.py, or `kind:concurrency:sampled`, which draws by --sampling. Of
-each: steps in which all sequences decode, and steps in which one prompt of --prompt tokens rides with the others. Wall
-time is that from step to step while nothing else is measured; host time is that of a step without its wait for the
-device; busy time is the sum of the kernels' times.
+A case is `kind:concurrency` as in benchmarks/engine.py (base, one or distinct), or `kind:concurrency:sampled`, which
+draws by --sampling. Of each: steps in which all sequences decode, and steps in which one prompt of --prompt tokens
+rides with the others. Wall time is that from step to step while nothing else is measured; host time is that of a step
+without its wait for the device; busy time is the sum of the kernels' times.
 """
 
 from __future__ import annotations

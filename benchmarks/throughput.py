@@ -6,9 +6,10 @@ MODEL and DIR as benchmarks/random_base.py makes them. PATH is a closed-loop loa
 (options --base-url --base-model --adapters --adapter-prefix --dist --concurrency --warmup --input-len --output-len
 --vocab-low --vocab-high --seed --json); it is no part of this project, so that the same one can be run against other
 servers. A row is `distribution:concurrency`, or `prefix/distribution:concurrency` for other adapters than those of
---prefix. --make attn:1000 adds adapters attn-0 to attn-999, which are made, uploaded, loaded and removed one by one:
-the disk need not hold them twice. --url: rows of a server that runs already. No two rows have the same prompts, so
-that none finds another's in the prefix cache. Results go to RESULTS.md beside this file.
+--prefix. --make attn:1000 adds adapters attn-0 to attn-999, made in memory, uploaded, loaded and removed, four at a
+time: the disk holds only what the server keeps of each, its files and its packed block, both as large as it is. --url:
+rows of a server that runs already. No two rows have the same prompts, so that none finds another's in the prefix cache.
+Results go to RESULTS.md beside this file.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ def start(model: Path, port: int, data: Path, options: list[str]) -> tuple[subpr
 
 
 def make(url: str, model: Path, targets: str, numbers: range) -> list[float]:
-    """Uploads and loads adapters that exist on disk for as long as that takes. Seconds of each, four at a time."""
+    """Uploads and loads adapters whose folders exist, in memory, for as long as that takes. Seconds of each, four at a
+    time."""
     from benchmarks.random_base import AdapterMaker  # imports torch, which clients' processes are better without
 
     maker = AdapterMaker(model, targets)
