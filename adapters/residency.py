@@ -177,10 +177,10 @@ class Residency:
         """Bytes of a block on the device; 0 while it is not known."""
         return self._placement.size_of(digest)
 
-    def freed_by(self, lease: Lease) -> int:
-        """Bytes on the device that nobody would use any more if this lease, which is held, were given back."""
-        blocks = (self._placement.block(digest) for digest in dict.fromkeys(lease.digests))
-        return sum(block.nbytes for block in blocks if block.leases == 1)
+    def leases_of(self, digest: str) -> int:
+        """Leases that name it."""
+        block = self._placement.blocks.get(digest)
+        return 0 if block is None else block.leases
 
     def unload(self, digest: str, forget: bool = False) -> Unload:
         """Drops a block from both tiers as soon as no lease holds it; with `forget` all blocks of this content, of any

@@ -16,6 +16,7 @@ for it come together, and still they do.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from adapters.errors import LoraplexAdapterError
@@ -224,14 +225,45 @@ class Admission:
             elif not self._made_room and not self.residency.is_held(seq):
                 self._make_room_in_arena(tenant, digests)
             return False
+        self._take(tenant, seq, lease)
+        if lease.loaded_bytes:
+            self._lease_alike(tenant, seq)
+        return True
+
+    def _take(self, tenant: Tenant, seq: Sequence, lease: Lease) -> None:
         self.fetching.pop(seq, None)
         seq.state = State.WAITING
         self._lease[seq] = lease
         seq.rows = tuple((row, ref.weight) for row, ref in zip(lease.rows, seq.adapters, strict=True))
-        seq.adapter_bytes = sum(map(self.residency.size_of, digests))
+        seq.adapter_bytes = sum(map(self.residency.size_of, lease.digests))
         if lease.loaded_bytes:
             self._tenants.charge(tenant, self._tenants.prices.loading(lease.loaded_bytes))
-        return True
+
+    def _lease_alike(self, tenant: Tenant, first: Sequence) -> None:
+        """Others that wait for the mix that has just been loaded for `first` have it as well, as many as there are
+        slots for, though this step may have no room for their prompts. In the next one it would be the turn of older
+        requests, and where their adapters find no room beside it, it would have been loaded for those few."""
+        if not self.fetching:
+            return
+        waiting = sum(seq.state is not State.RUNNING for seq in self._lease)
+        room = self._scheduler.max_sequences - len(self._scheduler.running) - waiting
+        for seq in tenant.waiting:
+            if room <= 0:
+                break
+            if seq.adapters != first.adapters or seq in self._lease or seq in self.fetching:
+                continue
+            # One that follows must not hold what its leader, should that be preempted, would wait for behind others.
+            if self._follows(seq):
+                continue
+            try:
+                lease = self.residency.try_lease(tuple(ref.digest for ref in seq.adapters), ticket=seq)
+            except LoraplexAdapterError:  # which it is told when it asks itself
+                break
+            if lease is None:
+                self.residency.cancel_wait(seq)
+                break
+            self._take(tenant, seq, lease)
+            room -= 1
 
     def _asks_enough(self, tenant: Tenant) -> bool:
         tenants = max(1, len(self._tenants.queued))
@@ -256,8 +288,8 @@ class Admission:
 
     def _make_room_in_arena(self, tenant: Tenant, digests: tuple[str, ...]) -> None:
         """For a tenant with less than its share whose adapters lie in host memory, since those of running sequences
-        fill the arena: sequences go whose adapters nobody else uses, as many as free enough at once (what is too
-        little is leased again before more is free). Once a step: the arena shows only after the next poll."""
+        fill the arena: mixes go with all that run with them, as many as free enough at once (what is too little is
+        leased again before more is free). Once a step: the arena shows only after the next poll."""
         states = {digest: self.residency.state(digest) for digest in digests}
         if "host" not in states.values() or any(state not in ("host", "device") for state in states.values()):
             return
@@ -265,23 +297,40 @@ class Admission:
         if other is None:
             return
         need = sum(self.residency.size_of(digest) for digest, state in states.items() if state == "host")
-        victims: list[Sequence] = []
+        # Who does not run yet gives back its lease for nothing; then whole mixes go, with all that run with them.
+        spare = [seq for seq in other.waiting if seq in self._lease]
         oldest = self._scheduler.running[0]
         mine = sorted((seq for seq in self._scheduler.running if seq.tenant == other.name), key=rank, reverse=True)
+        groups: dict[tuple[AdapterRef, ...], list[Sequence]] = {}
         for seq in mine:
-            if (other.running - len(victims) - 1) / other.weight < (tenant.running + 1) / tenant.weight:
-                return
-            lease = self._lease.get(seq)
-            freed = 0 if lease is None or seq is oldest else self.residency.freed_by(lease)
-            if freed:
-                victims.append(seq)
-                need -= freed
+            if seq.adapters:
+                groups.setdefault(seq.adapters, []).append(seq)
+        left = Counter(digest for seq in spare for digest in self._lease[seq].digests)
+        victims: list[Sequence] = []
+        need -= self._freed(left, left)
+        for group in groups.values():
             if need <= 0:
                 break
+            running = other.running - len(victims) - len(group)
+            if oldest in group or running / other.weight < (tenant.running + 1) / tenant.weight:
+                continue
+            more = Counter(digest for seq in group for digest in self._lease[seq].digests)
+            freed = self._freed(left + more, more)
+            if freed:
+                left += more
+                victims += group
+                need -= freed
         if need <= 0:
             self._made_room = True
+            for seq in spare:
+                self.residency.release(self._lease.pop(seq))
+                seq.rows = ()
             for seq in victims:
                 self._scheduler.preempt(seq)
+
+    def _freed(self, left: Counter[str], digests: Iterable[str]) -> int:
+        """Bytes of those of `digests` that nobody would use any more after so many of their leases."""
+        return sum(self.residency.size_of(each) for each in digests if self.residency.leases_of(each) == left[each])
 
     def leased(self, seq: Sequence) -> bool:
         return seq in self._lease

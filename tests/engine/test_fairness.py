@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import ItemsView, ValuesView
 
+import msgspec
 import pytest
 
 from adapters.manifest import Manifest, Module
@@ -407,6 +408,54 @@ def test_a_cold_adapter_gets_into_an_arena_full_of_hot_ones() -> None:
         stage.tick(1.0)
     assert mine.state is State.RUNNING
     assert stage.scheduler.preemptions == before
+
+
+def test_hot_adapters_that_several_use_make_room_too() -> None:
+    stage = Shared(max_sequences=100, budget=1000, pages=2000)
+    flood = [stage.of("flood", 1, f"hot{number % 40}") for number in range(90)]
+    for _ in range(20):
+        stage.tick(1.0)
+    assert 40 < sum(seq.state is State.RUNNING for seq in flood) < 90
+    mine = stage.of("mine", 1, "cold")
+    for _ in range(8):
+        stage.tick(1.0)
+        if mine.state is State.RUNNING:
+            break
+    assert mine.state is State.RUNNING
+    assert sum(seq.preemptions for seq in flood) <= 8
+
+
+def test_an_adapter_that_was_loaded_serves_all_that_waited_for_it() -> None:
+    # Two adapters of which the arena holds one, and steps with room for four prompts.
+    line = Timeline(
+        msgspec.structs.replace(H200_8B, adapter_bytes=1 << 20, load_s=0.004),
+        max_sequences=64,
+        max_tokens_per_step=2048,
+        max_prefill_tokens_per_step=512,
+        arena_bytes=3 << 20,
+    )
+    line.closed_loop("", 64, 512, 128, adapters=("a", "d"))
+    running = []
+    line.run(20.0, lambda: running.append(len(line.engine.scheduler.running)))
+    line.engine.check_integrity()
+    assert line.engine.stats()["adapters_on_device"] == 1
+    assert line.engine.stats()["adapter_loads_total"] > 5
+    assert max(running) >= 32
+    waits = [(asked.times[0] if asked.times else line.now) - asked.sent for asked in line.asked.values()]
+    assert max(waits) < 6.0
+
+
+def test_who_waits_for_its_leader_holds_no_adapter() -> None:
+    stage = Shared(load_s=1.0, budget=4)
+    leader = stage.add(list(range(20)), "a")
+    follower = stage.add(list(range(20)), "a", leader=leader)
+    alike = stage.add(4, "a")
+    stage.add(4, "b")
+    admission = stage.scheduler._admission
+    while not admission.leased(leader):
+        stage.tick(1.0)
+    assert admission.leased(alike)
+    assert not admission.leased(follower), "or its leader, once preempted, could wait for ever behind others' adapters"
 
 
 def test_no_adapter_starves_among_hot_ones_of_its_own_tenant() -> None:
