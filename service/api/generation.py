@@ -46,7 +46,7 @@ class Job:
     echo_starts: list[list[int]] | None = None
     """Where in that text each token of each prompt starts; None: the text is the decoding of the tokens."""
     score_only: bool = False
-    """Nothing is to be generated (max_tokens 0). The engine makes at least one token; it is dropped."""
+    """Nothing is to be generated (max_tokens 0)."""
 
 
 @dataclass(slots=True)
@@ -312,8 +312,7 @@ class Generation:
                         self.usage.cached_tokens += delta.cached_tokens
                     if job.echo is not None:
                         yield choice.echo(job.echo[number], number, delta, self._tokenizer)
-                if job.score_only:
-                    # One token was generated because the engine cannot generate none.
+                if job.score_only:  # nor is what the detokenizer still has of the prompt a text of the answer
                     unfinished.discard(delta.index)
                     yield Piece(delta.index, "", None, "length")
                     continue

@@ -76,8 +76,7 @@ async def completions(body: CompletionRequest, request: Request, services: Servi
     for i, ids in enumerate(prompts):
         check_ids(ids, vocabulary, f"prompt[{i}]" if len(prompts) > 1 else "prompt")
     max_tokens = _granted(caller, body.max_tokens, COMPLETION_MAX_TOKENS)
-    # The engine makes at least one token, also where the prompt is only to be scored.
-    sampling = _sampling(services, body, max(1, max_tokens), logprobs=body.logprobs, echo=body.echo)
+    sampling = _sampling(services, body, max_tokens, logprobs=body.logprobs, echo=body.echo)
     check_lengths(prompts, sampling, body.n, limits, "prompt")
     job = _job(body, caller, target, prompts, sampling)
     job.continues, job.score_only = True, max_tokens == 0

@@ -321,6 +321,15 @@ def test_scoring_a_prompt_generates_nothing(server: InferenceServer) -> None:
     assert answer.usage.completion_tokens == 0
 
 
+def test_a_prompt_as_long_as_the_model_takes_can_be_scored(server: InferenceServer) -> None:
+    arguments: dict[str, Any] = {"model": BASE, "prompt": [5] * 512, "max_tokens": 0, "echo": True, "logprobs": 0}
+    answer = server.openai.completions.create(**arguments)
+    assert answer.choices[0].logprobs is not None
+    assert len(answer.choices[0].logprobs.tokens or []) == 512
+    with pytest.raises(openai.BadRequestError, match="512"):
+        server.openai.completions.create(**arguments | {"max_tokens": 1})
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_chat_logprobs(server: InferenceServer, stream: bool) -> None:
     arguments: dict[str, Any] = {"model": BASE, "messages": MESSAGES, "temperature": 0, "max_tokens": 20}
