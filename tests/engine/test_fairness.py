@@ -37,6 +37,14 @@ class Shared(Stage):
     def served(self, tenant: str) -> float:
         return self.scheduler.tenants[tenant].served
 
+    def soon(self, seq: Sequence) -> bool:
+        """Whether it runs within eight steps; they are made until it does."""
+        for _ in range(8):
+            self.tick(1.0)
+            if seq.state is State.RUNNING:
+                return True
+        return False
+
 
 # ---------------------------------------------------------------- prices and accounts
 
@@ -397,11 +405,7 @@ def test_a_cold_adapter_gets_into_an_arena_full_of_hot_ones() -> None:
     running = sum(seq.state is State.RUNNING for seq in flood)
     assert 20 < running < 60
     mine = stage.of("mine", 1, "cold")
-    for _ in range(8):
-        stage.tick(1.0)
-        if mine.state is State.RUNNING:
-            break
-    assert mine.state is State.RUNNING
+    assert stage.soon(mine)
     assert sum(seq.preemptions for seq in flood) <= 4
     before = stage.scheduler.preemptions
     for _ in range(20):
@@ -417,11 +421,7 @@ def test_hot_adapters_that_several_use_make_room_too() -> None:
         stage.tick(1.0)
     assert 40 < sum(seq.state is State.RUNNING for seq in flood) < 90
     mine = stage.of("mine", 1, "cold")
-    for _ in range(8):
-        stage.tick(1.0)
-        if mine.state is State.RUNNING:
-            break
-    assert mine.state is State.RUNNING
+    assert stage.soon(mine)
     assert sum(seq.preemptions for seq in flood) <= 8
 
 
