@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn import functional
 
 from adapters.arena import Arena
-from adapters.kernels import backend, one_row, ops, triton_tail
+from adapters.kernels import backend, one_row, ops, triton_lora, triton_tail
 from adapters.kernels.backend import TritonKernels
 from adapters.kernels.device_plan import RANK_BUCKETS, DevicePlan, PlanShape, pack
 from adapters.kernels.tail import SLOTS
@@ -175,6 +177,51 @@ def test_a_step_of_one_token_has_kernels_of_its_own_and_they_are_warmed_up(
         others = TritonKernels(arena, overlap=False, uniform=True)
         others.begin_step(None, 1)
         assert not others.one_row
+
+
+def test_a_step_of_the_base_launches_nothing_of_lora(step: ops.Step, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With adapters there, and right after a step that used one."""
+    monkeypatch.setattr(backend, "TAIL_TOKENS", 100)
+    model = Block().to(DEVICE).requires_grad_(False)
+    plain = copy.deepcopy(model)
+    manifest = manifest_of(model)
+    arena = Arena.for_manifest(manifest, device=DEVICE, nbytes=1 << 20, rows=8)
+    bind_adapter(arena, 0, 16, manifest)
+    kernels = TritonKernels(arena, overlap=False, tails=True)
+    hook = _Hook(kernels)
+    launched: list[str] = []
+    places: list[tuple[Any, str]] = [
+        (triton_lora, "shrink"),
+        (triton_lora, "expand"),
+        (triton_tail, "expand"),
+        (triton_tail, "gated"),
+        (triton_tail.Tails, "stage"),
+        (one_row, "shrink"),
+    ]
+
+    def noting(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            launched.append(name)
+            return real(*args, **kwargs)
+
+        return call
+
+    for place, name in places:
+        monkeypatch.setattr(place, name, noting(name, getattr(place, name)))
+    with torch.inference_mode():
+        kernels.bind(install(model, manifest, hook, tails=True), len(manifest.linears))
+        forward = torch.compile(model, backend="aot_eager")
+        for tokens in (1, 2, 120):
+            x = torch.randn(tokens, 64, device=DEVICE)
+            kernels.begin_step(plan_of([(tokens, ((0, 1.0),))]), tokens)
+            hook.active = True
+            forward(x)
+            assert launched, "it would not be seen"
+            launched.clear()
+            kernels.begin_step(None, tokens)
+            hook.active = False
+            assert error(forward(x), plain(x).cpu().double()) < 1e-6
+            assert not launched
 
 
 def test_the_output_layer_on_a_gpu_is_the_hook_s_product(step: ops.Step) -> None:
