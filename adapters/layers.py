@@ -3,11 +3,16 @@
 Projections that read the same input (q/k/v, gate/up) become one product (one site). This needs no patched
 attention or MLP code: the projections' places are taken by `SharedProduct` slices, and whichever is called first
 computes the whole product; its siblings, called with the very same tensor, take their columns of it.
+
+Where the code of an MLP, or of a layer, is known to the byte, a module of ours takes its place that says the same with
+fewer kernels (`GatedMlp`, `PreNormLayer`).
 """
 
 from __future__ import annotations
 
-from typing import Protocol, cast
+import inspect
+from collections.abc import Callable
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,14 +39,22 @@ class LoraHook(Protocol):
     def tailed(self) -> bool:
         """The step's adapters stand in the tails, so that `gated` may be called."""
 
-    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x [T, in] W0ᵀ + bias -> [T, out]; traceable by torch.compile."""
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
+        """x [T, in] W0ᵀ + bias -> [T, out]; traceable by torch.compile. residual [T, out]: is added, and may be
+        overwritten."""
 
     def linear(
-        self, x: Tensor, weight: Tensor, tail: Tail | None, bias: Tensor | None, targets: Tensor, site: Site
+        self,
+        x: Tensor,
+        weight: Tensor,
+        tail: Tail | None,
+        bias: Tensor | None,
+        targets: Tensor,
+        site: Site,
+        residual: Tensor | None = None,
     ) -> Tensor:
         """x [T, in] W0ᵀ + bias + deltas -> [T, out]; traceable by torch.compile. tail: the weight's, if it has one.
-        `targets`: int32, the site's."""
+        `targets`: int32, the site's. residual: as for `product`."""
 
     def gated(self, x: Tensor, tail: Tail, targets: Tensor, gate: str) -> Tensor:
         """x [T, in] -> activation(gate) · up, [T, width], of a site of these two with their deltas. gate: of GATES."""
@@ -66,6 +79,8 @@ class LoraLinear(nn.Module):
         self.hook = hook
         self.gate: str | None = None
         """The site is gate and up of a GatedMlp with this activation."""
+        self.onto = False
+        """It is called with a residual."""
         # Buffers: compiled code takes them as inputs, so layers that differ in nothing else share their code.
         for name, tensor in zip(Tail._fields, tail or (None,) * len(Tail._fields), strict=True):
             self.register_buffer(f"tail_{name}", tensor, persistent=False)
@@ -88,15 +103,18 @@ class LoraLinear(nn.Module):
     def out_features(self) -> int:
         return self.site.out_features
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """residual [..., out]: is added, and may be overwritten."""
         rows = x.reshape(-1, x.shape[-1])
+        onto = None if residual is None else residual.view(-1, residual.shape[-1])
         if self.packed is not None:
             y = self.packed.product(rows, self.bias)
+            y = y if onto is None else onto + y
         elif self.hook.active and self.hook.fused:
             weight, targets = cast(Tensor, self.weight), cast(Tensor, self.targets)
-            y = self.hook.linear(rows, weight, self.tail, self.bias, targets, self.site)
+            y = self.hook.linear(rows, weight, self.tail, self.bias, targets, self.site, onto)
         else:
-            y = self.hook.product(rows, cast(Tensor, self.weight), self.bias)
+            y = self.hook.product(rows, cast(Tensor, self.weight), self.bias, onto)
         if self.hook.active and not self.hook.fused:
             self.hook(y, rows, self.site)
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -176,13 +194,16 @@ class GatedMlp(nn.Module):
         self.into, self.activation, self.back = into, activation, back
         self.gate = gate
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """residual: of the last product, if that is a LoraLinear."""
         hook, tail = self.into.hook, self.into.tail
         if hook.tailed and tail is not None:
             h = hook.gated(x.reshape(-1, x.shape[-1]), tail, cast(Tensor, self.into.targets), self.gate)
-            return self.back(h.view(*x.shape[:-1], h.shape[-1]))
-        gate, up = self.into(x).split(self.into.site.widths, dim=-1)
-        return self.back(self.activation(gate) * up)
+            h = h.view(*x.shape[:-1], h.shape[-1])
+        else:
+            gate, up = self.into(x).split(self.into.site.widths, dim=-1)
+            h = self.activation(gate) * up
+        return self.back(h) if residual is None else self.back(h, residual)
 
 
 GATES = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu_tanh"}
@@ -195,10 +216,8 @@ def _gated_forward(self, x):  # type: ignore[no-untyped-def]
 
 
 def gated_mlp(module: nn.Module) -> GatedMlp | None:
-    """What takes the module's place, if its code is known to the byte: transformers has it in Llama, Mistral, Qwen,
-    Gemma and many more, with other activations too."""
-    code, known = getattr(type(module).forward, "__code__", None), _gated_forward.__code__
-    if code is None or (code.co_code, code.co_names) != (known.co_code, known.co_names):
+    """What takes the module's place, if its code and its activation are known."""
+    if not _is(module, _gated_forward):
         return None
     gate = GATES.get(type(module.act_fn).__name__)
     first, second = module.gate_proj, module.up_proj
@@ -206,9 +225,79 @@ def gated_mlp(module: nn.Module) -> GatedMlp | None:
         return None
     if (first.index, second.index) != (0, 1) or len(first.linear.site.widths) != 2:
         return None
-    if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
-        return None
     return GatedMlp(first.linear, cast(nn.Module, module.act_fn), gate, cast(nn.Module, module.down_proj))
+
+
+class PreNormLayer(nn.Module):
+    """Stands where a decoder layer stood whose code is `_pre_norm_forward`. The last product adds to the residual by
+    itself, where the compiler would have a kernel for it."""
+
+    input_layernorm: nn.Module
+    self_attn: nn.Module
+    post_attention_layernorm: nn.Module
+
+    def __init__(self, layer: nn.Module, mlp: GatedMlp, back: LoraLinear) -> None:
+        super().__init__()
+        back.onto = True
+        for name, child in layer.named_children():
+            self.add_module(name, child)
+        self.mlp = mlp
+        for name, value in vars(layer).items():  # whatever a model's code may ask its layers for
+            if name not in vars(self):
+                setattr(self, name, value)
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        residual = hidden_states + attended
+        return self.mlp(self.post_attention_layernorm(residual), residual)
+
+
+def _pre_norm_forward(  # type: ignore[no-untyped-def]
+    self,
+    hidden_states,
+    attention_mask=None,
+    position_ids=None,
+    past_key_values=None,
+    use_cache=False,
+    position_embeddings=None,
+    **kwargs,
+):
+    residual = hidden_states
+    hidden_states = self.input_layernorm(hidden_states)
+    hidden_states, _ = self.self_attn(
+        hidden_states=hidden_states,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        past_key_values=past_key_values,
+        use_cache=use_cache,
+        position_embeddings=position_embeddings,
+        **kwargs,
+    )
+    hidden_states = residual + hidden_states
+    residual = hidden_states
+    hidden_states = self.post_attention_layernorm(hidden_states)
+    hidden_states = self.mlp(hidden_states)
+    hidden_states = residual + hidden_states
+    return hidden_states
+
+
+def pre_norm_layer(module: nn.Module) -> PreNormLayer | None:
+    """What takes the module's place, if its code is known and its MLP is a GatedMlp that ends in a LoraLinear."""
+    if not _is(module, _pre_norm_forward):
+        return None
+    mlp = cast(nn.Module, module.mlp)
+    if not isinstance(mlp, GatedMlp) or not isinstance(mlp.back, LoraLinear):
+        return None
+    return PreNormLayer(module, mlp, mlp.back)
+
+
+def _is(module: nn.Module, known: Callable[..., Any]) -> bool:
+    """Whether the module's code is that of the function, to the byte but for the names of what it is given, and
+    nothing has been hung on it. transformers has the same in Llama, Mistral, Qwen and many more."""
+    if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
+        return False
+    code, wanted = getattr(inspect.unwrap(type(module).forward), "__code__", None), known.__code__
+    return code is not None and (code.co_code, code.co_names) == (wanted.co_code, wanted.co_names)
 
 
 def sites(model: nn.Module, manifest: Manifest, *, fuse: bool = True) -> list[tuple[tuple[str, ...], Site]]:
@@ -246,7 +335,7 @@ def install(
     tails: bool = False,
 ) -> list[LoraLinear]:
     """Replaces every linear of the manifest in place and returns what stands there, in model order. tails: weights have
-    spare rows (adapters/kernels/tail.py), and MLPs whose code is known take a gate with its deltas."""
+    spare rows (adapters/kernels/tail.py), and MLPs and layers whose code is known are replaced."""
     installed: list[LoraLinear] = []
     for names, site in sites(model, manifest, fuse=fuse):
         linears = [_linear(*_place(model, name)) for name in names]
@@ -269,6 +358,9 @@ def install(
         for name, module in list(model.named_modules()):
             if (mlp := gated_mlp(module)) is not None:
                 model.set_submodule(name, mlp)
+        for name, module in list(model.named_modules()):
+            if (pre_norm := pre_norm_layer(module)) is not None:
+                model.set_submodule(name, pre_norm)
     for module in manifest.modules:
         if module.kind == "output":
             weight = model.get_parameter(f"{module.name}.weight")

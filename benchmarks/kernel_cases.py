@@ -219,7 +219,7 @@ class TailSetup:
         b = 16 * self.plan.shape.slots * self._d
         return size * (tokens * (self.y.shape[1] + written) + b + self._decoding * self._d)
 
-    def time(self, kernel: str, config: Config = triton_tail.CONFIG) -> float:
+    def time(self, kernel: str, config: Config | None = None) -> float:
         """us of "base" (the product without tails), "product" (with them) or "reader" for one layer."""
 
         def launch() -> None:

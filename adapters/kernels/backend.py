@@ -156,7 +156,7 @@ class TritonKernels:
         kinds: dict[object, LoraLinear] = {}
         for layer in self._installed:
             site = layer.site
-            kinds[site.in_features, site.widths, layer.gate, layer.bias is None] = layer
+            kinds[site.in_features, site.widths, layer.gate, layer.bias is None, layer.onto] = layer
         for layer in kinds.values():
             site = layer.site
             targets = triton_lora.target_tensor(site.targets, self.arena.data.device)
@@ -164,7 +164,8 @@ class TritonKernels:
             if tail is not None and layer.tail is not None and layer.gate is not None:
                 self.gated(x, layer.tail, targets, layer.gate)
             elif tail is not None or (self.one_row and one_row.fits(site)):
-                self.linear(x, cast(Tensor, layer.weight), layer.tail, layer.bias, targets, site)
+                residual = x.new_zeros(tokens, site.out_features) if layer.onto else None
+                self.linear(x, cast(Tensor, layer.weight), layer.tail, layer.bias, targets, site, residual)
             elif beside is not None:
                 y = x.new_zeros(tokens, site.out_features)
                 add = not beside.covers
@@ -175,26 +176,41 @@ class TritonKernels:
         return np.where(plan.seg_row < 0, 0, self.arena.largest[plan.seg_row])
 
     def linear(
-        self, x: Tensor, weight: Tensor, tail: Tail | None, bias: Tensor | None, targets: Tensor, site: Site
+        self,
+        x: Tensor,
+        weight: Tensor,
+        tail: Tail | None,
+        bias: Tensor | None,
+        targets: Tensor,
+        site: Site,
+        residual: Tensor | None = None,
     ) -> Tensor:
         """Base product and deltas beside each other; their sum is left to the compiler, which folds it into the
         kernel that reads the result anyway. Or the product that does their share, with the tails; or the kernels of
         one_row.py."""
+        offsets, widths = list(site.offsets), list(site.widths)
         if self.tailed and tail is not None:
-            return ops.tail_linear(x, *tail, targets, list(site.offsets), list(site.widths))[:, : site.out_features]
+            if residual is not None:
+                return ops.tail_linear_onto(residual, x, *tail, targets, offsets, widths)
+            return ops.tail_linear(x, *tail, targets, offsets, widths)[:, : site.out_features]
         if self.one_row and one_row.fits(site):
-            return ops.one_row_linear(x, weight, bias, targets, list(site.offsets), list(site.widths))
-        y, delta = ops.lora_linear(x, weight, bias, targets, list(site.offsets), list(site.widths))
-        return y + delta
+            return ops.one_row_linear(x, weight, bias, targets, offsets, widths, residual)
+        y, delta = ops.lora_linear(x, weight, bias, targets, offsets, widths)
+        return y + delta if residual is None else residual + (y + delta)
 
     def gated(self, x: Tensor, tail: Tail, targets: Tensor, gate: str) -> Tensor:
         return ops.tail_gated(x, *tail, targets, gate)
 
-    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
         # The output layer sees only the tokens whose logits are wanted: in a step of one token perhaps none.
         if self.one_row and x.shape[0] == 1:
-            return ops.one_row_product(x, weight, bias)
-        return functional.linear(x, weight, bias)
+            return ops.one_row_product(x, weight, bias, residual)
+        if residual is None:
+            return functional.linear(x, weight, bias)
+        if bias is not None:
+            residual = residual + bias
+        ops.add_product(residual, x, weight)
+        return residual
 
     def apply(self, y: Tensor, x: Tensor, site: Site) -> None:
         if STEP.plan is not None:

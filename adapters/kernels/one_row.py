@@ -1,7 +1,7 @@
 """Products of a single row: what a step of one decoding sequence does.
 
     shrink     s = w · scale · (x Aᵀ)             float32, of every adapter of the row
-    product    y = x W0ᵀ + bias + Σ s B           x [1, k] -> y [1, d]
+    product    y = x W0ᵀ + bias + Σ s B (+ residual)      x [1, k] -> y [1, d]
 
 Such a step takes the time of reading the weights. Product reads an 8B model's at 3.8 to 4.4 TB/s, where torch's way to
 cuBLAS for one row reads them at 2.7 to 4.0 (H200, 4.8 by its data sheet; benchmarks/RESULTS.md). Its programs are small
@@ -93,10 +93,15 @@ def shrink(x: Tensor, targets: Tensor, plan: DevicePlan, tables: Tables) -> Tens
     return s
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None, deltas: Deltas | None = None) -> Tensor:
-    """x [1, k], weight [d, k] with adjacent elements of a row, bias [d] or None -> [1, d] in x's dtype."""
+def product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, deltas: Deltas | None = None, residual: Tensor | None = None
+) -> Tensor:
+    """x [1, k], weight [d, k] with adjacent elements of a row, bias [d] or None, residual [1, d] or None -> [1, d] in
+    x's dtype, rounded once."""
     n, k = weight.shape
     _check(x, k)
+    if residual is not None:
+        _check(residual, n, "residual")
     if weight.stride(1) != 1:
         raise ValueError(f"weight: elements of a row must be adjacent, found strides {weight.stride()}")
     y = torch.empty(1, n, dtype=x.dtype, device=x.device)
@@ -121,6 +126,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, deltas: Deltas | Non
         x,
         weight,
         y if bias is None else bias,
+        y if residual is None else residual,
         y,
         *adapters,
         n,
@@ -131,6 +137,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, deltas: Deltas | Non
         BK=tile,
         WHOLE=n % COLUMNS == 0 and k % (2 * tile) == 0,
         BIAS=bias is not None,
+        RESIDUAL=residual is not None,
         ADAPTERS=deltas is not None,
         MORE=deltas is not None and (deltas.plan.shape.waves > 1 or deltas.plan.bucket > _RANKS_AT_ONCE),
         WAVES=deltas.plan.shape.waves if deltas else 0,
@@ -152,8 +159,8 @@ def _half(k: int) -> int:
     return max(64, triton.next_power_of_2(-(-k // 2)))
 
 
-def _check(x: Tensor, k: int) -> None:
+def _check(x: Tensor, k: int, name: str = "x") -> None:
     if x.shape != (1, k):
-        raise ValueError(f"x: expected [1, {k}], found {list(x.shape)}")
+        raise ValueError(f"{name}: expected [1, {k}], found {list(x.shape)}")
     if x.stride(1) != 1:
-        raise ValueError(f"x: elements of a row must be adjacent, found strides {x.stride()}")
+        raise ValueError(f"{name}: elements of a row must be adjacent, found strides {x.stride()}")

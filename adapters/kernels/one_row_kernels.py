@@ -107,6 +107,7 @@ def one_row_kernel(
     x,
     weight,
     bias,
+    residual,
     y,
     data,
     ranks,
@@ -126,6 +127,7 @@ def one_row_kernel(
     BK: tl.constexpr,
     WHOLE: tl.constexpr,
     BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
     ADAPTERS: tl.constexpr,
     MORE: tl.constexpr,
     WAVES: tl.constexpr,
@@ -136,8 +138,8 @@ def one_row_kernel(
     BR: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """BN columns of y = x W0^T + bias, and with ADAPTERS of s B of the row's. WHOLE: no tile has anything to leave
-    out."""
+    """BN columns of y = x W0^T + bias + residual, and with ADAPTERS of s B of the row's. WHOLE: no tile has anything
+    to leave out."""
     PAIR: tl.constexpr = 2 * BK
     LAST: tl.constexpr = (K - 1) // PAIR * PAIR
     columns = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -174,6 +176,8 @@ def one_row_kernel(
     total = tl.sum(acc, 1)
     if BIAS:
         total += tl.load(bias + columns, mask=live, other=0.0).to(tl.float32)
+    if RESIDUAL:
+        total += tl.load(residual + columns, mask=live, other=0.0).to(tl.float32)
     if ADAPTERS:
         total += tl.sum(s_row[:, None] * b.to(tl.float32), 0)
         if MORE:

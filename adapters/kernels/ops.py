@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -137,6 +138,38 @@ def tail_linear(
     return y
 
 
+def _like_residual(residual: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(residual)
+
+
+@opaque(_like_residual)
+def tail_linear_onto(
+    residual: Tensor,
+    x: Tensor,
+    whole: Tensor,
+    bias: Tensor | None,
+    b: Tensor,
+    scales: Tensor,
+    targets: Tensor,
+    offsets: Sequence[int],
+    widths: Sequence[int],
+) -> Tensor:
+    """The same and residual, [T, d]. Raises as `tail_linear`."""
+    plan = _tail_plan()
+    y, delta = _both(x, whole, bias, targets, offsets, widths)
+    return triton_tail.expand(y, b, scales, tuple(offsets), tuple(widths), plan, delta, residual=residual)
+
+
+def _nothing(*_: object) -> None:
+    pass
+
+
+@opaque(_nothing, mutates=["residual"])
+def add_product(residual: Tensor, x: Tensor, weight: Tensor) -> None:
+    """residual [T, d] += x W0^T, by the product's own kernel."""
+    residual.addmm_(x, weight.t())
+
+
 def _half(x: Tensor, whole: Tensor, bias: Tensor | None, b: Tensor, *_: object) -> Tensor:
     return x.new_empty(x.shape[0], b.shape[1] // 2)
 
@@ -158,19 +191,25 @@ def tail_gated(
 
 
 @opaque(_one)
-def one_row_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x W0^T + bias of one row, [1, d]."""
-    return one_row.product(x, weight, bias)
+def one_row_product(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
+    """x W0^T + bias of one row, [1, d], and residual [1, d]."""
+    return one_row.product(x, weight, bias, residual=residual)
 
 
 @opaque(_one)
 def one_row_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, offsets: Sequence[int], widths: Sequence[int]
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    offsets: Sequence[int],
+    widths: Sequence[int],
+    residual: Tensor | None = None,
 ) -> Tensor:
     """The same, and the deltas of the step's plan."""
     plan, tables = STEP.plan, STEP.tables
     if plan is None or tables is None:
-        return one_row.product(x, weight, bias)
+        return one_row.product(x, weight, bias, residual=residual)
     s = one_row.shrink(x, targets, plan, tables)
     deltas = one_row.Deltas(s, targets, tuple(offsets), tuple(widths), plan, tables)
-    return one_row.product(x, weight, bias, deltas)
+    return one_row.product(x, weight, bias, deltas, residual)

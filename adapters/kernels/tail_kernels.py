@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 from adapters.kernels.lora_kernels import chunk_of
 
@@ -92,6 +93,8 @@ def _product(row, at, own, there, b, inside):
 @triton.jit(do_not_specialize=["tokens"])
 def expand_kernel(
     y,
+    out,
+    residual,
     delta,
     b,
     scales,
@@ -99,6 +102,7 @@ def expand_kernel(
     weights,
     tokens,
     stride_y,
+    stride_out,
     NT: tl.constexpr,
     OFFSETS: tl.constexpr,
     WIDTHS: tl.constexpr,
@@ -109,20 +113,25 @@ def expand_kernel(
     GRANULE: tl.constexpr,
     ENDS: tl.constexpr,
     BESIDE: tl.constexpr,
+    RESIDUAL: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    WHOLE: tl.constexpr,
     VEC: tl.constexpr,
 ):
-    """BN columns of BM rows: y += w · scale · s B; with BESIDE, for other rows, += delta."""
+    """BN columns of BM rows: out = y + w · scale · s B; with BESIDE, for other rows, + delta; with RESIDUAL, + that.
+    out may be y. WHOLE: no tile has columns to leave out."""
     j, column, width, offset = chunk_of(tl.program_id(0) % CHUNKS, NT, OFFSETS, WIDTHS, BN)
     n = column + tl.arange(0, BN)
-    inside = (n < width // VEC * VEC)[None, :]
+    inside = (n < width // VEC * VEC)[None, :] | WHOLE
     n += offset // VEC * VEC
     m = tl.program_id(0) // CHUNKS * BM + tl.arange(0, BM)
     there = m < tokens
     r = tl.arange(0, GRANULE)
     row = y + (m.to(tl.int64) * stride_y)[:, None]
     mask = there[:, None] & inside
+    if RESIDUAL:
+        before = tl.load(residual + (m.to(tl.int64) * D)[:, None] + n[None, :], mask=mask, other=0.0)
     total = tl.load(row + n[None, :], mask=mask, other=0.0).to(tl.float32)
     place, begin, end, weight = _rows(places, weights, m, there, ENDS)
     factor = _factor(scales + j * SCALES, begin, weight, SLOTS)[:, None]
@@ -131,21 +140,25 @@ def expand_kernel(
     if SLOTS == 1:
         total += _product(row, at, end > 0, there, b_at, inside) * factor
     else:
-        for slot in range(tl.min(tl.where(end > 0, begin, SLOTS)), tl.max(end)):
+        for slot in tl.range(tl.min(tl.where(end > 0, begin, SLOTS)), tl.max(end), num_stages=1):
             own = (slot >= begin) & (slot < end)
             b_slot = b_at + slot * (GRANULE * D)
             total += _product(row, at + slot * (NT * GRANULE), own, there, b_slot, inside) * factor
     if BESIDE:
         beside = delta + (m.to(tl.int64) * D)[:, None] + n[None, :]
         total += tl.load(beside, mask=mask & (place < 0)[:, None], other=0.0).to(tl.float32)
-    tl.store(row + n[None, :], total.to(y.dtype.element_ty), mask=mask)
+    if RESIDUAL:
+        total += before.to(tl.float32)
+    tl.store(out + (m.to(tl.int64) * stride_out)[:, None] + n[None, :], total.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _activated(x, GATE: tl.constexpr):
+def _activated(x, GATE: tl.constexpr, FAST: tl.constexpr):
     z = x
     if GATE == "gelu_tanh":  # tanh(z) = 2 sigmoid(2 z) - 1
         z = 1.5957691216057308 * (x + 0.044715 * x * x * x)
+    if FAST:
+        return libdevice.fast_dividef(x, 1.0 + libdevice.fast_expf(-z))
     return x * tl.sigmoid(tl.maximum(z, -80.0))  # below it exp overflows, and the result is 0 in half precision
 
 
@@ -167,6 +180,7 @@ def gated_kernel(
     ENDS: tl.constexpr,
     BESIDE: tl.constexpr,
     GATE: tl.constexpr,
+    FAST: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
@@ -174,7 +188,7 @@ def gated_kernel(
     CHUNKS: tl.constexpr = (WIDTH + BN - 1) // BN
     D: tl.constexpr = 2 * WIDTH
     n = tl.program_id(0) % CHUNKS * BN + tl.arange(0, BN)
-    inside = (n < WIDTH)[None, :]
+    inside = (n < WIDTH)[None, :] | (WIDTH % BN == 0)
     m = tl.program_id(0) // CHUNKS * BM + tl.arange(0, BM)
     there = m < tokens
     r = tl.arange(0, GRANULE)
@@ -191,7 +205,7 @@ def gated_kernel(
         gate += _product(row, at, end > 0, there, b_at, inside) * of_gate
         up += _product(row, at + GRANULE, end > 0, there, b_at + WIDTH, inside) * of_up
     else:
-        for slot in range(tl.min(tl.where(end > 0, begin, SLOTS)), tl.max(end)):
+        for slot in tl.range(tl.min(tl.where(end > 0, begin, SLOTS)), tl.max(end), num_stages=1):
             own = (slot >= begin) & (slot < end)
             s_at = at + slot * (2 * GRANULE)
             b_slot = b_at + slot * (GRANULE * D)
@@ -202,5 +216,5 @@ def gated_kernel(
         other = mask & (place < 0)[:, None]
         gate += tl.load(beside, mask=other, other=0.0).to(tl.float32)
         up += tl.load(beside + WIDTH, mask=other, other=0.0).to(tl.float32)
-    out = _activated(gate, GATE) * up
+    out = _activated(gate, GATE, FAST) * up
     tl.store(h + (m.to(tl.int64) * WIDTH)[:, None] + n[None, :], out.to(h.dtype.element_ty), mask=mask)

@@ -83,9 +83,14 @@ class Config:
     num_warps: int = 4
 
 
-CONFIG = Config(16, 128)
-"""Of 23 others none was faster for the activation; expand takes 11% longer than with 64 x 64 for 2,048 rows (an 8B
-model's shapes, H100, each kernel alone)."""
+ONE_ADAPTER = Config(64, 64)
+MORE = Config(32, 64, num_warps=2)
+"""For plans with room for one slot, and for more: of nine those that took least for an 8B model's shapes in sum, each
+kernel alone (H200, benchmarks/RESULTS.md)."""
+
+
+def config_for(plan: TailPlan) -> Config:
+    return ONE_ADAPTER if plan.shape.slots == 1 else MORE
 
 
 def expand(
@@ -96,15 +101,23 @@ def expand(
     widths: tuple[int, ...],
     plan: TailPlan,
     delta: Tensor | None = None,
-    config: Config = CONFIG,
-) -> None:
+    config: Config | None = None,
+    *,
+    residual: Tensor | None = None,
+) -> Tensor:
     """Adds to the first d columns of y [T, d + spare], in place, what its last ones and the plan say, and delta [T, d]
-    for the tokens whose place is BESIDE. offsets, widths: columns of each target. b, scales: as in Tail."""
+    for the tokens whose place is BESIDE; returns them, [T, d]. With residual [T, d] y stays as it is, and what is
+    returned is a tensor of its own, their sum with residual. offsets, widths: columns of each target. b,
+    scales: as in Tail."""
     tokens, d = _check(y, b, plan), sum(widths)
+    config = config or config_for(plan)
     vector = 16 // y.element_size()
     chunks = sum(-(-width // config.columns) for width in widths)
+    out = y[:, :d] if residual is None else torch.empty_like(residual)
     expand_kernel[(-(-tokens // config.rows) * chunks,)](
         y,
+        out,
+        y if residual is None else residual,
         y if delta is None else delta,
         b,
         scales,
@@ -112,6 +125,7 @@ def expand(
         plan.weights,
         tokens,
         y.stride(0),
+        out.stride(0),
         NT=len(widths),
         OFFSETS=offsets,
         WIDTHS=widths,
@@ -122,11 +136,14 @@ def expand(
         GRANULE=GRANULE,
         ENDS=ENDS,
         BESIDE=delta is not None,
+        RESIDUAL=residual is not None,
         BM=config.rows,
         BN=config.columns,
+        WHOLE=all(width % config.columns == 0 for width in widths),
         VEC=vector if all(n % vector == 0 for n in (*offsets, *widths)) else 1,
         num_warps=config.num_warps,
     )
+    return out
 
 
 def gated(
@@ -136,11 +153,12 @@ def gated(
     gate: str,
     plan: TailPlan,
     delta: Tensor | None = None,
-    config: Config = CONFIG,
+    config: Config | None = None,
 ) -> Tensor:
     """y [T, 2 width + spare] -> [T, width]: activation(gate + its delta) · (up + its delta); as `expand`. gate: of
     layers.GATES."""
     tokens, width = _check(y, b, plan), b.shape[1] // 2
+    config = config or config_for(plan)
     h = y.new_empty(tokens, width)
     gated_kernel[(-(-tokens // config.rows) * -(-width // config.columns),)](
         y,
@@ -159,6 +177,7 @@ def gated(
         ENDS=ENDS,
         BESIDE=delta is not None,
         GATE=gate,
+        FAST=y.is_cuda,  # Triton's interpreter has no libdevice
         BM=config.rows,
         BN=config.columns,
         num_warps=config.num_warps,

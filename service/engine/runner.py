@@ -53,10 +53,17 @@ class LoraKernels(Protocol):
 
     def apply(self, y: Tensor, x: Tensor, site: Site) -> None: ...
 
-    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor: ...
 
     def linear(
-        self, x: Tensor, weight: Tensor, tail: Tail | None, bias: Tensor | None, targets: Tensor, site: Site
+        self,
+        x: Tensor,
+        weight: Tensor,
+        tail: Tail | None,
+        bias: Tensor | None,
+        targets: Tensor,
+        site: Site,
+        residual: Tensor | None = None,
     ) -> Tensor: ...
 
     def gated(self, x: Tensor, tail: Tail, targets: Tensor, gate: str) -> Tensor: ...
@@ -85,13 +92,20 @@ class ReferenceKernels:
         if self._plan is not None:
             reference.apply(y, x, site, self._plan)
 
-    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return functional.linear(x, weight, bias)
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
+        return functional.linear(x, weight, bias) if residual is None else residual + functional.linear(x, weight, bias)
 
     def linear(
-        self, x: Tensor, weight: Tensor, tail: Tail | None, bias: Tensor | None, targets: Tensor, site: Site
+        self,
+        x: Tensor,
+        weight: Tensor,
+        tail: Tail | None,
+        bias: Tensor | None,
+        targets: Tensor,
+        site: Site,
+        residual: Tensor | None = None,
     ) -> Tensor:
-        y = self.product(x, weight, bias)
+        y = self.product(x, weight, bias, residual)
         self.apply(y, x, site)
         return y
 
@@ -105,13 +119,20 @@ class _Hook:
         self.fused = kernels.fused
         self.active = False
 
-    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return self.kernels.product(x, weight, bias)
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
+        return self.kernels.product(x, weight, bias, residual)
 
     def linear(
-        self, x: Tensor, weight: Tensor, tail: Tail | None, bias: Tensor | None, targets: Tensor, site: Site
+        self,
+        x: Tensor,
+        weight: Tensor,
+        tail: Tail | None,
+        bias: Tensor | None,
+        targets: Tensor,
+        site: Site,
+        residual: Tensor | None = None,
     ) -> Tensor:
-        return self.kernels.linear(x, weight, tail, bias, targets, site)
+        return self.kernels.linear(x, weight, tail, bias, targets, site, residual)
 
     @property
     def tailed(self) -> bool:

@@ -13,15 +13,17 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn import functional
 
+from adapters import layers as adapter_layers
 from adapters.arena import Arena
 from adapters.kernels import backend, one_row, ops, triton_lora, triton_tail
 from adapters.kernels.backend import TritonKernels
 from adapters.kernels.device_plan import RANK_BUCKETS, DevicePlan, PlanShape, pack
 from adapters.kernels.tail import SLOTS
 from adapters.kernels.tail_plan import TailPlan, TailShape, pack_tail
-from adapters.layers import GatedMlp, OutputProduct, install
+from adapters.layers import GatedMlp, OutputProduct, PreNormLayer, install
 from adapters.manifest import Manifest, Module
 from adapters.tiers import RowEntries
+from service.engine import compiled
 from service.engine.runner import _Hook
 from service.engine.warmup import dummy_adapter
 from tests.kernels.lora_cases import error, plan_of
@@ -144,9 +146,15 @@ def test_a_step_of_one_token_has_kernels_of_its_own_and_they_are_warmed_up(
     met: set[tuple[int, int, bool, bool]] = set()
     product = one_row.product
 
-    def noting(x: Tensor, weight: Tensor, bias: Tensor | None, deltas: one_row.Deltas | None = None) -> Tensor:
+    def noting(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        deltas: one_row.Deltas | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
         met.add((*weight.shape, bias is not None, deltas is not None))
-        return product(x, weight, bias, deltas)
+        return product(x, weight, bias, deltas, residual)
 
     monkeypatch.setattr(one_row, "product", noting)
     with torch.inference_mode():
@@ -351,6 +359,101 @@ def test_only_code_that_is_known_has_its_gate_replaced(step: ops.Step, dtype: to
         assert [layer.gate for layer in installed if layer.gate] == ([gate] if gate else [])
 
 
+STEPS: dict[str, list[tuple[int, tuple[tuple[int, float], ...]]]] = {
+    "one token of the base": [(1, ())],
+    "the base": [(24, ())],
+    "one token": [(1, ((0, 1.0),))],
+    "beside the products": [(3, ((0, 1.0),)), (2, ((1, 0.5),)), (1, ())],
+    "one adapter in the tails": [(24, ((0, 1.0),))],
+    "in the tails and beside": [(1, ((1, 1.0),)), (20, ((0, 0.5),)), (2, ((2, 1.0),)), (1, ())],
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "known", "traced"),
+    [
+        ("llama", True, False),
+        ("llama", True, True),
+        ("mistral", True, False),
+        ("qwen2", True, False),
+        ("qwen3", True, False),
+        ("gemma", True, False),
+        ("gemma2", False, False),
+    ],
+)
+def test_a_layer_whose_code_is_known_adds_its_last_product_to_the_residual(
+    step: ops.Step, monkeypatch: pytest.MonkeyPatch, kind: str, known: bool, traced: bool
+) -> None:
+    """In every kind of step, and says what it would say: the same as one that was left as it is."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    monkeypatch.setattr(backend, "TAIL_TOKENS", 20)
+    monkeypatch.setattr(backend, "LARGE_SEGMENTS", 8)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1 + traced, "num_attention_heads": 4}
+    config = AutoConfig.for_model(kind, **sizes, num_key_value_heads=2, head_dim=16, vocab_size=80, pad_token_id=0)
+    model = AutoModelForCausalLM.from_config(config).eval().to(DEVICE).requires_grad_(False)
+    other = copy.deepcopy(model)
+    modules = tuple(
+        Module(name, "linear", module.in_features, module.out_features)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name != "lm_head"
+    )
+    manifest = Manifest("0" * 64, type(model).__name__, kind, "float32", 80, 100, modules)
+    arena = Arena.for_manifest(manifest, device=DEVICE, nbytes=4 << 20, rows=8)
+    for row in range(3):
+        bind_adapter(arena, row, 16, manifest)
+    kernels = TritonKernels(arena, overlap=False, tails=True)
+    hook = _Hook(kernels)
+    with torch.inference_mode():
+        kernels.bind(install(model, manifest, hook, tails=True), len(manifest.linears))
+        with monkeypatch.context() as patch:
+            patch.setattr(adapter_layers, "pre_norm_layer", lambda module: None)
+            as_it_is = install(other, manifest, hook, tails=True)
+    assert not any(layer.onto for layer in as_it_is)
+    layers = model.get_decoder().layers
+    assert all(isinstance(layer, PreNormLayer) == known for layer in layers)
+    added: list[int] = []
+    add, onto, one = Tensor.addmm_, triton_tail.expand, one_row.product
+    monkeypatch.setattr(Tensor, "addmm_", lambda y, *rest: added.append(len(y)) or add(y, *rest))
+    monkeypatch.setattr(
+        triton_tail,
+        "expand",
+        lambda y, *rest, residual=None: (
+            (added.append(len(y)) if residual is not None else None) or onto(y, *rest, residual=residual)
+        ),
+    )
+    monkeypatch.setattr(
+        one_row,
+        "product",
+        lambda x, weight, bias, deltas=None, residual=None: (
+            (added.append(1) if residual is not None else None) or one(x, weight, bias, deltas, residual)
+        ),
+    )
+    if traced:
+        compiled.compile_layers(model, "aot_eager")
+    steps = STEPS if kind == "llama" else dict(list(STEPS.items())[:2])
+    for name, sequences in steps.items():
+        tokens = sum(n for n, _ in sequences)
+        ids = torch.randint(80, (1, tokens), device=DEVICE)
+        plan = plan_of(sequences)
+        hook.active = plan is not None and bool((plan.seg_row >= 0).any())
+        with torch.inference_mode():
+            kernels.begin_step(plan if hook.active else None, tokens)
+            got = model(input_ids=ids, use_cache=False).logits[0]
+            met = len(added)
+            added.clear()
+            kernels.tails = False  # only one model's are staged
+            kernels.begin_step(plan if hook.active else None, tokens)
+            kernels.tails = True
+            wanted = other(input_ids=ids, use_cache=False).logits[0]
+        assert error(got, wanted.cpu().double()) < 1e-5, name
+        assert not added, "of a layer that was left as it is"
+        assert met == (len(layers) if known and name != "beside the products" else 0), name
+    if traced:
+        compiled.undo(model)
+
+
 def test_the_operators_are_registered_truthfully(step: ops.Step) -> None:
     """torch's own check: schema, mutation and fake results agree with what the operators do."""
     model = Block().to(DEVICE).requires_grad_(False)
@@ -373,6 +476,13 @@ def test_the_operators_are_registered_truthfully(step: ops.Step) -> None:
         rest = (layer.targets, list(layer.site.offsets), list(layer.site.widths))
         torch.library.opcheck(ops.tail_linear.default, (given, *layer.tail, *rest), test_utils=checks)
     assert into.tail is not None
+    assert back.tail is not None
+    residual, weight = torch.randn(5, 64, device=DEVICE), back.tail.whole[:64]
+    rest = (back.targets, list(back.site.offsets), list(back.site.widths))
+    torch.library.opcheck(ops.tail_linear_onto.default, (residual, h, *back.tail, *rest), test_utils=checks)
+    wanted = residual + ops.tail_linear(h, *back.tail, *rest)[:, :64]
+    torch.testing.assert_close(ops.tail_linear_onto(residual, h, *back.tail, *rest), wanted)
+    torch.library.opcheck(ops.add_product.default, (residual, h, weight), test_utils=checks)
     torch.library.opcheck(ops.tail_gated.default, (x, *into.tail, into.targets, "silu"), test_utils=checks)
     y = ops.tail_linear(x, *into.tail, into.targets, list(into.site.offsets), list(into.site.widths))
     gate, up = y[:, :96].chunk(2, -1)

@@ -62,9 +62,7 @@ class World:
         self.tails.stage(plan, self.table)
         return functional.linear(x, self.tail.whole)
 
-    def product(
-        self, x: Tensor, plan: TailPlan, delta: Tensor | None = None, config: Config = triton_tail.CONFIG
-    ) -> Tensor:
+    def product(self, x: Tensor, plan: TailPlan, delta: Tensor | None = None, config: Config | None = None) -> Tensor:
         y = self.whole(x, plan)
         site = self.site
         triton_tail.expand(y, self.tail.b, self.tail.scales, site.offsets, site.widths, plan, delta, config)
