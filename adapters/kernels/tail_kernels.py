@@ -67,16 +67,24 @@ def stage_kernel(
 
 
 @triton.jit
-def _rows(places, weights, m, there, ENDS: tl.constexpr):
-    """Of each row: its place, its adapter's first slot and the one behind its last, and its weight."""
-    place = tl.load(places + m, mask=there, other=0)
-    weight = tl.where(place > 0, tl.load(weights + m, mask=there, other=0.0), 0.0)
-    return place, tl.where(place > 0, place % ENDS, 0), tl.where(place > 0, place // ENDS, 0), weight
+def _own(place, ENDS: tl.constexpr):
+    """Of each row: its adapter's first slot and the one behind its last."""
+    return tl.where(place > 0, place % ENDS, 0), tl.where(place > 0, place // ENDS, 0)
+
+
+@triton.jit
+def _slots(begin, end, SLOTS: tl.constexpr):
+    """The first slot of those that rows of the tile have, and the one behind their last."""
+    if SLOTS == 1:
+        return 0, 1
+    return tl.min(tl.where(end > 0, begin, SLOTS - 1)), tl.max(end)
 
 
 @triton.jit
 def _factor(scales, begin, weight, SLOTS: tl.constexpr):
     """w · scale of each row's adapter in a target."""
+    if SLOTS == 1:
+        return weight * tl.load(scales)
     scale = tl.zeros_like(weight)
     for slot in tl.static_range(SLOTS):
         scale = tl.where(begin == slot, tl.load(scales + slot), scale)
@@ -84,10 +92,11 @@ def _factor(scales, begin, weight, SLOTS: tl.constexpr):
 
 
 @triton.jit
-def _product(row, at, own, there, b, inside):
-    """s B of one slot, of s at `at` behind the product's own columns; zeros for rows whose it is not."""
-    s = tl.where(own[:, None], tl.load(row + at[None, :], mask=there[:, None], other=0.0), 0.0)
-    return tl.dot(s, tl.load(b, mask=inside, other=0.0), input_precision="ieee")
+def _delta(s, b, factor, begin, end, slot):
+    """factor · s B of one slot; zeros for rows whose it is not. What is loaded must go into the product as it is: else
+    the compiler waits for s before it asks for b."""
+    own = (slot >= begin) & (slot < end)
+    return tl.where(own[:, None], tl.dot(s, b, input_precision="ieee") * factor[:, None], 0.0)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -130,25 +139,32 @@ def expand_kernel(
     r = tl.arange(0, GRANULE)
     row = y + (m.to(tl.int64) * stride_y)[:, None]
     mask = there[:, None] & inside
+    # All loads before anything that waits for one.
+    place = tl.load(places + m, mask=there, other=0)
+    weight = tl.load(weights + m, mask=there, other=0.0)
+    before = tl.load(row + n[None, :], mask=mask, other=0.0)
     if RESIDUAL:
-        before = tl.load(residual + (m.to(tl.int64) * D)[:, None] + n[None, :], mask=mask, other=0.0)
-    total = tl.load(row + n[None, :], mask=mask, other=0.0).to(tl.float32)
-    place, begin, end, weight = _rows(places, weights, m, there, ENDS)
-    factor = _factor(scales + j * SCALES, begin, weight, SLOTS)[:, None]
-    at = D + j * GRANULE + r
+        beneath = tl.load(residual + (m.to(tl.int64) * D)[:, None] + n[None, :], mask=mask, other=0.0)
+    begin, end = _own(place, ENDS)
+    slot, last = _slots(begin, end, SLOTS)
+    s_at = row + (D + j * GRANULE + r)[None, :]
     b_at = b + (r * D)[:, None] + n[None, :]
-    if SLOTS == 1:
-        total += _product(row, at, end > 0, there, b_at, inside) * factor
-    else:
-        for slot in tl.range(tl.min(tl.where(end > 0, begin, SLOTS)), tl.max(end), num_stages=1):
-            own = (slot >= begin) & (slot < end)
-            b_slot = b_at + slot * (GRANULE * D)
-            total += _product(row, at + slot * (NT * GRANULE), own, there, b_slot, inside) * factor
+    s = tl.load(s_at + slot * (NT * GRANULE), mask=there[:, None], other=0.0)
+    b_slot = tl.load(b_at + slot * (GRANULE * D), mask=inside, other=0.0)
     if BESIDE:
-        beside = delta + (m.to(tl.int64) * D)[:, None] + n[None, :]
-        total += tl.load(beside, mask=mask & (place < 0)[:, None], other=0.0).to(tl.float32)
+        other = mask & (place < 0)[:, None]
+        beside = tl.load(delta + (m.to(tl.int64) * D)[:, None] + n[None, :], mask=other, other=0.0)
+    factor = _factor(scales + j * SCALES, begin, tl.where(place > 0, weight, 0.0), SLOTS)
+    total = before.to(tl.float32) + _delta(s, b_slot, factor, begin, end, slot)
+    if SLOTS > 1:
+        for more in tl.range(slot + 1, last, num_stages=1):
+            s = tl.load(s_at + more * (NT * GRANULE), mask=there[:, None], other=0.0)
+            b_slot = tl.load(b_at + more * (GRANULE * D), mask=inside, other=0.0)
+            total += _delta(s, b_slot, factor, begin, end, more)
+    if BESIDE:
+        total += beside.to(tl.float32)
     if RESIDUAL:
-        total += before.to(tl.float32)
+        total += beneath.to(tl.float32)
     tl.store(out + (m.to(tl.int64) * stride_out)[:, None] + n[None, :], total.to(y.dtype.element_ty), mask=mask)
 
 
@@ -194,27 +210,38 @@ def gated_kernel(
     r = tl.arange(0, GRANULE)
     row = y + (m.to(tl.int64) * stride_y)[:, None]
     mask = there[:, None] & inside
-    gate = tl.load(row + n[None, :], mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(row + WIDTH + n[None, :], mask=mask, other=0.0).to(tl.float32)
-    place, begin, end, weight = _rows(places, weights, m, there, ENDS)
-    of_gate = _factor(scales, begin, weight, SLOTS)[:, None]
-    of_up = _factor(scales + SCALES, begin, weight, SLOTS)[:, None]
-    at = D + r
+    place = tl.load(places + m, mask=there, other=0)
+    weight = tl.load(weights + m, mask=there, other=0.0)
+    gate = tl.load(row + n[None, :], mask=mask, other=0.0)
+    up = tl.load(row + WIDTH + n[None, :], mask=mask, other=0.0)
+    begin, end = _own(place, ENDS)
+    slot, last = _slots(begin, end, SLOTS)
+    s_at = row + (D + r)[None, :]
     b_at = b + (r * D)[:, None] + n[None, :]
-    if SLOTS == 1:
-        gate += _product(row, at, end > 0, there, b_at, inside) * of_gate
-        up += _product(row, at + GRANULE, end > 0, there, b_at + WIDTH, inside) * of_up
-    else:
-        for slot in tl.range(tl.min(tl.where(end > 0, begin, SLOTS)), tl.max(end), num_stages=1):
-            own = (slot >= begin) & (slot < end)
-            s_at = at + slot * (2 * GRANULE)
-            b_slot = b_at + slot * (GRANULE * D)
-            gate += _product(row, s_at, own, there, b_slot, inside) * of_gate
-            up += _product(row, s_at + GRANULE, own, there, b_slot + WIDTH, inside) * of_up
+    s_gate = tl.load(s_at + slot * (2 * GRANULE), mask=there[:, None], other=0.0)
+    s_up = tl.load(s_at + slot * (2 * GRANULE) + GRANULE, mask=there[:, None], other=0.0)
+    b_gate = tl.load(b_at + slot * (GRANULE * D), mask=inside, other=0.0)
+    b_up = tl.load(b_at + slot * (GRANULE * D) + WIDTH, mask=inside, other=0.0)
     if BESIDE:
-        beside = delta + (m.to(tl.int64) * D)[:, None] + n[None, :]
         other = mask & (place < 0)[:, None]
-        gate += tl.load(beside, mask=other, other=0.0).to(tl.float32)
-        up += tl.load(beside + WIDTH, mask=other, other=0.0).to(tl.float32)
+        beside = delta + (m.to(tl.int64) * D)[:, None] + n[None, :]
+        gate_beside = tl.load(beside, mask=other, other=0.0)
+        up_beside = tl.load(beside + WIDTH, mask=other, other=0.0)
+    weight = tl.where(place > 0, weight, 0.0)
+    of_gate = _factor(scales, begin, weight, SLOTS)
+    of_up = _factor(scales + SCALES, begin, weight, SLOTS)
+    gate = gate.to(tl.float32) + _delta(s_gate, b_gate, of_gate, begin, end, slot)
+    up = up.to(tl.float32) + _delta(s_up, b_up, of_up, begin, end, slot)
+    if SLOTS > 1:
+        for more in tl.range(slot + 1, last, num_stages=1):
+            s_gate = tl.load(s_at + more * (2 * GRANULE), mask=there[:, None], other=0.0)
+            s_up = tl.load(s_at + more * (2 * GRANULE) + GRANULE, mask=there[:, None], other=0.0)
+            b_gate = tl.load(b_at + more * (GRANULE * D), mask=inside, other=0.0)
+            b_up = tl.load(b_at + more * (GRANULE * D) + WIDTH, mask=inside, other=0.0)
+            gate += _delta(s_gate, b_gate, of_gate, begin, end, more)
+            up += _delta(s_up, b_up, of_up, begin, end, more)
+    if BESIDE:
+        gate += gate_beside.to(tl.float32)
+        up += up_beside.to(tl.float32)
     out = _activated(gate, GATE, FAST) * up
     tl.store(h + (m.to(tl.int64) * WIDTH)[:, None] + n[None, :], out.to(h.dtype.element_ty), mask=mask)
