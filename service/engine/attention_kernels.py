@@ -208,23 +208,13 @@ def decode_kernel(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     s = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    split = tl.program_id(2)
-    splits = tl.num_programs(2)
-    rows = tl.arange(0, 16)
-    d = tl.arange(0, BD)
-    query_heads = head * GROUP + rows
-    mask = (rows < GROUP)[:, None] & (d < D)[None, :]
-    # All that no other load has to come before.
-    context = tl.load(context_lens + s)
-    qv = tl.load(q + s * stride_qt + (query_heads * stride_qh)[:, None] + d[None, :], mask=mask, other=0.0)
-    if WRITES:
-        slot = tl.load(slots + s).to(tl.int64)
-        new_k = tl.load(k + s * stride_kt + head * stride_kh + d, mask=d < D, other=0.0)
-        new_v = tl.load(v + s * stride_vt + head * stride_vh + d, mask=d < D, other=0.0)
     if COUNTED:  # noqa: SIM102
         if s >= tl.load(count):
             return
+    head = tl.program_id(1)
+    split = tl.program_id(2)
+    splits = tl.num_programs(2)
+    context = tl.load(context_lens + s)
     cached = context
     if WRITES:
         cached = tl.maximum(context - 1, 0)
@@ -240,9 +230,30 @@ def decode_kernel(
     begin = first + split * share
     end = tl.minimum(begin + share, first + blocks)
 
+    rows = tl.arange(0, 16)
+    d = tl.arange(0, BD)
+    query_heads = head * GROUP + rows
+    mask = (rows < GROUP)[:, None] & (d < D)[None, :]
+    qv = tl.load(q + s * stride_qt + (query_heads * stride_qh)[:, None] + d[None, :], mask=mask, other=0.0)
     peak = tl.full([16], float("-inf"), tl.float32)
     total = tl.zeros([16], tl.float32)
     acc = tl.zeros([16, BD], tl.float32)
+    if WRITES:
+        newest = (context > 0) & (split == parts - 1)
+        slot = tl.load(slots + s).to(tl.int64)
+        new_k = tl.load(k + s * stride_kt + head * stride_kh + d, mask=d < D, other=0.0).to(k_cache.dtype.element_ty)
+        new_v = tl.load(v + s * stride_vt + head * stride_vh + d, mask=d < D, other=0.0).to(v_cache.dtype.element_ty)
+        if newest & (slot >= 0):
+            at = slot // PAGE * stride_page + slot % PAGE * stride_slot + head * stride_head + d
+            tl.store(k_cache + at, new_k, mask=d < D)
+            tl.store(v_cache + at, new_v, mask=d < D)
+        score = tl.sum(qv.to(tl.float32) * new_k.to(tl.float32)[None, :], 1) * scale
+        if CAPPED:
+            score = _capped(score, cap)
+        # The online softmax begins with this key, whose weight is then 1.
+        peak = tl.where(newest, score, peak)
+        total = tl.where(newest, 1.0, total)
+        acc = tl.where(newest, new_v.to(tl.float32)[None, :], acc)
     position = tl.zeros([16], tl.int32) + (context - 1)
     for block in range(begin, end):
         peak, total, acc = _attend_block(
@@ -268,26 +279,6 @@ def decode_kernel(
             CAPPED,
             True,
         )
-    if WRITES:  # last, as the keys of the cache should not wait for it
-        new_k = new_k.to(k_cache.dtype.element_ty)
-        new_v = new_v.to(v_cache.dtype.element_ty)
-        newest = (context > 0) & (split == parts - 1)
-        if newest & (slot >= 0):
-            at = slot // PAGE * stride_page + slot % PAGE * stride_slot + head * stride_head + d
-            tl.store(k_cache + at, new_k, mask=d < D)
-            tl.store(v_cache + at, new_v, mask=d < D)
-        score = tl.sum(qv.to(tl.float32) * new_k.to(tl.float32)[None, :], 1) * scale
-        if CAPPED:
-            score = _capped(score, cap)
-        new_peak = tl.maximum(peak, tl.where(newest, score, float("-inf")))
-        pivot = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        # Padding has no newest key, and its rows may be NaN.
-        weight = tl.where(newest, tl.exp2(score - pivot), 0.0)
-        value = tl.where(newest, new_v.to(tl.float32), 0.0)
-        shrink = tl.exp2(peak - pivot)
-        total = total * shrink + weight
-        acc = acc * shrink[:, None] + weight[:, None] * value[None, :]
-        peak = new_peak
     divisor = tl.where(total > 0, total, 1.0)
     acc = acc / divisor[:, None]
     out_at = out + s * stride_ot + d[None, :]
