@@ -3,7 +3,8 @@
     python -m benchmarks.engine FOLDER --adapters DIR --rows base:1,base:64,one:64,distinct:64
 
 FOLDER is a model (benchmarks/random_base.py makes one), DIR holds PEFT folders. A row is `kind:concurrency`, kind
-one of base, one (a single adapter), distinct (each slot its own), uniform (drawn anew for each request).
+one of base, one (a single adapter), distinct (each slot its own), uniform (drawn anew for each request). No two rows
+have the same prompts, so that none finds another's in the prefix cache.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ from service.engine.messages import AdapterRef, FromEngine, LoadAdapter, Outputs
 
 class Driver:
     """Keeps `concurrency` requests in flight and notes when each token came."""
+
+    rows = 0
+    """Driven so far."""
 
     def __init__(self, config: EngineConfig) -> None:
         # Here and not above: worker processes import this module again and need no torch.
@@ -59,8 +63,11 @@ class Driver:
     def row(
         self, kind: str, concurrency: int, digests: list[str], *, requests: int, input_len: int, output_len: int
     ) -> dict[str, float]:
+        if kind != "base" and not digests:
+            raise ValueError(f"{kind}: there are no adapters; --adapters names their folder")
         requests = max(requests, concurrency)  # so many are begun at once, and the next row must find none of them
-        rng = random.Random(0)
+        rng = random.Random(self.rows)
+        self.rows += 1
         vocabulary = self.engine.manifest.vocab_size
         sent: dict[str, float] = {}
         self.times, self.finished = {}, []

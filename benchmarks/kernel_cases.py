@@ -176,7 +176,7 @@ class OneRowSetup:
 
 class TailSetup:
     """A product of weights with adapters of rank 16 in their tails, over several layers, and the kernel that reads it:
-    for gate and up the activation, else expand."""
+    for gate and up the activation, else expand, for down with a residual."""
 
     def __init__(self, site: str, tokens: int, adapters: int, decoding: int = 0) -> None:
         """adapters: of prompts, which share the tokens. decoding: the first so many tokens have an adapter each, whose
@@ -185,7 +185,7 @@ class TailSetup:
         self.columns = tuple(int(v) for v in np.cumsum([0, *self.widths])[:-1])
         d, count = sum(self.widths), len(self.widths)
         layers = max(2, -(-COLD_BYTES // (2 * k * d)))
-        self.gated = site == "gate_up"
+        self.gated, self.onto = site == "gate_up", site == "down"
         parts = [torch.empty(w, k, dtype=torch.bfloat16, device="cuda").normal_(0, 0.02) for w in self.widths]
         self.tails = [with_tail(parts, None) for _ in range(layers)]
         for tail in self.tails:
@@ -209,15 +209,18 @@ class TailSetup:
         self.x = torch.randn(tokens, k, device="cuda", dtype=torch.bfloat16)
         self.y = functional.linear(self.x, self.tails[0].whole)
         self.delta = torch.randn(tokens, d, device="cuda", dtype=torch.bfloat16) if decoding else None
+        self.residual = torch.randn(tokens, d, device="cuda", dtype=torch.bfloat16) if self.onto else None
         self._decoding, self._d = decoding, d
 
     @property
     def bytes(self) -> int:
-        """Fewest that the reader moves: the product, its own result, B, and the deltas of those that decode."""
+        """Fewest that the reader moves: the product, its own result, B, the deltas of those that decode, and the
+        residual."""
         tokens, size = len(self.x), self.x.element_size()
         written = self._d // 2 if self.gated else self._d
         b = 16 * self.plan.shape.slots * self._d
-        return size * (tokens * (self.y.shape[1] + written) + b + self._decoding * self._d)
+        residual = tokens * self._d if self.onto else 0
+        return size * (tokens * (self.y.shape[1] + written) + b + self._decoding * self._d + residual)
 
     def time(self, kernel: str, config: Config | None = None) -> float:
         """us of "base" (the product without tails), "product" (with them) or "reader" for one layer."""
@@ -231,7 +234,8 @@ class TailSetup:
                 elif self.gated:
                     triton_tail.gated(self.y, b, scales, "silu", self.plan, self.delta, config)
                 else:
-                    triton_tail.expand(self.y, b, scales, self.columns, self.widths, self.plan, self.delta, config)
+                    rest = (self.plan, self.delta, config)
+                    triton_tail.expand(self.y, b, scales, self.columns, self.widths, *rest, residual=self.residual)
 
         # As for LoraSetup: what expand adds to must stay a number.
         self.y.normal_()

@@ -24,15 +24,21 @@ def test_it_can_be_imported(name: str) -> None:
     assert module.__doc__
 
 
-def test_a_row_of_fewer_requests_than_streams_leaves_none_to_the_next() -> None:
+def test_a_row_of_fewer_requests_than_streams_leaves_none_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     driver = Driver.__new__(Driver)
     config = EngineConfig(model_path="", blobs_dir="", cache_dir="", socket="", max_sequences=1)
     driver.engine, _ = build_engine(config, driver._receive, Options())
+    prompts: list[list[int]] = []
+    handle = driver.engine.handle
+    monkeypatch.setattr(driver.engine, "handle", lambda *given: prompts.extend(given[1].prompts) or handle(*given))
     for _ in range(2):
         row = driver.row("base", 4, [], requests=2, input_len=8, output_len=3)
         assert row["output_tok_s"] > 0
         assert not driver.engine.busy
         assert len(driver.times) == 4
+    assert len({tuple(prompt) for prompt in prompts}) == 8, "none is found in the prefix cache"
+    with pytest.raises(ValueError, match="one: there are no adapters"):
+        driver.row("one", 4, [], requests=2, input_len=8, output_len=3)
 
 
 def test_lora_tax_makes_the_adapters_that_it_is_told_to_make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
