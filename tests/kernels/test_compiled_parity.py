@@ -1,7 +1,7 @@
 """Compiled layers with the Triton kernels give PEFT's answers: what a GPU runs, but for the code that is generated.
 
 On a CPU, with the kernels in Triton's interpreter; what was traced is run as it is. One architecture for each kind of
-thing that layers do otherwise: norms, windows and soft caps; joint projections."""
+thing that layers do otherwise: norms, windows and soft caps; products that add to the residual; joint projections."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from adapters.kernels import backend, ops, triton_tail
 from adapters.kernels.backend import TritonKernels
-from adapters.layers import GatedMlp
+from adapters.layers import GatedMlp, PreNormLayer
 from service.engine import build, compiled, draw
 from service.engine.attention_triton import TritonPagedAttention
 from tests.engine.oracle import recipes
@@ -50,7 +50,7 @@ def staged(monkeypatch: pytest.MonkeyPatch):
     ops.STEP.plan = ops.STEP.tail_plan = ops.STEP.tables = ops.STEP.side = ops.STEP.tails = None
 
 
-@pytest.mark.parametrize("architecture", ["gemma2", "phi3"])
+@pytest.mark.parametrize("architecture", ["gemma2", "llama", "phi3"])
 def test_tokens_and_distributions_are_peft_s(
     architecture: str, staged: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -77,6 +77,9 @@ def test_tokens_and_distributions_are_peft_s(
     assert staged
     known = sum(isinstance(module, GatedMlp) for module in model.modules())
     assert known == (0 if architecture == "phi3" else model.config.num_hidden_layers)
+    # Gemma 2 has norms behind its products, Phi 3 dropouts: neither is the layer whose code is known.
+    layers = sum(isinstance(module, PreNormLayer) for module in model.modules())
+    assert layers == (model.config.num_hidden_layers if architecture == "llama" else 0)
     assert len(gates) == known * len(staged)
     kinds = len({module.loraplex_window for module in model.modules() if hasattr(module, "loraplex_window")})
     assert traces.frame_count <= kinds * VERSIONS + 2, "the last norm: one token or many"

@@ -29,19 +29,28 @@ def tensors(k: int, d: int, dtype: torch.dtype, spare: int = 0) -> tuple[Tensor,
 @pytest.mark.parametrize("dtype", LIMIT, ids=str)
 @pytest.mark.parametrize(("k", "d"), [(64, 8), (96, 7), (576, 20), (2048, 12), (2049, 9), (4096, 16), (5000, 4)])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_a_base_product(k: int, d: int, dtype: torch.dtype, with_bias: bool) -> None:
+@pytest.mark.parametrize("onto", [False, True])
+def test_a_base_product(k: int, d: int, dtype: torch.dtype, with_bias: bool, onto: bool) -> None:
     x, weight, bias = tensors(k, d, dtype, spare=16)
-    y = one_row.product(x, weight, bias if with_bias else None)
+    residual = torch.randn(1, d, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype) if onto else None
+    kept = None if residual is None else residual.clone()
+    y = one_row.product(x, weight, bias if with_bias else None, residual=residual)
     wanted = x.double() @ weight.double().T + (bias.double() if with_bias else 0)
+    if residual is not None and kept is not None:
+        wanted += kept.double()
+        assert torch.equal(residual, kept)
     assert y.shape == (1, d)
     assert y.dtype == dtype
     assert error(y, wanted.cpu()) < LIMIT[dtype]
 
 
-def linear(x: Tensor, weight: Tensor, site: Site, plan: DevicePlan, table: Table) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, site: Site, plan: DevicePlan, table: Table, residual: Tensor | None = None
+) -> Tensor:
     targets = triton_lora.target_tensor(site.targets, DEVICE)
     s = one_row.shrink(x, targets, plan, table)
-    return one_row.product(x, weight, None, one_row.Deltas(s, targets, site.offsets, site.widths, plan, table))
+    deltas = one_row.Deltas(s, targets, site.offsets, site.widths, plan, table)
+    return one_row.product(x, weight, None, deltas, residual)
 
 
 @pytest.mark.usefixtures("poisoned_memory")
@@ -59,8 +68,12 @@ def test_adapters_of_the_row(rows: tuple[tuple[int, float], ...], dtype: torch.d
     plan = covering(plan_of([(1, rows)]) or NOTHING, 1)
     x, weight, _ = tensors(k, site.out_features, dtype)
     device_plan = DevicePlan.from_plan(plan, table.max_rank, DEVICE, covers=True, ranks=table.ranks_of(plan))
+    base = x.double() @ weight.double().T
     y = linear(x, weight, site, device_plan, table)
-    assert error(y, expected(x.double() @ weight.double().T, x, site, plan, table)) < LIMIT[dtype]
+    assert error(y, expected(base, x, site, plan, table)) < LIMIT[dtype]
+    residual = torch.full((1, site.out_features), 3.0, dtype=dtype, device=DEVICE)
+    y = linear(x, weight, site, device_plan, table, residual)
+    assert error(y, expected(base + 3, x, site, plan, table)) < LIMIT[dtype]
 
 
 def test_rows_longer_than_two_tiles() -> None:
@@ -95,5 +108,7 @@ def test_what_it_cannot_do_is_refused() -> None:
         one_row.product(torch.cat([x, x]), weight, None)
     with pytest.raises(ValueError, match="adjacent"):
         one_row.product(x, weight.T.contiguous().T, None)
+    with pytest.raises(ValueError, match=r"residual: expected \[1, 8\], found \[8\]"):
+        one_row.product(x, weight, None, residual=torch.zeros(8, device=DEVICE))
     assert not one_row.fits(make_site(64, (6, 8)))
     assert one_row.fits(make_site(64, (12, 8)))

@@ -63,10 +63,19 @@ class World:
         return functional.linear(x, self.tail.whole)
 
     def product(self, x: Tensor, plan: TailPlan, delta: Tensor | None = None, config: Config | None = None) -> Tensor:
-        y = self.whole(x, plan)
-        site = self.site
-        triton_tail.expand(y, self.tail.b, self.tail.scales, site.offsets, site.widths, plan, delta, config)
-        return y[:, : self.site.out_features]
+        return self.read(self.whole(x, plan), plan, delta, config)
+
+    def read(
+        self,
+        y: Tensor,
+        plan: TailPlan,
+        delta: Tensor | None = None,
+        config: Config | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """What expand makes of a product."""
+        site, tail, rest = self.site, self.tail, (plan, delta, config)
+        return triton_tail.expand(y, tail.b, tail.scales, site.offsets, site.widths, *rest, residual=residual)
 
     def wanted(self, plan: LoraPlan, x: Tensor) -> Tensor:
         base = torch.cat([x.cpu().double() @ part.cpu().double().T for part in self.parts], dim=1)
@@ -108,6 +117,13 @@ def test_the_product_and_what_reads_it_are_base_and_deltas(case: str, dtype: tor
     assert error(y, world.wanted(plan, x)) < LIMIT[dtype]
     weight = world.tail.whole[: world.site.out_features]
     assert torch.equal(weight, torch.cat(world.parts)), "the base weight was written"
+    residual = world.x(tokens, 2)[:, :1] + torch.zeros_like(y)
+    whole = world.whole(x, device_plan)
+    kept, given = whole.clone(), residual.clone()
+    z = world.read(whole, device_plan, residual=residual)
+    assert error(z, world.wanted(plan, x) + residual.cpu().double()) < LIMIT[dtype]
+    assert torch.equal(whole, kept), "y stays as it is"
+    assert torch.equal(residual, given)
     bare = np.setdiff1d(np.arange(tokens), plan.tokens[np.repeat(plan.seg_row >= 0, np.diff(plan.seg_start))])
     assert torch.equal(y[bare], functional.linear(x, world.tail.whole)[bare, : world.site.out_features])
 
@@ -132,6 +148,8 @@ def test_deltas_that_were_computed_beside_the_product_are_added_where_they_are_t
     tail_plan = TailPlan.from_plan(part, world.place(part, slots), 97, DEVICE, slots, rest)
     y = world.product(x, tail_plan, beside)
     assert error(y, world.wanted(plan, x)) < LIMIT[DTYPE]
+    z = world.read(world.whole(x, tail_plan), tail_plan, beside, residual=torch.ones_like(y))
+    assert error(z, world.wanted(plan, x) + 1) < LIMIT[DTYPE]
     alone = TailPlan.from_plan(None, None, 97, DEVICE, slots, rest)
     y = world.product(x, alone, beside)
     assert error(y, expected(base, x, world.site, rest, world.table)) < LIMIT[DTYPE]
@@ -142,6 +160,35 @@ def test_deltas_that_were_computed_beside_the_product_are_added_where_they_are_t
     assert error(h, functional.silu(first) * second) < LIMIT[DTYPE]
     with pytest.raises(PlanSizeError, match="beside"):
         TailPlan.from_plan(None, None, 96, DEVICE, slots, rest)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("slots", [1, SLOTS])
+def test_what_overflows_for_other_adapters_tokens_is_not_theirs(slots: int) -> None:
+    """s of an adapter is computed for every token, and may be infinite for those of others."""
+    ranks = [[16, 16], [5, 16]][: 2 if slots > 1 else 1]
+    world = World(ranks, 64, (32, 32), DTYPE)
+    sequences: Sequences = [(3, ()), (20, ((0, 1.0),)), (14, ())]
+    if slots > 1:
+        sequences += [(30, ((1, 1.0),)), (1, ())]
+    plan = world.plan(sequences)
+    tokens = sum(n for n, _ in sequences)
+    placed = world.place(plan, slots)
+    device_plan = TailPlan.from_plan(plan, placed, tokens, DEVICE, slots)
+    x = world.x(tokens)
+    whole = world.whole(x, device_plan)
+    begin, per_slot = world.site.out_features, 2 * GRANULE
+    own = torch.zeros(tokens, slots, dtype=torch.bool)
+    for segment, (first, last) in enumerate(placed.slots.tolist()):
+        own[plan.tokens[plan.seg_start[segment] : plan.seg_start[segment + 1]], first:last] = True
+    s = whole[:, begin : begin + slots * per_slot].view(tokens, slots, per_slot)
+    s[~own.to(DEVICE)] = torch.inf
+    with np.errstate(invalid="ignore"):  # Triton's interpreter is numpy
+        h = triton_tail.gated(whole, world.tail.b, world.tail.scales, "silu", device_plan)
+        y = world.read(whole, device_plan)
+    first, second = world.wanted(plan, x).chunk(2, -1)
+    assert error(h, functional.silu(first) * second) < LIMIT[DTYPE]
+    assert error(y, world.wanted(plan, x)) < LIMIT[DTYPE]
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
