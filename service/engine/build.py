@@ -41,9 +41,6 @@ MAX_ADAPTERS_PER_REQUEST = 8
 MAX_RANK = 512
 CPU_KV_BYTES = 1 << 30
 CPU_ARENA_BYTES = 512 << 20
-COMPACT_BYTES = {"cuda": 512 << 20, "cpu": 64 << 20}
-"""Of the arena that are moved between two steps at most, where a block finds room only in pieces: 0.25 ms of an H200
-that copies 4.2 TB/s (read and written), and six adapters of an 8B model's instead of one."""
 CUDA_HEADROOM = 0.06
 """Share of the device left alone: fragmentation, library workspaces, other small users."""
 CUDA_ARENA_SHARE = 0.4
@@ -130,7 +127,7 @@ def build_engine(
         limits,
         runner,
         PagePool(pages, config.page_size, prefix_caching=config.prefix_caching),
-        Residency(arena, loader, compact_bytes=COMPACT_BYTES[config.device]),
+        Residency(arena, loader),
         send,
         max_tokens_per_step=budget,
         max_prefill_tokens_per_step=config.max_prefill_tokens_per_step
