@@ -10,8 +10,8 @@ fewer kernels (`GatedMlp`, `PreNormLayer`).
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
+from types import CodeType
 from typing import Any, Protocol, cast
 
 import torch
@@ -283,7 +283,7 @@ def _pre_norm_forward(  # type: ignore[no-untyped-def]
 
 def pre_norm_layer(module: nn.Module) -> PreNormLayer | None:
     """What takes the module's place, if its code is known and its MLP is a GatedMlp that ends in a LoraLinear."""
-    if not _is(module, _pre_norm_forward):
+    if not _is(module, _pre_norm_forward) or module._parameters or module._buffers:
         return None
     mlp = cast(nn.Module, module.mlp)
     if not isinstance(mlp, GatedMlp) or not isinstance(mlp.back, LoraLinear):
@@ -291,13 +291,32 @@ def pre_norm_layer(module: nn.Module) -> PreNormLayer | None:
     return PreNormLayer(module, mlp, mlp.back)
 
 
+HARMLESS = frozenset({"torch.nn.modules.module", "transformers.modeling_layers", "transformers.utils.deprecation"})
+"""Modules whose decorators of `forward`, and whose `__call__`, change nothing but what is trained or called by an old
+name."""
+
+
 def _is(module: nn.Module, known: Callable[..., Any]) -> bool:
-    """Whether the module's code is that of the function, to the byte but for the names of what it is given, and
-    nothing has been hung on it. transformers has the same in Llama, Mistral, Qwen and many more."""
+    """Whether the module's code is that of the function, to the byte but for the names of its parameters, and nothing
+    has been hung on it. transformers has the same in Llama, Mistral, Qwen and many more."""
     if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
         return False
-    code, wanted = getattr(inspect.unwrap(type(module).forward), "__code__", None), known.__code__
-    return code is not None and (code.co_code, code.co_names) == (wanted.co_code, wanted.co_names)
+    if any("__call__" in vars(each) and each.__module__ not in HARMLESS for each in type(module).__mro__):
+        return False
+    forward = type(module).forward
+    while hasattr(forward, "__wrapped__"):
+        if forward.__globals__["__name__"] not in HARMLESS:
+            return False
+        forward = forward.__wrapped__
+    code = getattr(forward, "__code__", None)
+    return isinstance(code, CodeType) and _said(code) == _said(known.__code__)
+
+
+def _said(code: CodeType) -> tuple[object, ...]:
+    """What code does, its parameters by number: where it passes one on by its own name, that counts as the number."""
+    number = {name: i for i, name in enumerate(code.co_varnames)}
+    keywords = [tuple(number.get(name, name) for name in each) for each in code.co_consts if isinstance(each, tuple)]
+    return code.co_code, code.co_names, keywords
 
 
 def sites(model: nn.Module, manifest: Manifest, *, fuse: bool = True) -> list[tuple[tuple[str, ...], Site]]:

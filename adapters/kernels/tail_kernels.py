@@ -1,6 +1,7 @@
 """The Triton kernels of adapters in the tails; triton_tail.py says what they compute, and launches them.
 
-Whatever they can they load at once, and leave out afterwards what is not a row's: one round trip to memory.
+Whatever they can they ask for at once, and leave out afterwards what is not a row's. Only what depends on a row's place
+(slots, where there are several, and deltas from beside) has to wait for that.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -139,7 +140,7 @@ def expand_kernel(
     r = tl.arange(0, GRANULE)
     row = y + (m.to(tl.int64) * stride_y)[:, None]
     mask = there[:, None] & inside
-    # All loads before anything that waits for one.
+    # All loads before any product: the compiler waits for what that needs, and then asks for the rest.
     place = tl.load(places + m, mask=there, other=0)
     weight = tl.load(weights + m, mask=there, other=0.0)
     before = tl.load(row + n[None, :], mask=mask, other=0.0)

@@ -1,11 +1,13 @@
 """Launches the kernels of adapters in the tails (tail.py says what that is).
 
     stage     A, B and scale of the adapters that are not there yet                   once a step
-    expand    y[t, :d] += w · scale · s B,   y = x [W0 ; A]^T = [x W0^T | s]          once a site, in place
+    expand    y[t, :d] += w · scale · s B,   y = x [W0 ; A]^T = [x W0^T | s]          once a site, in place; or
+              y[t, :d] +  w · scale · s B + residual, elsewhere
     gated     the same for gate and up, and activation(gate) · up in the same pass
 
 Of the two kernels beside a product that a site costs otherwise (triton_lora.py) shrink is part of the product, and
-expand, which has no table to look anything up in, one round trip to memory. That pays where many tokens share few
+expand, which has no table to look anything up in, one round trip to memory (with several slots two: which of them a
+tile's tokens have comes first). That pays where many tokens share few
 adapters: prompts, and many sequences that decode with one. Deltas of other tokens of the same step, which those two
 kernels have computed beside the product, are added by the way.
 """
@@ -110,6 +112,8 @@ def expand(
     returned is a tensor of its own, their sum with residual. offsets, widths: columns of each target. b,
     scales: as in Tail."""
     tokens, d = _check(y, b, plan), sum(widths)
+    if residual is not None and (residual.shape != (tokens, d) or not residual.is_contiguous()):
+        raise ValueError(f"residual: expected [{tokens}, {d}] in order, found {list(residual.shape)}")
     config = config or config_for(plan)
     vector = 16 // y.element_size()
     chunks = sum(-(-width // config.columns) for width in widths)

@@ -76,7 +76,7 @@ def warm_up(runner: Runner, arena: Arena, manifest: Manifest, budget: int, *, de
 def dummy_adapter(arena: Arena, manifest: Manifest, row: int, rank: int) -> Iterator[int | None]:
     """The row, bound to factors of `rank` for every target, zeros all at the same place; None if they do not fit, or
     the arena has no such row. What a fresh arena holds may be no numbers, and what is staged from it in the tails of
-    base weights stays there: zero times that, for every token of a later step, is none either."""
+    base weights stays there until an adapter takes its place."""
     linears = manifest.linears
     largest = max(rank * max(module.in_features, module.out_features) for module in linears)
     region = arena.allocate(largest * arena.data.element_size()) if row < arena.rows else None

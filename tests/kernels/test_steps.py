@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
+import textwrap
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -12,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn import functional
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from adapters import layers as adapter_layers
 from adapters.arena import Arena
@@ -20,7 +25,7 @@ from adapters.kernels.backend import TritonKernels
 from adapters.kernels.device_plan import RANK_BUCKETS, DevicePlan, PlanShape, pack
 from adapters.kernels.tail import SLOTS
 from adapters.kernels.tail_plan import TailPlan, TailShape, pack_tail
-from adapters.layers import GatedMlp, OutputProduct, PreNormLayer, install
+from adapters.layers import GatedMlp, LoraHook, OutputProduct, PreNormLayer, install
 from adapters.manifest import Manifest, Module
 from adapters.tiers import RowEntries
 from service.engine import compiled
@@ -359,6 +364,63 @@ def test_only_code_that_is_known_has_its_gate_replaced(step: ops.Step, dtype: to
         assert [layer.gate for layer in installed if layer.gate] == ([gate] if gate else [])
 
 
+def doubled(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(forward)
+    def call(*args: Any, **kwargs: Any) -> Tensor:
+        return 2 * forward(*args, **kwargs)
+
+    return call
+
+
+class DecoratedMlp(Mlp):
+    forward = doubled(Mlp.forward)
+
+
+class CalledMlp(Mlp):
+    def __call__(self, x: Tensor) -> Tensor:
+        return 3 * self.forward(x)
+
+
+class WithBuffer(LlamaDecoderLayer):
+    """The same code, and something of its own."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config, 0)
+        self.register_buffer("own", torch.zeros(1))
+
+
+def renamed(layer: type[nn.Module]) -> type[nn.Module]:
+    """A class whose forward is the layer's but for one keyword, by which it gives attention what it was given."""
+    forward = inspect.unwrap(layer.forward)
+    lines = textwrap.dedent(inspect.getsource(forward)).splitlines()
+    begin = next(i for i, line in enumerate(lines) if line.startswith("def "))
+    text = "\n".join(lines[begin:])
+    assert text.count("attention_mask=attention_mask") == 1
+    scope: dict[str, Any] = dict(forward.__globals__)
+    exec(text.replace("attention_mask=attention_mask", "mask=attention_mask"), scope)
+    return type("Renamed", (nn.Module,), {"forward": scope["forward"]})
+
+
+def test_code_that_only_looks_alike_is_not_known() -> None:
+    config = LlamaConfig(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2)
+    known = adapter_layers._is
+    assert known(Mlp(), adapter_layers._gated_forward)
+    assert not known(DecoratedMlp(), adapter_layers._gated_forward)
+    assert not known(CalledMlp(), adapter_layers._gated_forward)
+    layer = LlamaDecoderLayer(config, 0)
+    assert known(layer, adapter_layers._pre_norm_forward)
+    assert not known(renamed(LlamaDecoderLayer)(), adapter_layers._pre_norm_forward)
+    handle = layer.register_forward_hook(lambda *_: None)
+    assert not known(layer, adapter_layers._pre_norm_forward)
+    handle.remove()
+    assert known(layer, adapter_layers._pre_norm_forward)
+    for made, becomes in ((layer, PreNormLayer), (WithBuffer(config), WithBuffer)):
+        model = nn.ModuleDict({"layer": made})
+        install(model, manifest_of(model), cast(LoraHook, None), tails=True)
+        assert type(model["layer"]) is becomes
+        assert isinstance(model["layer"].mlp, GatedMlp)
+
+
 STEPS: dict[str, list[tuple[int, tuple[tuple[int, float], ...]]]] = {
     "one token of the base": [(1, ())],
     "the base": [(24, ())],
@@ -483,6 +545,9 @@ def test_the_operators_are_registered_truthfully(step: ops.Step) -> None:
     wanted = residual + ops.tail_linear(h, *back.tail, *rest)[:, :64]
     torch.testing.assert_close(ops.tail_linear_onto(residual, h, *back.tail, *rest), wanted)
     torch.library.opcheck(ops.add_product.default, (residual, h, weight), test_utils=checks)
+    one = (h[:1], weight, None)
+    torch.library.opcheck(ops.one_row_product.default, (*one, residual[:1]), test_utils=checks)
+    torch.library.opcheck(ops.one_row_linear.default, (*one, *rest, residual[:1]), test_utils=checks)
     torch.library.opcheck(ops.tail_gated.default, (x, *into.tail, into.targets, "silu"), test_utils=checks)
     y = ops.tail_linear(x, *into.tail, into.targets, list(into.site.offsets), list(into.site.widths))
     gate, up = y[:, :96].chunk(2, -1)

@@ -347,6 +347,11 @@ def test_what_has_no_place_is_refused() -> None:
     for y in (torch.zeros(9, 160, device=DEVICE), torch.zeros(8, 31, device=DEVICE)):
         with pytest.raises(ValueError, match="y:"):
             triton_tail.expand(y, world.tail.b, world.tail.scales, (0,), (32,), device_plan)
+    rest = (world.tail.b, world.tail.scales, (0,), (32,), device_plan)
+    zeros = torch.zeros(8, 64, device=DEVICE)
+    for residual in (torch.zeros(32, 8, device=DEVICE).t(), zeros[:, :32], zeros[:5, :32].contiguous()):
+        with pytest.raises(ValueError, match=r"residual: expected \[8, 32\] in order"):
+            triton_tail.expand(torch.zeros(8, 160, device=DEVICE), *rest, residual=residual)
     for tokens, slots in ((0, 1), (8, 0), (8, SLOTS + 1)):
         with pytest.raises(ValueError, match="expected 1 or more tokens"):
             TailShape(tokens, slots)
