@@ -148,6 +148,9 @@ def one_row_kernel(
     at = weight + (columns.to(tl.int64) * stride_weight)[:, None] + k[None, :]
     one = _tile(at, columns, n, k, K, WHOLE)
     two = _tile(at + BK, columns, n, BK + k, K, WHOLE)
+    total = tl.zeros([BN], tl.float32)
+    if BIAS:
+        total += tl.load(bias + columns, mask=live, other=0.0).to(tl.float32)
     if ADAPTERS:
         r = tl.arange(0, BR)
         j, offset, width = _columns(tl.program_id(0) * BN, NT, OFFSETS, WIDTHS)
@@ -161,6 +164,8 @@ def one_row_kernel(
     if EARLY:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+    if RESIDUAL:
+        total += tl.load(residual + columns, mask=live, other=0.0).to(tl.float32)
     if ADAPTERS:
         s_row = tl.load(s + entry * (NT * BUCKET) + j * BUCKET + r, mask=r < rank, other=0.0)
     acc = tl.zeros([BN, BK], tl.float32)
@@ -173,11 +178,7 @@ def one_row_kernel(
         two = four
     acc += one.to(tl.float32) * tl.load(x + LAST + k, mask=LAST + k < K, other=0.0)[None, :].to(tl.float32)
     acc += two.to(tl.float32) * tl.load(x + LAST + BK + k, mask=LAST + BK + k < K, other=0.0)[None, :].to(tl.float32)
-    total = tl.sum(acc, 1)
-    if BIAS:
-        total += tl.load(bias + columns, mask=live, other=0.0).to(tl.float32)
-    if RESIDUAL:
-        total += tl.load(residual + columns, mask=live, other=0.0).to(tl.float32)
+    total += tl.sum(acc, 1)
     if ADAPTERS:
         total += tl.sum(s_row[:, None] * b.to(tl.float32), 0)
         if MORE:
