@@ -25,12 +25,14 @@ NAMES = ("rank1", "rank8-rs", "rank16", "rank33-regex", "rank64-patterns", "one-
 
 @pytest.fixture
 def staged(monkeypatch: pytest.MonkeyPatch):
-    """Engines get the Triton kernels, and use the tails as often as they can; how many adapters each step staged."""
+    """Engines get the Triton kernels, and use the tails as often as they can; how many adapters each step staged. Steps
+    of one token have the library's products: their own kernels take the interpreter longest, and are met in
+    test_compiled_parity.py."""
     counts: list[int] = []
 
     def kernels(config, loaded, pages, arena):
         size = (loaded.shapes, pages, config.page_size, loaded.dtype, loaded.device)
-        return PagedAttention(*size), TritonKernels(arena, overlap=False, tails=True), draw.draw
+        return PagedAttention(*size), TritonKernels(arena, overlap=False, tails=True, uniform=True), draw.draw
 
     stage = TritonKernels.stage
 
