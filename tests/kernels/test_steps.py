@@ -452,7 +452,7 @@ def test_a_layer_whose_code_is_known_adds_its_last_product_to_the_residual(
     monkeypatch.setattr(backend, "TAIL_TOKENS", 20)
     monkeypatch.setattr(backend, "LARGE_SEGMENTS", 8)
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1 + traced, "num_attention_heads": 4}
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
     config = AutoConfig.for_model(kind, **sizes, num_key_value_heads=2, head_dim=16, vocab_size=80, pad_token_id=0)
     model = AutoModelForCausalLM.from_config(config).eval().to(DEVICE).requires_grad_(False)
     other = copy.deepcopy(model)
