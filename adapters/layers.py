@@ -4,14 +4,12 @@ Projections that read the same input (q/k/v, gate/up) become one product (one si
 attention or MLP code: the projections' places are taken by `SharedProduct` slices, and whichever is called first
 computes the whole product; its siblings, called with the very same tensor, take their columns of it.
 
-Where the code of an MLP, or of a layer, is known to the byte, a module of ours takes its place that says the same with
-fewer kernels (`GatedMlp`, `PreNormLayer`).
+Where the code of an MLP, or of a layer, is known to the byte (known_code.py), a module of ours takes its place that
+says the same with fewer kernels (`GatedMlp`, `PreNormLayer`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from types import CodeType
 from typing import Any, Protocol, cast
 
 import torch
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 
 from adapters.kernels.dense import PackedWeight, can_pack
 from adapters.kernels.tail import Tail, with_tail
+from adapters.known_code import gated_forward, is_known, pre_norm_forward
 from adapters.manifest import Manifest
 from adapters.site import Site
 
@@ -27,13 +26,11 @@ SHARED_INPUT: tuple[tuple[str, ...], ...] = (("q_proj", "k_proj", "v_proj"), ("g
 nothing but speed: a sibling called with another tensor computes its own columns."""
 
 
-class LoraHook(Protocol):
-    """Adds the current step's LoRA deltas of a site; installed once, its plan changes every step."""
+class LoraProducts(Protocol):
+    """Products with the current step's deltas."""
 
-    active: bool
-    """False while the step has no adapter at all: then layers launch nothing."""
     fused: bool
-    """The hook computes base product and deltas together (`linear`), where that is faster than one after the other."""
+    """Base product and deltas are computed together (`linear`), where that is faster than one after the other."""
 
     @property
     def tailed(self) -> bool:
@@ -58,6 +55,13 @@ class LoraHook(Protocol):
 
     def gated(self, x: Tensor, tail: Tail, targets: Tensor, gate: str) -> Tensor:
         """x [T, in] -> activation(gate) · up, [T, width], of a site of these two with their deltas. gate: of GATES."""
+
+
+class LoraHook(LoraProducts, Protocol):
+    """Adds the current step's LoRA deltas of a site; installed once, its plan changes every step."""
+
+    active: bool
+    """False while the step has no adapter at all: then layers launch nothing."""
 
     def __call__(self, y: Tensor, x: Tensor, site: Site) -> None:
         """y [T, out_features] += deltas of x [T, in_features], in place."""
@@ -185,7 +189,7 @@ class SharedSlice(nn.Module):
 
 
 class GatedMlp(nn.Module):
-    """Stands where an MLP stood whose code is `_gated_forward`. In steps with adapters in the tails, what reads the
+    """Stands where an MLP stood whose code is `gated_forward`. In steps with adapters in the tails, what reads the
     product of gate and up, the activation, adds their deltas by the way."""
 
     def __init__(self, into: LoraLinear, activation: nn.Module, gate: str, back: nn.Module) -> None:
@@ -210,14 +214,9 @@ GATES = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu_tanh"}
 """Activations, by the names of their classes in torch and transformers, that the kernel of a gate knows."""
 
 
-def _gated_forward(self, x):  # type: ignore[no-untyped-def]
-    down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-    return down_proj
-
-
 def gated_mlp(module: nn.Module) -> GatedMlp | None:
     """What takes the module's place, if its code and its activation are known."""
-    if not _is(module, _gated_forward):
+    if not is_known(module, gated_forward):
         return None
     gate = GATES.get(type(module.act_fn).__name__)
     first, second = module.gate_proj, module.up_proj
@@ -229,7 +228,7 @@ def gated_mlp(module: nn.Module) -> GatedMlp | None:
 
 
 class PreNormLayer(nn.Module):
-    """Stands where a decoder layer stood whose code is `_pre_norm_forward`. The last product adds to the residual by
+    """Stands where a decoder layer stood whose code is `pre_norm_forward`. The last product adds to the residual by
     itself, where the compiler would have a kernel for it."""
 
     input_layernorm: nn.Module
@@ -252,71 +251,14 @@ class PreNormLayer(nn.Module):
         return self.mlp(self.post_attention_layernorm(residual), residual)
 
 
-def _pre_norm_forward(  # type: ignore[no-untyped-def]
-    self,
-    hidden_states,
-    attention_mask=None,
-    position_ids=None,
-    past_key_values=None,
-    use_cache=False,
-    position_embeddings=None,
-    **kwargs,
-):
-    residual = hidden_states
-    hidden_states = self.input_layernorm(hidden_states)
-    hidden_states, _ = self.self_attn(
-        hidden_states=hidden_states,
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        past_key_values=past_key_values,
-        use_cache=use_cache,
-        position_embeddings=position_embeddings,
-        **kwargs,
-    )
-    hidden_states = residual + hidden_states
-    residual = hidden_states
-    hidden_states = self.post_attention_layernorm(hidden_states)
-    hidden_states = self.mlp(hidden_states)
-    hidden_states = residual + hidden_states
-    return hidden_states
-
-
 def pre_norm_layer(module: nn.Module) -> PreNormLayer | None:
     """What takes the module's place, if its code is known and its MLP is a GatedMlp that ends in a LoraLinear."""
-    if not _is(module, _pre_norm_forward) or module._parameters or module._buffers:
+    if not is_known(module, pre_norm_forward) or module._parameters or module._buffers:
         return None
     mlp = cast(nn.Module, module.mlp)
     if not isinstance(mlp, GatedMlp) or not isinstance(mlp.back, LoraLinear):
         return None
     return PreNormLayer(module, mlp, mlp.back)
-
-
-HARMLESS = frozenset({"torch.nn.modules.module", "transformers.modeling_layers", "transformers.utils.deprecation"})
-"""Modules whose decorators of `forward`, and whose `__call__`, change nothing but what is trained or called by an old
-name."""
-
-
-def _is(module: nn.Module, known: Callable[..., Any]) -> bool:
-    """Whether the module's code is that of the function, to the byte but for the names of its parameters, and nothing
-    has been hung on it. transformers has the same in Llama, Mistral, Qwen and many more."""
-    if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
-        return False
-    if any("__call__" in vars(each) and each.__module__ not in HARMLESS for each in type(module).__mro__):
-        return False
-    forward = type(module).forward
-    while hasattr(forward, "__wrapped__"):
-        if forward.__globals__["__name__"] not in HARMLESS:
-            return False
-        forward = forward.__wrapped__
-    code = getattr(forward, "__code__", None)
-    return isinstance(code, CodeType) and _said(code) == _said(known.__code__)
-
-
-def _said(code: CodeType) -> tuple[object, ...]:
-    """What code does, its parameters by number: where it passes one on by its own name, that counts as the number."""
-    number = {name: i for i, name in enumerate(code.co_varnames)}
-    keywords = [tuple(number.get(name, name) for name in each) for each in code.co_consts if isinstance(each, tuple)]
-    return code.co_code, code.co_names, keywords
 
 
 def sites(model: nn.Module, manifest: Manifest, *, fuse: bool = True) -> list[tuple[tuple[str, ...], Site]]:

@@ -190,9 +190,7 @@ class TritonKernels:
         one_row.py."""
         offsets, widths = list(site.offsets), list(site.widths)
         if self.tailed and tail is not None:
-            if residual is not None:
-                return ops.tail_linear_onto(residual, x, *tail, targets, offsets, widths)
-            return ops.tail_linear(x, *tail, targets, offsets, widths)[:, : site.out_features]
+            return ops.tail_linear(x, *tail, targets, offsets, widths, residual)[:, : site.out_features]
         if self.one_row and one_row.fits(site):
             return ops.one_row_linear(x, weight, bias, targets, offsets, widths, residual)
         y, delta = ops.lora_linear(x, weight, bias, targets, offsets, widths)

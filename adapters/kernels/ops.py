@@ -93,8 +93,9 @@ def _one(x: Tensor, weight: Tensor, *_: object) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-def _whole(x: Tensor, whole: Tensor, *_: object) -> Tensor:
-    return x.new_empty(x.shape[0], whole.shape[0])
+def _whole(x: Tensor, whole: Tensor, *rest: object) -> Tensor:
+    residual = rest[6] if len(rest) > 6 else None
+    return torch.empty_like(residual) if isinstance(residual, Tensor) else x.new_empty(x.shape[0], whole.shape[0])
 
 
 def _tail_plan() -> TailPlan:
@@ -128,36 +129,15 @@ def tail_linear(
     targets: Tensor,
     offsets: Sequence[int],
     widths: Sequence[int],
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """x W0^T + bias + the step's deltas, in the first d columns of [T, d + spare]. whole, bias, b, scales: of a Tail,
-    in which the adapters of STEP.tail_plan have been staged; those of STEP.plan are computed beside the product. Raises
-    ValueError in a step without a tail_plan."""
+    """x W0^T + bias + the step's deltas, in the first d columns of [T, d + spare]; with residual [T, d] their sum with
+    it, [T, d]. whole, bias, b, scales: of a Tail, in which the adapters of STEP.tail_plan have been staged; those of
+    STEP.plan are computed beside the product. Raises ValueError in a step without a tail_plan."""
     plan = _tail_plan()
     y, delta = _both(x, whole, bias, targets, offsets, widths)
-    triton_tail.expand(y, b, scales, tuple(offsets), tuple(widths), plan, delta)
-    return y
-
-
-def _like_residual(residual: Tensor, *_: object) -> Tensor:
-    return torch.empty_like(residual)
-
-
-@opaque(_like_residual)
-def tail_linear_onto(
-    residual: Tensor,
-    x: Tensor,
-    whole: Tensor,
-    bias: Tensor | None,
-    b: Tensor,
-    scales: Tensor,
-    targets: Tensor,
-    offsets: Sequence[int],
-    widths: Sequence[int],
-) -> Tensor:
-    """The same and residual, [T, d]. Raises as `tail_linear`."""
-    plan = _tail_plan()
-    y, delta = _both(x, whole, bias, targets, offsets, widths)
-    return triton_tail.expand(y, b, scales, tuple(offsets), tuple(widths), plan, delta, residual=residual)
+    read = triton_tail.expand(y, b, scales, tuple(offsets), tuple(widths), plan, delta, residual=residual)
+    return y if residual is None else read
 
 
 def _nothing(*_: object) -> None:

@@ -14,7 +14,7 @@ from adapters import layers
 from adapters.arena import Arena
 from adapters.kernels import reference
 from adapters.kernels.tail import Tail
-from adapters.layers import LoraLinear
+from adapters.layers import LoraLinear, LoraProducts
 from adapters.plan import LoraPlan
 from adapters.site import Site
 from service.engine import draw, sampler
@@ -35,14 +35,11 @@ if TYPE_CHECKING:  # it imports Triton, which torch for CPU does not bring
 _NO_RULES = np.empty((0, draw.WIDTH), dtype=np.int32)
 
 
-class LoraKernels(Protocol):
-    """What the runner needs of an implementation of the LoRA products; see layers.LoraHook."""
+class LoraKernels(LoraProducts, Protocol):
+    """What the runner needs of an implementation of the LoRA products."""
 
-    fused: bool
     tails: bool
     """It wants weights with spare rows (adapters/kernels/tail.py)."""
-    tailed: bool
-    """The current step's adapters stand in them."""
     one_row: bool
     """The current step is one token, and its products are of kernels of their own (adapters/kernels/one_row.py)."""
 
@@ -52,21 +49,6 @@ class LoraKernels(Protocol):
     def begin_step(self, plan: LoraPlan | None, tokens: int) -> None: ...
 
     def apply(self, y: Tensor, x: Tensor, site: Site) -> None: ...
-
-    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor: ...
-
-    def linear(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        tail: Tail | None,
-        bias: Tensor | None,
-        targets: Tensor,
-        site: Site,
-        residual: Tensor | None = None,
-    ) -> Tensor: ...
-
-    def gated(self, x: Tensor, tail: Tail, targets: Tensor, gate: str) -> Tensor: ...
 
 
 class ReferenceKernels:

@@ -18,6 +18,7 @@ from torch.nn import functional
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from adapters import known_code
 from adapters import layers as adapter_layers
 from adapters.arena import Arena
 from adapters.kernels import backend, one_row, ops, triton_lora, triton_tail
@@ -403,17 +404,17 @@ def renamed(layer: type[nn.Module]) -> type[nn.Module]:
 
 def test_code_that_only_looks_alike_is_not_known() -> None:
     config = LlamaConfig(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2)
-    known = adapter_layers._is
-    assert known(Mlp(), adapter_layers._gated_forward)
-    assert not known(DecoratedMlp(), adapter_layers._gated_forward)
-    assert not known(CalledMlp(), adapter_layers._gated_forward)
+    known = known_code.is_known
+    assert known(Mlp(), known_code.gated_forward)
+    assert not known(DecoratedMlp(), known_code.gated_forward)
+    assert not known(CalledMlp(), known_code.gated_forward)
     layer = LlamaDecoderLayer(config, 0)
-    assert known(layer, adapter_layers._pre_norm_forward)
-    assert not known(renamed(LlamaDecoderLayer)(), adapter_layers._pre_norm_forward)
+    assert known(layer, known_code.pre_norm_forward)
+    assert not known(renamed(LlamaDecoderLayer)(), known_code.pre_norm_forward)
     handle = layer.register_forward_hook(lambda *_: None)
-    assert not known(layer, adapter_layers._pre_norm_forward)
+    assert not known(layer, known_code.pre_norm_forward)
     handle.remove()
-    assert known(layer, adapter_layers._pre_norm_forward)
+    assert known(layer, known_code.pre_norm_forward)
     for made, becomes in ((layer, PreNormLayer), (WithBuffer(config), WithBuffer)):
         model = nn.ModuleDict({"layer": made})
         install(model, manifest_of(model), cast(LoraHook, None), tails=True)
@@ -541,9 +542,9 @@ def test_the_operators_are_registered_truthfully(step: ops.Step) -> None:
     assert back.tail is not None
     residual, weight = torch.randn(5, 64, device=DEVICE), back.tail.whole[:64]
     rest = (back.targets, list(back.site.offsets), list(back.site.widths))
-    torch.library.opcheck(ops.tail_linear_onto.default, (residual, h, *back.tail, *rest), test_utils=checks)
+    torch.library.opcheck(ops.tail_linear.default, (h, *back.tail, *rest, residual), test_utils=checks)
     wanted = residual + ops.tail_linear(h, *back.tail, *rest)[:, :64]
-    torch.testing.assert_close(ops.tail_linear_onto(residual, h, *back.tail, *rest), wanted)
+    torch.testing.assert_close(ops.tail_linear(h, *back.tail, *rest, residual), wanted)
     torch.library.opcheck(ops.add_product.default, (residual, h, weight), test_utils=checks)
     one = (h[:1], weight, None)
     torch.library.opcheck(ops.one_row_product.default, (*one, residual[:1]), test_utils=checks)
