@@ -296,14 +296,17 @@ def test_what_is_warmed_up_is_what_compiled_layers_launch(
     kernels = TritonKernels(arena, overlap=False, tails=True)
     hook = _Hook(kernels)
     met: set[tuple[str, int, int, bool]] = set()
+
+    def noting(name: str, launch: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(y: Tensor, *rest: object, **residual: Tensor | None) -> Tensor:
+            met.add((name, *y.shape, rest[-1] is not None))
+            return launch(y, *rest, **residual)
+
+        return call
+
     for name in ("expand", "gated"):
         launch = getattr(triton_tail, name)
-
-        def noting(y: Tensor, *rest: object, name: str = name, launch=launch) -> object:  # type: ignore[no-untyped-def]
-            met.add((name, *y.shape, rest[-1] is not None))
-            return launch(y, *rest)
-
-        monkeypatch.setattr(triton_tail, name, noting)
+        monkeypatch.setattr(triton_tail, name, noting(name, launch))
     monkeypatch.setattr(backend, "TAIL_TOKENS", 64)
     with torch.inference_mode():
         kernels.bind(install(model, manifest, hook, tails=True), len(manifest.linears))
