@@ -1,7 +1,8 @@
 """The Triton kernels of adapters in the tails; triton_tail.py says what they compute, and launches them.
 
-Whatever they can they ask for at once, and leave out afterwards what is not a row's. Only what depends on a row's place
-(slots, where there are several, and deltas from beside) has to wait for that.
+Whatever they can they ask for at once, and leave out afterwards what is not a row's. Only what depends on a tile's tell
+(slots, where there are several, and deltas from beside) has to wait for that. Rows with slots and rows with deltas from
+beside are computed apart: tiles with both are few, and code for both at once takes registers that others lack.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -68,36 +69,21 @@ def stage_kernel(
 
 
 @triton.jit
-def _own(place, ENDS: tl.constexpr):
-    """Of each row: its adapter's first slot and the one behind its last."""
-    return tl.where(place > 0, place % ENDS, 0), tl.where(place > 0, place // ENDS, 0)
-
-
-@triton.jit
-def _slots(begin, end, SLOTS: tl.constexpr):
-    """The first slot of those that rows of the tile have, and the one behind their last."""
+def _tell(tells, tile, SLOTS: tl.constexpr, ENDS: tl.constexpr):
+    """Of a tile: the first slot that rows of it have, the one behind their last, and whether there are `others`: rows
+    with deltas from beside, or no row with a slot."""
+    tell = tl.load(tells + tile)
     if SLOTS == 1:
-        return 0, 1
-    return tl.min(tl.where(end > 0, begin, SLOTS - 1)), tl.max(end)
+        return 0, 1, tell >= ENDS * ENDS
+    return tell % ENDS, tell // ENDS % ENDS, tell >= ENDS * ENDS
 
 
 @triton.jit
-def _factor(scales, begin, weight, SLOTS: tl.constexpr):
-    """w · scale of each row's adapter in a target."""
-    if SLOTS == 1:
-        return weight * tl.load(scales)
-    scale = tl.zeros_like(weight)
-    for slot in tl.static_range(SLOTS):
-        scale = tl.where(begin == slot, tl.load(scales + slot), scale)
-    return weight * scale
-
-
-@triton.jit
-def _delta(s, b, factor, begin, end, slot):
-    """factor · s B of one slot; zeros for rows whose it is not. What is loaded must go into the product as it is: else
-    the compiler waits for s before it asks for b."""
-    own = (slot >= begin) & (slot < end)
-    return tl.where(own[:, None], tl.dot(s, b, input_precision="ieee") * factor[:, None], 0.0)
+def _delta(s, b, place, weight, scale, slot, ENDS: tl.constexpr):
+    """weight · scale · s B of one slot; zeros for rows whose it is not. What is loaded must go into the product as it
+    is: else the compiler waits for s before it asks for b."""
+    own = (place > 0) & (slot >= place % ENDS) & (slot < place // ENDS)
+    return tl.where(own[:, None], tl.dot(s, b, input_precision="ieee") * (weight * scale)[:, None], 0.0)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -108,6 +94,7 @@ def expand_kernel(
     delta,
     b,
     scales,
+    tells,
     places,
     weights,
     tokens,
@@ -125,12 +112,14 @@ def expand_kernel(
     BESIDE: tl.constexpr,
     RESIDUAL: tl.constexpr,
     BM: tl.constexpr,
+    TILE: tl.constexpr,
     BN: tl.constexpr,
     WHOLE: tl.constexpr,
     VEC: tl.constexpr,
 ):
     """BN columns of BM rows: out = y + w · scale · s B; with BESIDE, for other rows, + delta; with RESIDUAL, + that.
     out may be y. WHOLE: no tile has columns to leave out."""
+    slot, last, others = _tell(tells, tl.program_id(0) // CHUNKS * BM // TILE, SLOTS, ENDS)
     j, column, width, offset = chunk_of(tl.program_id(0) % CHUNKS, NT, OFFSETS, WIDTHS, BN)
     n = column + tl.arange(0, BN)
     inside = (n < width // VEC * VEC)[None, :] | WHOLE
@@ -146,27 +135,33 @@ def expand_kernel(
     before = tl.load(row + n[None, :], mask=mask, other=0.0)
     if RESIDUAL:
         beneath = tl.load(residual + (m.to(tl.int64) * D)[:, None] + n[None, :], mask=mask, other=0.0)
-    begin, end = _own(place, ENDS)
-    slot, last = _slots(begin, end, SLOTS)
-    s_at = row + (D + j * GRANULE + r)[None, :]
-    b_at = b + (r * D)[:, None] + n[None, :]
-    s = tl.load(s_at + slot * (NT * GRANULE), mask=there[:, None], other=0.0)
-    b_slot = tl.load(b_at + slot * (GRANULE * D), mask=inside, other=0.0)
-    if BESIDE:
-        other = mask & (place < 0)[:, None]
-        beside = tl.load(delta + (m.to(tl.int64) * D)[:, None] + n[None, :], mask=other, other=0.0)
-    factor = _factor(scales + j * SCALES, begin, tl.where(place > 0, weight, 0.0), SLOTS)
-    total = before.to(tl.float32) + _delta(s, b_slot, factor, begin, end, slot)
-    if SLOTS > 1:
-        for more in tl.range(slot + 1, last, num_stages=1):
-            s = tl.load(s_at + more * (NT * GRANULE), mask=there[:, None], other=0.0)
-            b_slot = tl.load(b_at + more * (GRANULE * D), mask=inside, other=0.0)
-            total += _delta(s, b_slot, factor, begin, end, more)
-    if BESIDE:
-        total += beside.to(tl.float32)
-    if RESIDUAL:
-        total += beneath.to(tl.float32)
-    tl.store(out + (m.to(tl.int64) * stride_out)[:, None] + n[None, :], total.to(y.dtype.element_ty), mask=mask)
+    to = out + (m.to(tl.int64) * stride_out)[:, None] + n[None, :]
+    some = slot < last if BESIDE else True
+    if some:
+        s_at = row + (D + j * GRANULE + r)[None, :]
+        b_at = b + (r * D)[:, None] + n[None, :]
+        scale = tl.load(scales + j * SCALES + slot)
+        s = tl.load(s_at + slot * (NT * GRANULE), mask=there[:, None], other=0.0)
+        b_slot = tl.load(b_at + slot * (GRANULE * D), mask=inside, other=0.0)
+        total = before.to(tl.float32) + _delta(s, b_slot, place, weight, scale, slot, ENDS)
+        if SLOTS > 1:
+            for more in tl.range(slot + 1, last, num_stages=1):
+                scale = tl.load(scales + j * SCALES + more)
+                s = tl.load(s_at + more * (NT * GRANULE), mask=there[:, None], other=0.0)
+                b_slot = tl.load(b_at + more * (GRANULE * D), mask=inside, other=0.0)
+                total += _delta(s, b_slot, place, weight, scale, more, ENDS)
+        if RESIDUAL:
+            total += beneath.to(tl.float32)
+        tl.store(to, total.to(y.dtype.element_ty), mask=mask & (place >= 0)[:, None] if BESIDE else mask)
+    if BESIDE:  # noqa: SIM102 - known when it is compiled
+        if others:
+            own = mask & (place < 0)[:, None]
+            beside = tl.load(delta + (m.to(tl.int64) * D)[:, None] + n[None, :], mask=own, other=0.0)
+            total = before.to(tl.float32) + beside.to(tl.float32)
+            if RESIDUAL:
+                total += beneath.to(tl.float32)
+            left = place < tl.where(slot < last, 0, ENDS * ENDS)
+            tl.store(to, total.to(y.dtype.element_ty), mask=mask & left[:, None])
 
 
 @triton.jit
@@ -186,6 +181,7 @@ def gated_kernel(
     h,
     b,
     scales,
+    tells,
     places,
     weights,
     tokens,
@@ -199,11 +195,13 @@ def gated_kernel(
     GATE: tl.constexpr,
     FAST: tl.constexpr,
     BM: tl.constexpr,
+    TILE: tl.constexpr,
     BN: tl.constexpr,
 ):
     """BN columns of BM rows: h = activation(gate + its delta) · (up + its delta), where y is [gate | up | s]."""
     CHUNKS: tl.constexpr = (WIDTH + BN - 1) // BN
     D: tl.constexpr = 2 * WIDTH
+    slot, last, others = _tell(tells, tl.program_id(0) // CHUNKS * BM // TILE, SLOTS, ENDS)
     n = tl.program_id(0) % CHUNKS * BN + tl.arange(0, BN)
     inside = (n < WIDTH)[None, :] | (WIDTH % BN == 0)
     m = tl.program_id(0) // CHUNKS * BM + tl.arange(0, BM)
@@ -215,34 +213,37 @@ def gated_kernel(
     weight = tl.load(weights + m, mask=there, other=0.0)
     gate = tl.load(row + n[None, :], mask=mask, other=0.0)
     up = tl.load(row + WIDTH + n[None, :], mask=mask, other=0.0)
-    begin, end = _own(place, ENDS)
-    slot, last = _slots(begin, end, SLOTS)
-    s_at = row + (D + r)[None, :]
-    b_at = b + (r * D)[:, None] + n[None, :]
-    s_gate = tl.load(s_at + slot * (2 * GRANULE), mask=there[:, None], other=0.0)
-    s_up = tl.load(s_at + slot * (2 * GRANULE) + GRANULE, mask=there[:, None], other=0.0)
-    b_gate = tl.load(b_at + slot * (GRANULE * D), mask=inside, other=0.0)
-    b_up = tl.load(b_at + slot * (GRANULE * D) + WIDTH, mask=inside, other=0.0)
-    if BESIDE:
-        other = mask & (place < 0)[:, None]
-        beside = delta + (m.to(tl.int64) * D)[:, None] + n[None, :]
-        gate_beside = tl.load(beside, mask=other, other=0.0)
-        up_beside = tl.load(beside + WIDTH, mask=other, other=0.0)
-    weight = tl.where(place > 0, weight, 0.0)
-    of_gate = _factor(scales, begin, weight, SLOTS)
-    of_up = _factor(scales + SCALES, begin, weight, SLOTS)
-    gate = gate.to(tl.float32) + _delta(s_gate, b_gate, of_gate, begin, end, slot)
-    up = up.to(tl.float32) + _delta(s_up, b_up, of_up, begin, end, slot)
-    if SLOTS > 1:
-        for more in tl.range(slot + 1, last, num_stages=1):
-            s_gate = tl.load(s_at + more * (2 * GRANULE), mask=there[:, None], other=0.0)
-            s_up = tl.load(s_at + more * (2 * GRANULE) + GRANULE, mask=there[:, None], other=0.0)
-            b_gate = tl.load(b_at + more * (GRANULE * D), mask=inside, other=0.0)
-            b_up = tl.load(b_at + more * (GRANULE * D) + WIDTH, mask=inside, other=0.0)
-            gate += _delta(s_gate, b_gate, of_gate, begin, end, more)
-            up += _delta(s_up, b_up, of_up, begin, end, more)
-    if BESIDE:
-        gate += gate_beside.to(tl.float32)
-        up += up_beside.to(tl.float32)
-    out = _activated(gate, GATE, FAST) * up
-    tl.store(h + (m.to(tl.int64) * WIDTH)[:, None] + n[None, :], out.to(h.dtype.element_ty), mask=mask)
+    to = h + (m.to(tl.int64) * WIDTH)[:, None] + n[None, :]
+    some = slot < last if BESIDE else True
+    if some:
+        s_at = row + (D + r)[None, :]
+        b_at = b + (r * D)[:, None] + n[None, :]
+        of_gate, of_up = tl.load(scales + slot), tl.load(scales + SCALES + slot)
+        s_gate = tl.load(s_at + slot * (2 * GRANULE), mask=there[:, None], other=0.0)
+        s_up = tl.load(s_at + slot * (2 * GRANULE) + GRANULE, mask=there[:, None], other=0.0)
+        b_gate = tl.load(b_at + slot * (GRANULE * D), mask=inside, other=0.0)
+        b_up = tl.load(b_at + slot * (GRANULE * D) + WIDTH, mask=inside, other=0.0)
+        all_gate = gate.to(tl.float32) + _delta(s_gate, b_gate, place, weight, of_gate, slot, ENDS)
+        all_up = up.to(tl.float32) + _delta(s_up, b_up, place, weight, of_up, slot, ENDS)
+        if SLOTS > 1:
+            for more in tl.range(slot + 1, last, num_stages=1):
+                of_gate, of_up = tl.load(scales + more), tl.load(scales + SCALES + more)
+                s_gate = tl.load(s_at + more * (2 * GRANULE), mask=there[:, None], other=0.0)
+                s_up = tl.load(s_at + more * (2 * GRANULE) + GRANULE, mask=there[:, None], other=0.0)
+                b_gate = tl.load(b_at + more * (GRANULE * D), mask=inside, other=0.0)
+                b_up = tl.load(b_at + more * (GRANULE * D) + WIDTH, mask=inside, other=0.0)
+                all_gate += _delta(s_gate, b_gate, place, weight, of_gate, more, ENDS)
+                all_up += _delta(s_up, b_up, place, weight, of_up, more, ENDS)
+        out = _activated(all_gate, GATE, FAST) * all_up
+        tl.store(to, out.to(h.dtype.element_ty), mask=mask & (place >= 0)[:, None] if BESIDE else mask)
+    if BESIDE:  # noqa: SIM102 - known when it is compiled
+        if others:
+            own = mask & (place < 0)[:, None]
+            beside = delta + (m.to(tl.int64) * D)[:, None] + n[None, :]
+            gate_beside = tl.load(beside, mask=own, other=0.0)
+            up_beside = tl.load(beside + WIDTH, mask=own, other=0.0)
+            all_gate = gate.to(tl.float32) + gate_beside.to(tl.float32)
+            all_up = up.to(tl.float32) + up_beside.to(tl.float32)
+            out = _activated(all_gate, GATE, FAST) * all_up
+            left = place < tl.where(slot < last, 0, ENDS * ENDS)
+            tl.store(to, out.to(h.dtype.element_ty), mask=mask & left[:, None])

@@ -23,6 +23,9 @@ ENDS = 16
 """A token's place is its adapter's first slot plus ENDS times the slot behind its last; 0 without an adapter."""
 BESIDE = -1
 """The place of a token whose deltas are computed beside the product."""
+TILE = 32
+"""Tokens, one behind the other, of which a kernel can ask at once what there is to do: a tell, the first slot that any
+of them has, plus ENDS times the slot behind the last, plus ENDS² if none has any, or some have deltas from beside."""
 STAGED = 3
 """Numbers that say what is to be staged: arena row, first slot, number of slots."""
 
@@ -41,7 +44,12 @@ class TailShape:
 
     @cached_property
     def slices(self) -> dict[str, slice]:
-        return laid_out({"places": self.tokens, "weights": self.tokens, "staged": 1 + STAGED * SLOTS})
+        staged = 1 + STAGED * SLOTS
+        return laid_out({"tells": self.tiles, "places": self.tiles * TILE, "weights": self.tokens, "staged": staged})
+
+    @property
+    def tiles(self) -> int:
+        return -(-self.tokens // TILE)
 
     @cached_property
     def size(self) -> int:
@@ -63,6 +71,7 @@ def pack_tail(
     if out.shape != (shape.size,) or out.dtype != np.int32:
         raise ValueError(f"out: expected int32 [{shape.size}], found {out.dtype} {list(out.shape)}")
     part = {name: out[where] for name, where in shape.slices.items()}
+    part["tells"][:] = ENDS**2
     part["places"][:] = 0
     part["staged"][0] = 0
     if beside is not None:
@@ -75,6 +84,10 @@ def pack_tail(
         raise PlanSizeError(f"{len(plan.tokens)} entries, in slots {placed.slots.tolist()}, do not fit {shape}")
     begins, ends = placed.slots.T
     part["places"][plan.tokens] = np.repeat(begins + ENDS * ends, np.diff(plan.seg_start))
+    place = part["places"].reshape(-1, TILE)
+    first = np.where(place > 0, place % ENDS, SLOTS).min(axis=1)
+    slots, rest = first + place.max(axis=1) // ENDS * ENDS, np.where(place.min(axis=1) < 0, ENDS**2, 0)
+    part["tells"][:] = np.where(first < SLOTS, slots + rest, ENDS**2)
     part["weights"].view(np.float32)[plan.tokens] = plan.weights
     part["staged"][0] = len(placed.staged)
     listed = np.array(placed.staged, dtype=np.int32).reshape(-1)
@@ -91,7 +104,9 @@ class TailPlan:
         self.shape = shape
         self.buffer = buffer
         part = {name: buffer[where] for name, where in shape.slices.items()}
-        self.places = part["places"]
+        self.tells = part["tells"]
+        """[tiles], see TILE."""
+        self.places = part["places"][: shape.tokens]
         """[tokens], see ENDS and BESIDE."""
         self.weights = part["weights"].view(torch.float32)
         """[tokens]; anything where the place is 0."""

@@ -23,7 +23,7 @@ from torch import Tensor
 from adapters.kernels import tail
 from adapters.kernels.tail import GRANULE, SLOTS, Tail
 from adapters.kernels.tail_kernels import expand_kernel, gated_kernel, stage_kernel
-from adapters.kernels.tail_plan import ENDS, STAGED, TailPlan
+from adapters.kernels.tail_plan import ENDS, STAGED, TILE, TailPlan
 from adapters.kernels.triton_lora import Tables, multiprocessors
 from adapters.site import Site
 
@@ -81,18 +81,19 @@ class Config:
 
     rows: int
     columns: int
-    """Of a program: powers of two, 16 or more."""
+    """Of a program: powers of two, 16 or more, and of rows TILE (tail_plan.py) at most."""
     num_warps: int = 4
 
-
-ONE_ADAPTER = Config(32, 64)
-MORE = Config(32, 128)
-"""For plans with room for one slot, and for more: of twelve the best in sum for an 8B model's shapes, each kernel alone
-(H200, benchmarks/RESULTS.md)."""
+    def __post_init__(self) -> None:
+        if self.rows not in (TILE // 2, TILE):
+            raise ValueError(f"rows: expected {TILE // 2} or {TILE}, found {self.rows}")
 
 
-def config_for(plan: TailPlan) -> Config:
-    return ONE_ADAPTER if plan.shape.slots == 1 else MORE
+PLAIN = Config(32, 64)
+WITH_OTHERS = Config(16, 64)
+GATED_SLOTS = Config(16, 128, num_warps=2)
+"""Of both kernels; of both with deltas from beside; and of the gate with several slots. Each kernel alone, on an 8B
+model's shapes, the best in sum of up to fourteen (H200, benchmarks/RESULTS.md)."""
 
 
 def expand(
@@ -114,7 +115,7 @@ def expand(
     tokens, d = _check(y, b, plan), sum(widths)
     if residual is not None and (residual.shape != (tokens, d) or not residual.is_contiguous()):
         raise ValueError(f"residual: expected [{tokens}, {d}] in order, found {list(residual.shape)}")
-    config = config or config_for(plan)
+    config = config or (PLAIN if delta is None else WITH_OTHERS)
     vector = 16 // y.element_size()
     chunks = sum(-(-width // config.columns) for width in widths)
     out = y[:, :d] if residual is None else torch.empty_like(residual)
@@ -125,6 +126,7 @@ def expand(
         y if delta is None else delta,
         b,
         scales,
+        plan.tells,
         plan.places,
         plan.weights,
         tokens,
@@ -142,6 +144,7 @@ def expand(
         BESIDE=delta is not None,
         RESIDUAL=residual is not None,
         BM=config.rows,
+        TILE=TILE,
         BN=config.columns,
         WHOLE=all(width % config.columns == 0 for width in widths),
         VEC=vector if all(n % vector == 0 for n in (*offsets, *widths)) else 1,
@@ -162,7 +165,7 @@ def gated(
     """y [T, 2 width + spare] -> [T, width]: activation(gate + its delta) · (up + its delta); as `expand`. gate: of
     layers.GATES."""
     tokens, width = _check(y, b, plan), b.shape[1] // 2
-    config = config or config_for(plan)
+    config = config or (WITH_OTHERS if delta is not None else PLAIN if plan.shape.slots == 1 else GATED_SLOTS)
     h = y.new_empty(tokens, width)
     gated_kernel[(-(-tokens // config.rows) * -(-width // config.columns),)](
         y,
@@ -170,6 +173,7 @@ def gated(
         h,
         b,
         scales,
+        plan.tells,
         plan.places,
         plan.weights,
         tokens,
@@ -183,6 +187,7 @@ def gated(
         GATE=gate,
         FAST=y.is_cuda,  # Triton's interpreter has no libdevice
         BM=config.rows,
+        TILE=TILE,
         BN=config.columns,
         num_warps=config.num_warps,
     )
