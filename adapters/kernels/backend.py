@@ -27,6 +27,9 @@ DECODE_ENTRIES = 512
 """Plans of at most so many (token, adapter) pairs use small tiles: their time is that of reading factors."""
 LARGE_SEGMENTS = 48
 """From so many tokens an adapter on, it stands in the tails, or a step with prompts uses large LoRA tiles."""
+EARLY_TOKENS = 32
+"""Steps of so many tokens start their kernels early if they have LoRA: 2% less with 4 to 16 sequences, 0.7 with 32;
+those of the base take 1% longer so, but for a single token's (H200, benchmarks/RESULTS.md)."""
 TAIL_TOKENS = 64
 """Steps of so many tokens use the tails: in smaller ones what they add to the base product, and behind it, costs more
 than LoRA beside it (benchmarks/RESULTS.md)."""
@@ -57,6 +60,8 @@ class TritonKernels:
         self._uniform = uniform
         self.one_row = False
         """The step is one token, and computed as one_row.py does: read while layers are traced."""
+        self.starts_early = False
+        """The compiler's kernels and attention start early in this step (early.py)."""
         STEP.tables, STEP.plan, STEP.tail_plan, STEP.tails = arena, None, None, None
         STEP.side = None
         if overlap and arena.data.is_cuda:
@@ -100,6 +105,8 @@ class TritonKernels:
         STEP.tables, STEP.plan, STEP.tail_plan = self.arena, beside, tail
         self.tailed = tail is not None
         self.one_row = tokens == 1 and not self._uniform
+        few = beside is not None and tail is None and tokens <= EARLY_TOKENS and not self._uniform
+        self.starts_early = self.one_row or few
 
     def parted(self, plan: LoraPlan, tokens: int) -> tuple[LoraPlan | None, LoraPlan | None]:
         """The adapters that are to stand in the tails, as many as have room there and those with most tokens first, and

@@ -184,6 +184,7 @@ def paged_attention(
                 softcap=softcap,
                 count=step.count,
                 counters=counters,
+                starts_early=step.starts_early,
             )
     finally:  # else what is freed after a failure might be given away while prompts are still computed
         if main is not None and side is not None:
@@ -207,13 +208,15 @@ def decode(
     splits: int | None = None,
     count: Tensor | None = None,
     counters: Tensor | None = None,
+    starts_early: bool = False,
 ) -> None:
     """One query per sequence: q and out [S, query_heads, head_dim]. A sequence with context 0 gets zeros.
 
     new: each sequence's newest key, which is written; where context is 0 it is not. None: it lies in the caches.
     max_context: an upper bound of context_lens. splits: programs per sequence and KV head; None chooses. count: int32
     [1], only so many sequences are computed, and of `out` only their rows written. counters: int32 zeros, which they
-    are again afterwards; where they are fewer than sequences * kv_heads, several splits get others."""
+    are again afterwards; where they are fewer than sequences * kv_heads, several splits get others. starts_early: where
+    the device can, before the kernel before has ended; only with `new` and without `count`."""
     sequences, query_heads, head_dim = q.shape
     kv_heads = k_cache.shape[2]
     group = check_heads(query_heads, kv_heads, head_dim)
@@ -232,8 +235,7 @@ def decode(
         if counters is None or counters.numel() < sequences * kv_heads:
             counters = torch.zeros(sequences * kv_heads, dtype=torch.int32, device=q.device)
     factor, cap = _scores(scale, softcap)
-    # In the graph of one sequence alone, whose other kernels start early too.
-    starts_early = sequences == 1 and new is not None and count is None and early.can_start_early(q.device)
+    starts_early = starts_early and new is not None and count is None and early.can_start_early(q.device)
     k, v, slots = (q, q, context_lens) if new is None else (_adjacent(new.k), _adjacent(new.v), new.slots)
     decode_kernel[(sequences, kv_heads, splits)](
         _rows(q),

@@ -58,9 +58,7 @@ def compile_layers(
 
 
 def _either(module: nn.Module, backend: str, starts_early: Callable[[], bool]) -> Callable[..., Any]:
-    """Calls the module as it is compiled, or as it is compiled with programmatic dependent launch. With attention's,
-    that took 0.7 to 2% off the base's steps of up to 32 sequences and added 0 to 3% to larger ones (H100, one pair of
-    starts, benchmarks/RESULTS.md)."""
+    """Calls the module as it is compiled, or as it is compiled with programmatic dependent launch."""
     usual = cast(Callable[..., Any], module._compiled_call_impl)
     early = torch.compile(module._call_impl, dynamic=True, backend=backend, options={"triton.enable_pdl": True})
 

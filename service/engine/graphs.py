@@ -313,18 +313,6 @@ class StepGraphs:
         def part(name: str) -> Tensor:
             return self._inputs.device[places.of[name]]
 
-        self._attention.step = StepArrays(
-            slots=part("slots"),
-            context_lens=part("contexts"),
-            query_starts=part("starts"),
-            page_table=part("table").view(shape.sequences, self._pages),
-            tile_seq=part("tile_seq"),
-            tile_row=part("tile_row"),
-            block_m=self._tile,
-            num_decode=0 if self.deterministic else shape.sequences,
-            max_context=self._max_positions,
-            count=part("count") if shape.tiles else None,
-        )
         beside: DevicePlan | None = None
         tail: TailPlan | None = None
         if variant is not None:
@@ -336,6 +324,19 @@ class StepGraphs:
                 beside = DevicePlan(shapes.beside, buffer[shapes.first :], variant.rank, covers=tail is None)
         self._kernels.use(beside, tail, shape.tokens)
         self._set_active(variant is not None)
+        self._attention.step = StepArrays(
+            slots=part("slots"),
+            context_lens=part("contexts"),
+            query_starts=part("starts"),
+            page_table=part("table").view(shape.sequences, self._pages),
+            tile_seq=part("tile_seq"),
+            tile_row=part("tile_row"),
+            block_m=self._tile,
+            num_decode=0 if self.deterministic else shape.sequences,
+            max_context=self._max_positions,
+            count=part("count") if shape.tiles else None,
+            starts_early=self._kernels.starts_early and not shape.tiles,
+        )
         wanted = part("wanted") if shape.wanted else None
 
         def step() -> None:
@@ -347,7 +348,8 @@ class StepGraphs:
 
         stream = self._stream
         stream.wait_stream(torch.cuda.current_stream(self._device))
-        whole = variant is None or self.deterministic
+        # Attention that starts early is code of its own.
+        whole = self.deterministic or variant in places.variants[: 2 if self._attention.step.starts_early else 1]
         # Compiles and loads outside the capture what it needs, but products that leave multiprocessors free (side.py).
         with torch.cuda.stream(stream):
             if whole:

@@ -61,10 +61,10 @@ def prepare(
         folder=Path(config.cache_dir) / "compiled",
     )
 
-    def one_row() -> bool:
-        return kernels.one_row
+    def wanted() -> bool:
+        return kernels.starts_early
 
-    starts_early = one_row if early.can_start_early(loaded.device) else None
+    starts_early = wanted if early.can_start_early(loaded.device) else None
 
     def capture() -> bool:
         warm_up(runner, arena, loaded.manifest, budget, deterministic=config.deterministic)

@@ -40,8 +40,8 @@ class LoraKernels(LoraProducts, Protocol):
 
     tails: bool
     """It wants weights with spare rows (adapters/kernels/tail.py)."""
-    one_row: bool
-    """The current step is one token, and its products are of kernels of their own (adapters/kernels/one_row.py)."""
+    starts_early: bool
+    """The compiler's kernels and attention start early in the current step (adapters/kernels/early.py)."""
 
     def bind(self, installed: list[LoraLinear], targets: int) -> None:
         """The layers that will use it; targets: number of all target indices."""
@@ -57,7 +57,7 @@ class ReferenceKernels:
     fused = False
     tails = False
     tailed = False
-    one_row = False
+    starts_early = False
 
     def __init__(self, arena: Arena, in_features: list[int], out_features: list[int]) -> None:
         self._arena = arena

@@ -41,6 +41,8 @@ class StepArrays:
     """Of the decoding sequences: what grids are sized by, an upper bound will do."""
     count: Tensor | None = None
     """[1] the same as num_decode, known on the device only (a CUDA graph's)."""
+    starts_early: bool = False
+    """All sequences decode, and attention starts before the kernel before it has ended (adapters/kernels/early.py)."""
 
     @classmethod
     def from_layout(cls, layout: StepLayout, device: torch.device, block_m: int | None = None) -> StepArrays:

@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from adapters.kernels import early, ops, triton_lora
 from adapters.kernels.device_plan import DevicePlan
+from adapters.kernels.side import Side
 from service.engine.attention_triton import NewEntries, decode
 from service.engine.graphs import StepGraphs
 from tests.engine.oracle import ARCHITECTURES, recipes
@@ -35,15 +36,21 @@ DEVICE = torch.device("cuda")
 HIDDEN, INNER, LAYERS = 1024, 4096, 6
 
 
+@pytest.fixture(params=[1, 16], ids=["one-token", "16-tokens"])
+def tokens(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
 @pytest.fixture
-def layers() -> Iterator[Callable[[Tensor], Tensor]]:
+def layers(tokens: int) -> Iterator[Callable[[Tensor], Tensor]]:
     """Of a decoder, without attention: norm, gate and up with adapters, activation, down, and the sum with what came
-    in, whose kernel reads what four kernels before wrote."""
+    in, whose kernel reads what four kernels before wrote. Of one token, or several whose LoRA runs beside."""
     site = make_site(HIDDEN, (INNER, INNER))
     table = make_table([[16, 16], [40, 3]], [(HIDDEN, INNER)] * 2, torch.bfloat16, DEVICE)
-    plan = plan_of([(1, ((0, 1.0), (1, 0.5)))])
+    plan = plan_of([(1, ((0, 1.0), (1, 0.5)))] if tokens == 1 else [(5, ((0, 1.0),)), (tokens - 5, ((1, 0.5),))])
     assert plan is not None
-    ops.STEP.tables, ops.STEP.plan = table, DevicePlan.from_plan(plan, table.max_rank, DEVICE)
+    ops.STEP.tables, ops.STEP.plan = table, DevicePlan.from_plan(plan, table.max_rank, DEVICE, covers=tokens > 1)
+    ops.STEP.side = None if tokens == 1 else Side(DEVICE)
     targets = triton_lora.target_tensor(site.targets, DEVICE)
     generator = torch.Generator(DEVICE).manual_seed(0)
 
@@ -55,12 +62,17 @@ def layers() -> Iterator[Callable[[Tensor], Tensor]]:
     def run(x: Tensor) -> Tensor:
         for into, back in weights:
             y = functional.rms_norm(x, (HIDDEN,))
-            gate, up = ops.one_row_linear(y, into, None, targets, site.offsets, site.widths).chunk(2, -1)
-            x = x + ops.one_row_product(functional.silu(gate) * up, back, None)
+            if tokens == 1:
+                gate, up = ops.one_row_linear(y, into, None, targets, site.offsets, site.widths).chunk(2, -1)
+                x = x + ops.one_row_product(functional.silu(gate) * up, back, None)
+            else:
+                y, delta = ops.lora_linear(y, into, None, targets, site.offsets, site.widths)
+                gate, up = (y + delta).chunk(2, -1)
+                x = x + functional.linear(functional.silu(gate) * up, back)
         return x
 
     yield run
-    ops.STEP.plan = ops.STEP.tables = None
+    ops.STEP.plan = ops.STEP.tables = ops.STEP.side = None
 
 
 def compiled(layers: Callable[[Tensor], Tensor], *, starts_early: bool) -> Callable[[Tensor], Tensor]:
@@ -76,8 +88,10 @@ def captured(run: Callable[[Tensor], Tensor], x: Tensor) -> tuple[torch.cuda.CUD
     return graph, y
 
 
-def test_the_same_bits_in_a_graph(layers: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    x = torch.randn(1, HIDDEN, device=DEVICE, dtype=torch.bfloat16)
+def test_the_same_bits_in_a_graph(
+    layers: Callable[[Tensor], Tensor], tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(tokens, HIDDEN, device=DEVICE, dtype=torch.bfloat16)
     with torch.inference_mode():
         graph, y = captured(compiled(layers, starts_early=True), x)
         monkeypatch.setattr(early, "can_start_early", lambda device: False)
@@ -126,19 +140,22 @@ def same_in_turns(run: Callable[[], Tensor], inputs: list[Tensor], monkeypatch: 
                 assert torch.equal(y, run())
 
 
-def test_attention_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    q, k, v = (torch.empty(1, heads, 128, device=DEVICE, dtype=torch.bfloat16) for heads in (32, 8, 8))
-    k_cache, v_cache = torch.randn(2, 8, 16, 8, 128, device=DEVICE).to(torch.bfloat16)
-    table = torch.arange(8, device=DEVICE, dtype=torch.int32)[None]
-    context, slot = (torch.tensor([n], device=DEVICE, dtype=torch.int32) for n in (100, 99))
-    counters = torch.zeros(8, device=DEVICE, dtype=torch.int32)  # else a kernel that zeroes them would stand between
+@pytest.mark.parametrize("sequences", [1, 32])
+def test_attention_waits(sequences: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (torch.empty(sequences, heads, 128, device=DEVICE, dtype=torch.bfloat16) for heads in (32, 8, 8))
+    k_cache, v_cache = torch.randn(2, 8 * sequences, 16, 8, 128, device=DEVICE).to(torch.bfloat16)
+    table = torch.arange(8 * sequences, device=DEVICE, dtype=torch.int32).view(sequences, 8)
+    context = torch.full((sequences,), 100, device=DEVICE, dtype=torch.int32)
+    slot = table[:, 0] * 16 + 99
+    # Else a kernel that zeroes them would stand between.
+    counters = torch.zeros(8 * sequences, device=DEVICE, dtype=torch.int32)
 
     def run() -> Tensor:
         out = torch.empty_like(q)
         given = slowly(torch.cat([q, k, v], 1))
         mine, new_k, new_v = given.split([32, 8, 8], 1)
         new = NewEntries(new_k, new_v, slot)
-        options = {"new": new, "scale": 0.1, "max_context": 128, "counters": counters}
+        options = {"new": new, "scale": 0.1, "max_context": 128, "counters": counters, "starts_early": True}
         decode(mine, k_cache, v_cache, table, context, out, **options)  # type: ignore[arg-type]
         return out
 
