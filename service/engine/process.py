@@ -34,7 +34,7 @@ from pathlib import Path
 import msgspec
 import zmq
 
-from service.engine import logs
+from service.engine import lean, logs
 from service.engine.config import CANNOT_START, EXIT_CANNOT_START, EngineConfig
 from service.engine.core import Engine
 from service.engine.errors import CannotStart, EngineBroken, IntegrityError
@@ -368,7 +368,9 @@ def _process(config: EngineConfig, simulated_options: str | None) -> EngineProce
             os.environ.setdefault("TORCH_BLAS_PREFER_CUBLASLT", "1")
             # Or that products leave multiprocessors free (adapters/kernels/side.py).
             os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-        from service.engine.build import build_engine  # torch: only here
+        # torch: only from here on
+        lean.import_losses()
+        from service.engine.build import build_engine
 
         return EngineProcess(config, build_engine)
     from service.engine import simulated
