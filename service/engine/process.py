@@ -34,7 +34,7 @@ from pathlib import Path
 import msgspec
 import zmq
 
-from service.engine import lean, logs
+from service.engine import context, lean, logs
 from service.engine.config import CANNOT_START, EXIT_CANNOT_START, EngineConfig
 from service.engine.core import Engine
 from service.engine.errors import CannotStart, EngineBroken, IntegrityError
@@ -363,6 +363,8 @@ class EngineProcess:
 
 def _process(config: EngineConfig, simulated_options: str | None) -> EngineProcess:
     if simulated_options is None:
+        if config.device == "cuda":
+            context.make_beside()
         if config.device == "cuda" and not config.deterministic:
             # As build_engine would ask for later, but torch warns of its function at every start.
             os.environ.setdefault("TORCH_BLAS_PREFER_CUBLASLT", "1")

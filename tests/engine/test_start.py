@@ -5,6 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
+from service.engine import context
+
 LEAN = """
 import sys
 from service.engine import lean
@@ -18,3 +22,10 @@ print("scipy" in sys.modules, utils.is_scipy_available())
 def test_the_engine_does_without_packages_for_losses_and_hides_them_from_nobody_else() -> None:
     done = subprocess.run([sys.executable, "-c", LEAN], capture_output=True, text=True, check=True, timeout=240)
     assert done.stdout.split() == ["False", "True"], done.stderr  # scipy comes with the tests
+
+
+def test_without_a_driver_torch_is_left_to_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_MODULE_LOADING", "LAZY")  # and taken back
+    monkeypatch.setattr(context, "DRIVER", "libcuda-of-no-machine.so.1")
+    thread = context.make_beside()  # an exception in a thread fails the test
+    thread.join()
