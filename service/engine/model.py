@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +57,10 @@ def load_model(config: EngineConfig) -> LoadedModel:
         raise UnsupportedModel("quantization_config: quantised checkpoints are not served yet")
     max_positions = _max_positions(config, hf_config)
     attention.register()
-    with _said_in_one_line(config):
+    folder = Path(config.model_path)
+    # 16,000 reads and 64 MB to hash for 16 GB, which need the interpreter's lock as little as the copying of weights.
+    with ThreadPoolExecutor(1) as beside, _said_in_one_line(config):
+        identity = beside.submit(lambda: (fingerprint(folder), former_fingerprints(folder)))
         # Said outright: by default transformers asks about code, and takes pickles where it finds nothing else.
         made: Any = AutoModelForCausalLM.from_pretrained(
             config.model_path,
@@ -70,9 +74,8 @@ def load_model(config: EngineConfig) -> LoadedModel:
         )
     model: PreTrainedModel
     model, found = made
-    folder = Path(config.model_path)
     _check_found(folder.name, sorted(found["missing_keys"]), sorted(found["mismatched_keys"]))
-    return describe(model, device, dtype, max_positions, fingerprint(folder), former_fingerprints(folder))
+    return describe(model, device, dtype, max_positions, *identity.result())
 
 
 @contextmanager
