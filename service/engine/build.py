@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
@@ -79,12 +80,15 @@ def build_engine(
         slab = beside.submit(Slab, _host_bytes(config), pinned=cuda)
         if graphs:
             beside.submit(import_module, "service.engine.prepare")
+        begin = time.perf_counter()
         try:
             loaded = load_model(config)
         except Exception as error:
             if is_out_of_memory(error):
                 raise _no_memory(config) from error
             raise
+        loading, end = time.perf_counter() - begin, time.perf_counter()
+    log.info("base model loaded in %.1f s, what is done beside that %.1f s later", loading, time.perf_counter() - end)
     pages, arena_bytes = share_memory(config, loaded, budget)
     manifest = loaded.manifest
 
