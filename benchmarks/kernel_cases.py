@@ -113,7 +113,6 @@ class LoraSetup:
         if plan is None:
             raise ValueError(f"{case}: no adapters")
         self.plan = DevicePlan.from_plan(plan, max(rank), "cuda", block_m=16 if case.tokens <= 512 else 64)
-        triton_lora.look_up(self.plan, self)
         self.targets = torch.arange(targets, dtype=torch.int32, device="cuda").view(self.layers, count).unbind()
         self.x = torch.randn(case.tokens, self.k, device="cuda", dtype=torch.bfloat16)
         self.y = torch.randn(case.tokens, self.d, device="cuda", dtype=torch.bfloat16)

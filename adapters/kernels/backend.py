@@ -83,7 +83,6 @@ class TritonKernels:
         placed = None if part is None else self.place(part)
         if placed is None:
             self.use(self._beside(plan, covered=tokens), None, tokens)
-            self.stage()
             return
         tail = TailPlan.from_plan(part, placed, tokens, self.arena.data.device, beside=rest)
         self.use(None if rest is None else self._beside(rest), tail, tokens)
@@ -147,11 +146,9 @@ class TritonKernels:
             STEP.tails.slots.launched(placed)
 
     def stage(self) -> None:
-        """Copies to the tails what the step's plan lists, and looks up what is beside; before its first product."""
+        """Copies to the tails what the step's plan lists; before its first product."""
         if STEP.tails and STEP.tail_plan:
             STEP.tails.stage(STEP.tail_plan, self.arena)
-        if STEP.plan is not None and not self.one_row:  # whose kernels look it up before their turn comes
-            triton_lora.look_up(STEP.plan, self.arena)
 
     def share_out(self, sizes: Iterable[shares.Size], stream: torch.cuda.Stream, folder: Path | None) -> None:
         """Measures what products of such sizes leave to LoRA; folder: where that is kept."""
@@ -161,7 +158,8 @@ class TritonKernels:
     def warm_up(self, beside: DevicePlan | None, tail: TailPlan | None, tokens: int) -> None:
         """Launches the kernels of every kind of site once, as `linear` and `gated` will, so that they are compiled and
         loaded, for plans that are in use and empty."""
-        self.stage()
+        if tail is not None and STEP.tails:
+            STEP.tails.stage(tail, self.arena)
         kinds: dict[object, LoraLinear] = {}
         for layer in self._installed:
             site = layer.site

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -169,22 +168,8 @@ def pack(
         part["wave_tiles"][w] = first_tile[first_segment]
 
 
-class Cells(NamedTuple):
-    """What the arena's table says of each tile of a plan, for every target: rank 0 where it has no adapter."""
-
-    ranks: Tensor
-    """int32 [tiles, targets]"""
-    offsets: Tensor
-    """int64 [tiles, targets, 2]"""
-    scales: Tensor
-    """float32 [tiles, targets]"""
-
-
 class DevicePlan:
     """Typed views of one packed plan on the device."""
-
-    cells: Cells | None = None
-    """If it has been looked up (triton_lora.py)."""
 
     def __init__(self, shape: PlanShape, buffer: Tensor, max_rank: int, *, covers: bool = False) -> None:
         """buffer: int32 [shape.size], which the caller fills with what `pack` wrote. max_rank: no row of a plan packed

@@ -1,9 +1,8 @@
 """The Triton kernels of the LoRA products; triton_lora.py says what they compute, and launches them.
 
 Shrink and expand walk a list of items with a fixed number of programs; expand_small has a program for each. `cell` is a
-(row, target) of the arena's table, or BY_TILE a (tile, target) of what look_up has made of it; tiles of row -1 hold
-tokens without an adapter. Where expand does not ADD, it writes every column of every token of its wave. EARLY: expand
-begins while shrink runs (early.py).
+(row, target) of the arena's table; tiles of row -1 hold tokens without an adapter. Where expand does not ADD, it writes
+every column of every token of its wave. EARLY: expand begins while shrink runs (early.py).
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -12,45 +11,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-
-@triton.jit(do_not_specialize=["targets"], do_not_specialize_on_alignment=["num_tiles"])
-def look_up_kernel(
-    ranks,
-    offsets,
-    scales,
-    tile_row,
-    num_tiles,
-    ranks_of,
-    offsets_of,
-    scales_of,
-    stride_table,
-    targets,
-    BT: tl.constexpr,
-):
-    """The table's row of each tile, one below the other."""
-    for tile in range(tl.program_id(0), tl.load(num_tiles), tl.num_programs(0)):
-        row = tl.load(tile_row + tile).to(tl.int64)
-        for begin in range(0, targets, BT):
-            target = begin + tl.arange(0, BT)
-            inside = target < targets
-            there = target < tl.where(row >= 0, targets, 0)
-            cell = row * stride_table + target
-            to = tl.cast(tile, tl.int64) * stride_table + target
-            tl.store(ranks_of + to, tl.load(ranks + cell, mask=there, other=0), mask=inside)
-            tl.store(scales_of + to, tl.load(scales + cell, mask=there, other=0.0), mask=inside)
-            for side in tl.static_range(2):
-                offset = tl.load(offsets + 2 * cell + side, mask=there, other=0)
-                tl.store(offsets_of + 2 * to + side, offset, mask=inside)
-
-
-@triton.jit
-def _cell(tile_row, tile, target, stride_table, BY_TILE: tl.constexpr):
-    """Of a tile's target, and whether there is one."""
-    row = tl.cast(tile, tl.int64)
-    if not BY_TILE:
-        row = tl.load(tile_row + tile).to(tl.int64)
-    return row * stride_table + target, row >= 0
 
 
 @triton.jit(do_not_specialize=["stride_split"], do_not_specialize_on_alignment=["num_blocks", "targets"])
@@ -79,7 +39,6 @@ def shrink_kernel(
     SPLITS: tl.constexpr,
     VEC: tl.constexpr,
     MOST_BLOCKS: tl.constexpr,
-    BY_TILE: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     if EARLY:
@@ -95,17 +54,18 @@ def shrink_kernel(
             block = tl.load(blocks + tile)
             tile = block // MOST_BLOCKS
             r0 = block % MOST_BLOCKS * BR
-        cell, known = _cell(tile_row, tile, tl.load(targets + j), stride_table, BY_TILE)
-        rank = tl.load(ranks + cell, mask=known, other=0)
-        # The division tells the compiler of the alignment that the table promises: 16-byte loads.
-        a = data + tl.load(offsets + 2 * cell, mask=known, other=0) // VEC * VEC
-        start = tl.load(tile_start + tile)
-        length = tl.load(tile_len + tile)
+        row = tl.load(tile_row + tile).to(tl.int64)
+        cell = row * stride_table + tl.load(targets + j)
+        rank = tl.load(ranks + cell, mask=row >= 0, other=0)
         if r0 < rank:
+            start = tl.load(tile_start + tile)
             r = r0 + tl.arange(0, BR)
             used = r < rank
+            # The division tells the compiler of the alignment that the table promises: 16-byte loads.
+            a = data + tl.load(offsets + 2 * cell) // VEC * VEC
             k_begin = split * K_SPLIT
             k_end = tl.minimum(k_begin + K_SPLIT, K)
+            length = tl.load(tile_len + tile)
             out = partials + split.to(tl.int64) * stride_split + j * BUCKET
             rows = tl.arange(0, BM)
             live = rows < length
@@ -188,7 +148,6 @@ def expand_kernel(
     VEC: tl.constexpr,
     ALIGNED: tl.constexpr,
     ADD: tl.constexpr,
-    BY_TILE: tl.constexpr,
 ):
     splits_apart = tl.cast(stride_split, tl.int64)
     first = tl.load(wave_tiles + wave)
@@ -199,8 +158,9 @@ def expand_kernel(
         if ALIGNED:
             width = width // VEC * VEC
             offset = offset // VEC * VEC
-        cell, known = _cell(tile_row, tile, tl.load(targets + j), stride_table, BY_TILE)
-        rank = tl.load(ranks + cell, mask=known, other=0)
+        row = tl.load(tile_row + tile).to(tl.int64)
+        cell = row * stride_table + tl.load(targets + j)
+        rank = tl.load(ranks + cell, mask=row >= 0, other=0)
         start = tl.load(tile_start + tile)
         length = tl.load(tile_len + tile)
         rows = tl.arange(0, BM)
@@ -277,7 +237,6 @@ def expand_small_kernel(
     VEC: tl.constexpr,
     ALIGNED: tl.constexpr,
     ADD: tl.constexpr,
-    BY_TILE: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """Ranks fit one block, and each program has one item: a loop over items would cost registers, and so programs.
@@ -293,10 +252,11 @@ def expand_small_kernel(
         if ALIGNED:
             width = width // VEC * VEC
             offset = offset // VEC * VEC
-        cell, known = _cell(tile_row, tile, tl.load(targets + j), stride_table, BY_TILE)
-        rank = tl.load(ranks + cell, mask=known, other=0)
-        scale = tl.load(scales + cell, mask=known, other=0.0)
-        b = data + tl.load(offsets + 2 * cell + 1, mask=known, other=0) // VEC * VEC
+        row = tl.load(tile_row + tile).to(tl.int64)
+        cell = row * stride_table + tl.load(targets + j)
+        rank = tl.load(ranks + cell, mask=row >= 0, other=0)
+        scale = tl.load(scales + cell, mask=row >= 0, other=0.0)
+        b = data + tl.load(offsets + 2 * cell + 1, mask=row >= 0, other=0) // VEC * VEC
         start = tl.load(tile_start + tile)
         length = tl.load(tile_len + tile)
         if rank > 0 and length == 1:

@@ -177,7 +177,6 @@ class _Case:
         plan = plan_of(size, ADAPTERS)
         self._plan = DevicePlan.from_plan(plan, RANK, device, covers=not size.tailed)
         self._table = Factors(tables, min(ADAPTERS, size.tokens), len(layers), site.in_features, site.widths)
-        triton_lora.look_up(self._plan, self._table)
         every = torch.arange(len(layers) * len(site.widths), dtype=torch.int32, device=device)
         self._targets = every.view(len(layers), -1).unbind()
         self._x = torch.randn(size.tokens, site.in_features, dtype=data.dtype, device=device)

@@ -6,8 +6,7 @@
 Each factor's address, rank and scale are read from the arena's table on the device, and loads are masked at the true
 rank, so memory traffic is that of the ranks themselves. Grids have a fixed size: how many items there are is read from
 the plan, which is what lets a captured CUDA graph serve any batch (grouping of tokens by adapter as in Chen et al.
-2023, "Punica"; adapters/kernels/reference.py states the mathematics). `look_up` brings the table into the order of a
-plan's tiles, once a step: a program then waits for one load, where it would wait for its row before it asks the table.
+2023, "Punica"; adapters/kernels/reference.py states the mathematics).
 """
 
 from __future__ import annotations
@@ -20,15 +19,13 @@ import triton
 from torch import Tensor
 
 from adapters.kernels import early
-from adapters.kernels.device_plan import MOST_BLOCKS, WALKED, Cells, DevicePlan, rank_block
-from adapters.kernels.lora_kernels import expand_kernel, expand_small_kernel, look_up_kernel, shrink_kernel
+from adapters.kernels.device_plan import MOST_BLOCKS, WALKED, DevicePlan, rank_block
+from adapters.kernels.lora_kernels import expand_kernel, expand_small_kernel, shrink_kernel
 from adapters.kernels.tuning import ExpandConfig, ShrinkConfig, expand_config, shrink_config
 from adapters.site import Site
 
 RANKS_AT_ONCE = 16
 """Of an adapter with one token that are on their way to a program's registers together."""
-LOOKED_UP = 256
-"""Targets that a program of `look_up` copies at once."""
 EARLY_TOKENS = 48
 """Up to so many tokens expand starts while shrink runs. In larger steps its programs, which wait, are in others' way
 (benchmarks/RESULTS.md)."""
@@ -46,31 +43,6 @@ class Tables(Protocol):
     """int64 [rows, targets, 2]: of A [r, k] and of B [r, d], in elements of `data`."""
     scales: Tensor
     """float32 [rows, targets]"""
-
-
-def look_up(plan: DevicePlan, tables: Tables) -> None:
-    """What `shrink` and `expand` are to use of the tables for this plan from now on, as they stand now, or when a
-    captured graph is replayed."""
-    tiles, targets = plan.shape.tiles, tables.ranks.shape[1]
-    like: dict[str, Any] = {"device": plan.buffer.device}
-    cells = Cells(
-        torch.empty(tiles, targets, dtype=torch.int32, **like),
-        torch.empty(tiles, targets, 2, dtype=torch.int64, **like),
-        torch.empty(tiles, targets, dtype=torch.float32, **like),
-    )
-    look_up_kernel[(min(tiles, 4 * multiprocessors(plan.buffer.device)),)](
-        tables.ranks,
-        tables.offsets,
-        tables.scales,
-        plan.tile_row,
-        plan.wave_tiles[-1:],
-        *cells,
-        tables.ranks.stride(0),
-        targets,
-        BT=LOOKED_UP,
-        num_warps=4,
-    )
-    plan.cells = cells
 
 
 def allocate_partials(plan: DevicePlan, targets: int, splits: int) -> Tensor:
@@ -102,12 +74,11 @@ def shrink(
         )
     items = shape.tiles * shape.rank_blocks * count * splits
     grid = (min(items, config.programs * multiprocessors(x.device)),)
-    ranks, offsets, _ = plan.cells or Cells(tables.ranks, tables.offsets, tables.scales)
     shrink_kernel[grid](
         x,
         tables.data,
-        ranks,
-        offsets,
+        tables.ranks,
+        tables.offsets,
         targets,
         plan.tokens,
         plan.tile_row,
@@ -117,7 +88,7 @@ def shrink(
         plan.wave_tiles[-1:] if plan.num_blocks is None else plan.num_blocks,
         partials,
         x.stride(0),
-        ranks.stride(0),
+        tables.ranks.stride(0),
         partials.stride(0),
         NT=count,
         K=k,
@@ -128,7 +99,6 @@ def shrink(
         SPLITS=splits,
         VEC=16 // x.element_size(),
         MOST_BLOCKS=MOST_BLOCKS,
-        BY_TILE=plan.cells is not None,
         EARLY=starts_next,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -162,7 +132,6 @@ def expand(
     items, splits = shape.tiles * chunks, partials.shape[0]
     kernel = expand_small_kernel if small else expand_kernel
     grid = (items if small else min(items, config.programs * multiprocessors(y.device)),)
-    ranks, offsets_of, scales = plan.cells or Cells(tables.ranks, tables.offsets, tables.scales)
     for wave in range(shape.waves):
         early_one = small and starts_early and not wave
         own: dict[str, Any] = {"BR": config.block_r}
@@ -172,9 +141,9 @@ def expand(
         kernel[grid](
             y,
             tables.data,
-            ranks,
-            offsets_of,
-            scales,
+            tables.ranks,
+            tables.offsets,
+            tables.scales,
             targets,
             plan.tokens,
             plan.weights,
@@ -185,7 +154,7 @@ def expand(
             partials,
             wave,
             y.stride(0),
-            ranks.stride(0),
+            tables.ranks.stride(0),
             partials.stride(0),
             NT=len(widths),
             OFFSETS=offsets,
@@ -199,7 +168,6 @@ def expand(
             VEC=vector,
             ALIGNED=all(n % vector == 0 for n in (*offsets, *widths)),
             ADD=add or wave > 0,
-            BY_TILE=plan.cells is not None,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
             **own,

@@ -340,7 +340,7 @@ class StepGraphs:
         wanted = part("wanted") if shape.wanted else None
 
         def step() -> None:
-            if variant is not None:
+            if variant is not None and variant.slots:
                 self._kernels.stage()
             logits = self._forward(part("ids"), part("positions"), wanted)
             draw_into(self._tokens[: len(logits)], logits, part("rules").view(-1, WIDTH))

@@ -51,8 +51,6 @@ def layers(tokens: int) -> Iterator[Callable[[Tensor], Tensor]]:
     assert plan is not None
     ops.STEP.tables, ops.STEP.plan = table, DevicePlan.from_plan(plan, table.max_rank, DEVICE, covers=tokens > 1)
     ops.STEP.side = None if tokens == 1 else Side(DEVICE)
-    if tokens > 1:
-        triton_lora.look_up(ops.STEP.plan, table)
     targets = triton_lora.target_tensor(site.targets, DEVICE)
     generator = torch.Generator(DEVICE).manual_seed(0)
 

@@ -34,10 +34,9 @@ LLAMA = [
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("looked_up", [False, True], ids=["rows", "looked-up"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", lora_cases.CASES, ids=str)
-def test_lora(case: lora_cases.Case, dtype: torch.dtype, looked_up: bool) -> None:
+def test_lora(case: lora_cases.Case, dtype: torch.dtype) -> None:
     site = make_site(case.k, case.widths)
     table = make_table(case.ranks, [(case.k, d) for d in case.widths], dtype, DEVICE)
     plan = plan_of(case.sequences)
@@ -48,10 +47,7 @@ def test_lora(case: lora_cases.Case, dtype: torch.dtype, looked_up: bool) -> Non
     wanted = expected(y, x, site, plan, table)
     # float32 tiles of 64 spill, so its plans use 16, as the engine's do.
     block_m = 16 if dtype == torch.float32 else case.block_m
-    device_plan = DevicePlan.from_plan(plan, table.max_rank, DEVICE, block_m)
-    if looked_up:
-        triton_lora.look_up(device_plan, table)
-    triton_lora.apply(y, x, site, device_plan, table)
+    triton_lora.apply(y, x, site, DevicePlan.from_plan(plan, table.max_rank, DEVICE, block_m), table)
     assert error(y, wanted) < LIMIT[dtype]
 
 
@@ -69,10 +65,8 @@ def test_lora_delta_alone_on_full_size_sites(widths: tuple[int, ...], k: int, bl
     triton_lora.apply(y, x, site, DevicePlan.from_plan(plan, 64, DEVICE, block_m), table)
     assert error(y, wanted) < 1e-2
     again = torch.zeros_like(y)
-    device_plan = DevicePlan.from_plan(plan, 64, DEVICE, block_m)
-    triton_lora.look_up(device_plan, table)
-    triton_lora.apply(again, x, site, device_plan, table)
-    assert torch.equal(y, again), "whoever looks up where the factors are, the bits must be the same"
+    triton_lora.apply(again, x, site, DevicePlan.from_plan(plan, 64, DEVICE, block_m), table)
+    assert torch.equal(y, again), "the same launch must give the same bits"
 
 
 @pytest.mark.parametrize("largest", [64, 300])
@@ -90,15 +84,11 @@ def test_a_captured_graph_serves_other_plans(largest: int) -> None:
         pack(plan, shape, host, None if plan is None else table.ranks_of(plan))
         buffer.copy_(torch.from_numpy(host))
 
-    def run() -> None:
-        triton_lora.look_up(device_plan, table)
-        triton_lora.apply(y, x, site, device_plan, table)
-
     load(None)
-    run()  # compiles
+    triton_lora.apply(y, x, site, device_plan, table)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        run()
+        triton_lora.apply(y, x, site, device_plan, table)
     for sequences in (
         [(1, ((i % 3, 1.0),)) for i in range(32)],
         [(32, ((1, 1.0),))],

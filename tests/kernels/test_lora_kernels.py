@@ -46,11 +46,7 @@ def test_deltas_are_added(case: Case, dtype: torch.dtype) -> None:
     x, y = inputs(sum(n for n, _ in case.sequences), case.k, site.out_features, dtype)
     wanted = expected(y, x, site, plan, table)
     before = y.clone()
-    device_plan = DevicePlan.from_plan(plan, table.max_rank, DEVICE, case.block_m)
-    if dtype == torch.float16:
-        triton_lora.look_up(device_plan, table)
-        table.ranks.fill_(-1), table.offsets.fill_(-1), table.scales.fill_(torch.nan)  # nobody reads these any more
-    triton_lora.apply(y, x, site, device_plan, table)
+    triton_lora.apply(y, x, site, DevicePlan.from_plan(plan, table.max_rank, DEVICE, case.block_m), table)
     assert error(y, wanted) < LIMIT[dtype]
     untouched = torch.ones(len(y), dtype=torch.bool)
     untouched[plan.tokens] = False
@@ -70,7 +66,6 @@ def test_a_covering_plan_writes_deltas_and_zeros(case: Case) -> None:
     x, y = inputs(tokens, case.k, site.out_features, torch.float32)
     targets = triton_lora.target_tensor(site.targets, DEVICE)
     device_plan = DevicePlan.from_plan(covering(plan, tokens), table.max_rank, DEVICE, case.block_m, covers=True)
-    triton_lora.look_up(device_plan, table)
     bucket = device_plan.bucket
     block_r = bucket if device_plan.blocks is None else rank_block(case.block_m)
     shrink = ShrinkConfig(block_r, 64, 64, 4, 1, 4)
@@ -118,10 +113,6 @@ def test_one_buffer_serves_plan_after_plan_and_the_empty_one(largest: int) -> No
         buffer.copy_(torch.from_numpy(host))
         x, y = inputs(sum(n for n, _ in sequences), 96, 96, torch.float32, seed=number)
         wanted = expected(y, x, site, plan, table)
-        if number % 2:
-            triton_lora.look_up(device_plan, table)
-        else:
-            device_plan.cells = None
         triton_lora.apply(y, x, site, device_plan, table)
         assert error(y, wanted) < 1e-6
 

@@ -205,7 +205,6 @@ def test_a_step_of_the_base_launches_nothing_of_lora(step: ops.Step, monkeypatch
     hook = _Hook(kernels)
     launched: list[str] = []
     places: list[tuple[Any, str]] = [
-        (triton_lora, "look_up"),
         (triton_lora, "shrink"),
         (triton_lora, "expand"),
         (triton_tail, "expand"),
