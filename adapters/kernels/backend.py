@@ -28,8 +28,9 @@ DECODE_ENTRIES = 512
 LARGE_SEGMENTS = 48
 """From so many tokens an adapter on, it stands in the tails, or a step with prompts uses large LoRA tiles."""
 EARLY_TOKENS = 32
-"""Steps of so many tokens start their kernels early if they have LoRA: 2% less with 4 to 16 sequences, 0.7 with 32;
-those of the base take 1% longer so, but for a single token's (H200, benchmarks/RESULTS.md)."""
+"""Steps of up to so many tokens start their kernels early if they have adapters: that takes 2% off with 4 to 16
+sequences, 0.7 with 32. Those of the base take up to 1% longer so, but for a single token's (H200,
+benchmarks/RESULTS.md)."""
 TAIL_TOKENS = 64
 """Steps of so many tokens use the tails: in smaller ones what they add to the base product, and behind it, costs more
 than LoRA beside it (benchmarks/RESULTS.md)."""

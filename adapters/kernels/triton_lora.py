@@ -26,7 +26,7 @@ from adapters.site import Site
 
 RANKS_AT_ONCE = 16
 """Of an adapter with one token that are on their way to a program's registers together."""
-EARLY_TOKENS = 48
+EXPAND_EARLY = 48
 """Up to so many tokens expand starts while shrink runs. In larger steps its programs, which wait, are in others' way
 (benchmarks/RESULTS.md)."""
 
@@ -189,7 +189,7 @@ def deltas(
 ) -> None:
     """Both: every entry's delta is written, or added, to y [T, d]. Arguments as for the two."""
     config = expand_config(plan.shape.entries, plan.bucket, plan.shape.block_m, y.element_size())
-    starts_early = not config.programs and len(x) <= EARLY_TOKENS and early.can_start_early(x.device)
+    starts_early = not config.programs and len(x) <= EXPAND_EARLY and early.can_start_early(x.device)
     partials = shrink(x, targets, plan, tables, starts_next=starts_early)
     expand(y, partials, targets, offsets, widths, plan, tables, config, add=add, starts_early=starts_early)
 

@@ -81,7 +81,7 @@ class Config:
 
     rows: int
     columns: int
-    """Of a program: powers of two, 16 or more, and of rows TILE (tail_plan.py) at most."""
+    """Of a program: of rows TILE (tail_plan.py) or half of it, of columns a power of two, 16 or more."""
     num_warps: int = 4
 
     def __post_init__(self) -> None:
@@ -89,11 +89,13 @@ class Config:
             raise ValueError(f"rows: expected {TILE // 2} or {TILE}, found {self.rows}")
 
 
+# Each the best in sum of up to 14, each kernel alone on an 8B model's shapes (H200, benchmarks/RESULTS.md).
 PLAIN = Config(32, 64)
+"""Of both kernels without deltas from beside."""
 WITH_OTHERS = Config(16, 64)
+"""Of both with some."""
 GATED_SLOTS = Config(16, 128, num_warps=2)
-"""Of both kernels; of both with deltas from beside; and of the gate with several slots. Each kernel alone, on an 8B
-model's shapes, the best in sum of up to fourteen (H200, benchmarks/RESULTS.md)."""
+"""Of the gate with several slots and without."""
 
 
 def expand(
@@ -112,7 +114,7 @@ def expand(
     for the tokens whose place is BESIDE; returns them, [T, d]. With residual [T, d] y stays as it is, and what is
     returned is a tensor of its own, their sum with residual. offsets, widths: columns of each target. b,
     scales: as in Tail."""
-    tokens, d = _check(y, b, plan), sum(widths)
+    tokens, d = _check(y, b, plan, len(widths)), sum(widths)
     if residual is not None and (residual.shape != (tokens, d) or not residual.is_contiguous()):
         raise ValueError(f"residual: expected [{tokens}, {d}] in order, found {list(residual.shape)}")
     config = config or (PLAIN if delta is None else WITH_OTHERS)
@@ -164,7 +166,7 @@ def gated(
 ) -> Tensor:
     """y [T, 2 width + spare] -> [T, width]: activation(gate + its delta) · (up + its delta); as `expand`. gate: of
     layers.GATES."""
-    tokens, width = _check(y, b, plan), b.shape[1] // 2
+    tokens, width = _check(y, b, plan, 2), b.shape[1] // 2
     config = config or (WITH_OTHERS if delta is not None else PLAIN if plan.shape.slots == 1 else GATED_SLOTS)
     h = y.new_empty(tokens, width)
     gated_kernel[(-(-tokens // config.rows) * -(-width // config.columns),)](
@@ -194,11 +196,12 @@ def gated(
     return h
 
 
-def _check(y: Tensor, b: Tensor, plan: TailPlan) -> int:
+def _check(y: Tensor, b: Tensor, plan: TailPlan, targets: int) -> int:
     """Rows of y."""
     tokens = y.shape[0]
     if tokens > plan.shape.tokens:
         raise ValueError(f"y: {tokens} rows are more than the {plan.shape.tokens} tokens that the plan has room for")
-    if y.stride(1) != 1 or y.shape[1] < b.shape[1]:
-        raise ValueError(f"y: expected rows of adjacent elements, {b.shape[1]} or more, found {list(y.shape)}")
+    least = b.shape[1] + plan.shape.slots * targets * GRANULE
+    if y.stride(1) != 1 or y.shape[1] < least:
+        raise ValueError(f"y: expected rows of adjacent elements, {least} or more, found {list(y.shape)}")
     return tokens

@@ -88,7 +88,8 @@ def build_engine(
                 raise _no_memory(config) from error
             raise
         loading, end = time.perf_counter() - begin, time.perf_counter()
-    log.info("base model loaded in %.1f s, what is done beside that %.1f s later", loading, time.perf_counter() - end)
+    waited = time.perf_counter() - end
+    log.info("base model loaded in %.1f s, then %.1f s waited for what is done beside", loading, waited)
     pages, arena_bytes = share_memory(config, loaded, budget)
     manifest = loaded.manifest
 

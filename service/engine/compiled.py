@@ -1,6 +1,6 @@
 """Compiled layers: every decoder layer through torch.compile, all of them by the same code.
 
-One compiled layer serves all layers, batches and adapters (and one more the steps of a single token, see `_either`),
+One compiled layer serves all layers, batches and adapters (and others the small steps that start early, see `_either`),
 because nothing that differs between them is seen while tracing: KV caches and LoRA targets are buffers, the step's
 metadata is read inside opaque operators. The caches of Inductor and Triton live in the engine's cache folder, so only
 the first start compiles.
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 VARIANTS = 64
 """Most versions of a layer that are compiled: (one token or many) x (without LoRA, with it, or in the tails of base
-weights) x kinds of layers, with room."""
+weights) x (started early or not) x kinds of layers, with room."""
 
 
 def use_cache_folder(folder: Path) -> None:

@@ -24,10 +24,10 @@ def make_beside() -> threading.Thread:
 
 
 def _make() -> None:
+    device, context = ctypes.c_int(), ctypes.c_void_p()
     try:
         driver = ctypes.CDLL(DRIVER)
-    except OSError:
+        if driver.cuInit(0) == 0 and driver.cuDeviceGet(ctypes.byref(device), 0) == 0:
+            driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
+    except (OSError, AttributeError):  # no such library, or one without these functions
         return
-    device, context = ctypes.c_int(), ctypes.c_void_p()
-    if driver.cuInit(0) == 0 and driver.cuDeviceGet(ctypes.byref(device), 0) == 0:
-        driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)

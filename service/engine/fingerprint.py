@@ -2,7 +2,7 @@
 
 A full hash of 16 GB would cost ten seconds at every start. So every tensor is sampled, each MiB of it in one place,
 which sees a training that changes one number in a thousand, wherever it does; 16 GB take about 0.1 s where the kernel
-has the pages, and 16,000 reads of one page where it has not, of files that are read whole right after.
+has the pages, and 16,000 reads of one page where it has not, of files that are read whole meanwhile.
 """
 
 from __future__ import annotations

@@ -14,7 +14,8 @@ UNUSED = ("is_scipy_available", "is_torchvision_available")
 
 def import_losses() -> None:
     """To be called before anything of transformers that imports them. Who asks for these packages later is told the
-    truth."""
+    truth, but not what losses import: transformers' own image code stays without torchvision, and nobody here has
+    images."""
     utils = import_module("transformers.utils")
     asked = {name: getattr(utils, name) for name in UNUSED if hasattr(utils, name)}
     for name in asked:

@@ -24,8 +24,9 @@ def test_the_engine_does_without_packages_for_losses_and_hides_them_from_nobody_
     assert done.stdout.split() == ["False", "True"], done.stderr  # scipy comes with the tests
 
 
-def test_without_a_driver_torch_is_left_to_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("library", ["libcuda-of-no-machine.so.1", "libc.so.6"])
+def test_without_a_driver_torch_is_left_to_say_so(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_MODULE_LOADING", "LAZY")  # and taken back
-    monkeypatch.setattr(context, "DRIVER", "libcuda-of-no-machine.so.1")
+    monkeypatch.setattr(context, "DRIVER", library)
     thread = context.make_beside()  # an exception in a thread fails the test
     thread.join()

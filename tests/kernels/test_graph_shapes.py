@@ -8,6 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from adapters.kernels import backend
 from service.engine.attention import StepLayout
 from service.engine.budgets import STEP_SIZES
 from service.engine.build import MAX_ADAPTERS_PER_REQUEST, MAX_RANK
@@ -49,6 +50,18 @@ def test_every_number_of_decoding_sequences_has_a_graph_little_larger(most: int)
     for count in range(1, most + 1):
         size = next(size for size in sizes if size >= count)
         assert size - count < max(16, size / 4)
+
+
+def test_a_small_shape_s_first_graph_with_adapters_is_one_that_starts_early() -> None:
+    """Whose whole step runs before it is captured: attention that starts early is compiled then."""
+    every = variants_of_shapes(256, 2048, tails=True)
+    small = [variants for shape, variants in every.items() if shape.tokens <= backend.EARLY_TOKENS and not shape.tiles]
+    assert len(small) >= 6
+    for nothing, first, *_ in small:
+        assert nothing is None
+        assert first is not None
+        assert first.rank
+        assert not first.slots
 
 
 def test_steps_of_prompts_have_shapes_up_to_the_budget() -> None:

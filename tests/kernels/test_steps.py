@@ -138,6 +138,24 @@ def test_a_step_takes_the_tails_or_not_and_a_layer_is_compiled_once_for_each(
     assert arena.generation.sum() == 0
 
 
+def test_small_steps_with_adapters_start_early_and_those_of_the_base_with_one_token(step: ops.Step) -> None:
+    manifest = manifest_of(Block())
+    arena = Arena.for_manifest(manifest, device=DEVICE, nbytes=1 << 20, rows=8)
+    kernels, uniform = TritonKernels(arena, overlap=False), TritonKernels(arena, overlap=False, uniform=True)
+    tail = TailPlan.from_plan(None, None, 40, DEVICE)
+    for tokens, base, with_adapters in ((1, True, True), (2, False, True), (32, False, True), (33, False, False)):
+        plan = plan_of([(tokens, ((0, 1.0),))])
+        assert plan is not None
+        beside = DevicePlan.from_plan(plan, 16, DEVICE)
+        for given, wanted in ((None, base), (beside, with_adapters)):
+            kernels.use(given, None, tokens)
+            assert kernels.starts_early == wanted, (tokens, given)
+            uniform.use(given, None, tokens)
+            assert not uniform.starts_early
+        kernels.use(beside, tail, tokens)
+        assert kernels.starts_early == (tokens == 1)
+
+
 @pytest.mark.parametrize("active", [True, False])
 def test_a_step_of_one_token_has_kernels_of_its_own_and_they_are_warmed_up(
     step: ops.Step, monkeypatch: pytest.MonkeyPatch, active: bool

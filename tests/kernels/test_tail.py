@@ -14,7 +14,7 @@ from torch.nn import functional
 from adapters.kernels import tail, triton_tail
 from adapters.kernels.device_plan import PlanSizeError
 from adapters.kernels.tail import GRANULE, SLOTS, Placed, Slots
-from adapters.kernels.tail_plan import TailPlan, TailShape, pack_tail
+from adapters.kernels.tail_plan import ENDS, TailPlan, TailShape, pack_tail
 from adapters.kernels.triton_tail import Config
 from adapters.layers import LoraHook, install, sites
 from adapters.manifest import Manifest, Module
@@ -325,6 +325,24 @@ def test_memory_is_counted(apart: bool) -> None:
     assert counted == after - before
 
 
+def test_a_tell_says_what_there_is_to_do_in_a_tile() -> None:
+    """Too much would do no harm but take longer."""
+    world = World([[16], [32], [7]], 64, (32,), DTYPE)
+    sequences: Sequences = [(32, ()), (32, ((0, 1.0),)), (16, ((0, 1.0),)), (16, ((1, 1.0),)), (8, ((1, 1.0),))]
+    plan = world.plan([*sequences, (20, ()), (4, ((2, 1.0),)), (32, ((2, 1.0),)), (3, ((1, 1.0),))])
+    part, rest = parted(plan, np.repeat(plan.seg_row, np.diff(plan.seg_start)) < 2)
+    assert rest is not None
+    placed = world.place(part)
+    first = dict(zip(part.seg_row.tolist(), placed.slots.tolist(), strict=True))
+    tail_plan = TailPlan.from_plan(part, placed, 163, DEVICE, beside=rest)
+    (a, a_end), (b, b_end) = first[0], first[1]
+    others = ENDS**2
+    both = min(a, b) + max(a_end, b_end) * ENDS
+    alone = b + b_end * ENDS
+    assert tail_plan.tells.tolist() == [others, a + a_end * ENDS, both, alone + others, others, alone]
+    assert TailPlan.from_plan(None, None, 163, DEVICE).tells.tolist() == [others] * 6
+
+
 def test_what_has_no_place_is_refused() -> None:
     world = World([[16]], 64, (32,), torch.float32)
     plan = world.plan([(8, ((0, 1.0),))])
@@ -342,7 +360,7 @@ def test_what_has_no_place_is_refused() -> None:
     with pytest.raises(ValueError, match="buffer"):
         TailPlan(shape, torch.zeros(shape.size))
     device_plan = TailPlan.from_plan(plan, placed, 8, DEVICE)
-    for y in (torch.zeros(9, 160, device=DEVICE), torch.zeros(8, 31, device=DEVICE)):
+    for y in (torch.zeros(9, 160, device=DEVICE), torch.zeros(8, 32 + 4 * 16 - 1, device=DEVICE)):
         with pytest.raises(ValueError, match="y:"):
             triton_tail.expand(y, world.tail.b, world.tail.scales, (0,), (32,), device_plan)
     rest = (world.tail.b, world.tail.scales, (0,), (32,), device_plan)
