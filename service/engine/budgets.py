@@ -51,17 +51,40 @@ CROWD, CROWD_TOKENS = 80, 1280
 """From so many decoding sequences on the bound grows with them, as far as a step of so many tokens."""
 
 
-def riding_tokens(decoding: int, bound: int) -> int:
-    """Prompt tokens that may ride with so many decoding sequences, where no other tenant waits for a short step.
+LASTING_S, LASTING = 2.0, 2
+"""Prompts that have been left over for so many seconds may take so many times the bound (`Backlog`)."""
+
+
+class Backlog:
+    """Whether prompts have been left over for long: more come in than the bound lets through, or sequences with answers
+    much shorter than their prompts wait for one another. Streams are then worth less than those who wait for a first
+    token: with 32 streams, 2,048 tokens in and 64 out, 29,300 prompt tokens a second had a median of 1.1 s for it and
+    16 ms between two tokens (8B, H200). A burst is over before: 64 prompts of 512 tokens take 1 s."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        """Of steps that left some over, less those of steps that did not."""
+        self.lasts = False
+
+    def took(self, seconds: float, *, left_over: bool) -> None:
+        """A step; left_over: it had no room for all tokens of prompts that there were."""
+        self._seconds = min(LASTING_S, max(0.0, self._seconds + (seconds if left_over else -seconds)))
+        if self._seconds in (0.0, LASTING_S):
+            self.lasts = self._seconds > 0.0
+
+
+def riding_tokens(decoding: int, bound: int, *, lasts: bool = False) -> int:
+    """Prompt tokens that may ride with so many decoding sequences, where no other tenant waits for a short step. lasts:
+    see `Backlog`.
 
     Under a fixed bound no more sequences decode than it brings in while they last, and others wait before free slots:
     with prompts of 512 tokens, four times as long as answers, 124 of 256 run. So the bound grows with those that
     decode, to what fills a size: what is padded costs as much. On an H100 256 streams gave 6,547 tokens/s instead of
     6,147, and waited 0.23 s instead of 2.6 for their first token; each then took 35 ms instead of 20
     (benchmarks/RESULTS.md). Padded from 1,280 to 1,536 tokens the same steps gave less than the fixed bound."""
-    if decoding <= CROWD:
+    if decoding <= CROWD and not lasts:
         return bound
-    most = min(CROWD_TOKENS, decoding + bound * decoding // CROWD)
+    most = min(CROWD_TOKENS, decoding + bound * max(decoding, LASTING * CROWD if lasts else 0) // CROWD)
     whole = max((size for size in STEP_SIZES if size <= most), default=0)
     return max(bound, whole - decoding)
 

@@ -33,7 +33,7 @@ from itertools import pairwise
 from adapters.errors import LoraplexAdapterError
 from adapters.residency import Residency
 from service.engine.admission import Admission
-from service.engine.budgets import CROWD, Filling, riding_tokens
+from service.engine.budgets import Backlog, Filling, riding_tokens
 from service.engine.errors import IntegrityError
 from service.engine.fairness import Prices, Tenant, Tenants, rank
 from service.engine.guests import Guests
@@ -74,6 +74,7 @@ class Scheduler:
         self.max_tokens_per_step = max_tokens_per_step
         self.max_prefill_tokens_per_step = max_prefill_tokens_per_step or max_tokens_per_step
         self._filling = filling or Filling({})
+        self._backlog = Backlog()
         # Every running sequence decodes in every step, so there are never more of them than the budget has tokens.
         self.max_sequences = min(max_sequences, max_tokens_per_step)
         self.tenants = Tenants(prices or Prices())
@@ -87,6 +88,8 @@ class Scheduler:
         """Preempted in this step."""
         self._rode = False
         """There were prompts in the last step."""
+        self._full = False
+        """The last step had no room for all of them."""
         self._cut: Sequence | None = None
         """The last step had no room for all of its prompt."""
         self._guests = Guests(self.tenants, self.max_prefill_tokens_per_step)
@@ -112,6 +115,8 @@ class Scheduler:
     def add(self, seq: Sequence, leader: Sequence | None = None, weight: float = 1.0) -> None:
         """Queue `seq`. `leader` has the same prompt and adapters: `seq` waits until the leader's prompt is computed
         and then finds it in the prefix cache. `weight`: its tenant's from now on."""
+        if not self.running and not self.num_waiting:
+            self._backlog = Backlog()
         tenant = self.tenants.open(seq.tenant, weight)
         if leader is not None and self.pool.prefix_caching and seq.num_prompt > self.pool.page_size:
             self._admission.leader[seq] = leader
@@ -121,6 +126,7 @@ class Scheduler:
     def took(self, batch: Batch, seconds: float, lead: float = 0.0) -> None:
         """How long the step took, and how long before its end the next one was closed."""
         self._guests.took(batch.num_tokens - len(batch.items), len(batch.items), seconds, lead)
+        self._backlog.took(seconds, left_over=self._full)
 
     def finish(self, seq: Sequence) -> None:
         """Take `seq` out, wherever it is, with all it holds. The owner says why in finish_reason."""
@@ -155,7 +161,7 @@ class Scheduler:
         # Short steps and free slots are what makes a flood bearable for other tenants (guests.py).
         if guests and not alone:
             return bound
-        if alone and decoding > CROWD and (most := riding_tokens(decoding, bound)) > bound:
+        if alone and (most := riding_tokens(decoding, bound, lasts=self._backlog.lasts)) > bound:
             return most
         # A prompt that comes alone ends sooner in one step; where one follows another, the next fills up what is cut.
         return self._filling.tokens(decoding, min(bound, self.max_tokens_per_step - decoding)) if self._rode else bound
@@ -216,6 +222,7 @@ class Scheduler:
             budget -= count
             rest -= count if order[0] else 0
             heapq.heapreplace(heap, ((order[0], True, *tenant.standing(), order[-1]), tenant, candidates))
+        self._full = budget <= 0
         if hosts and self._guests.sit_out(any(seq in self._step for seq in fed)):
             for seq in [seq for seq in self._step if seq.tenant in hosts]:
                 self._take_out(seq)
