@@ -25,7 +25,7 @@ HELP = {
     "kv_pages": "Pages of the KV cache; 0: as many as fit.",
     "max_sequences": "Sequences that run at once.",
     "max_tokens_per_step": "Token budget of an engine step; 0: chosen by device.",
-    "max_prefill_tokens_per_step": "Of those, prompt tokens while others decode; 0: chosen by model and device.",
+    "max_prefill_tokens_per_step": "Of those, prompt tokens while others decode; 0: chosen by model, device and load.",
     "max_queue": "Sequences that may wait; beyond it requests get 429.",
     "arena_bytes": "Device memory for adapters, like 8GiB; 0: chosen by device.",
     "host_cache_bytes": "Host memory for adapters; 0: chosen by machine.",

@@ -1,10 +1,10 @@
 """How many tokens a step may have. No torch.
 
 `tokens_per_step` is the whole budget. `prefill_tokens_per_step` bounds what prompts may add to a step in which others
-decode (`Filling` and, for a crowd, `riding_tokens` say how much of that a step is given), and so the time between two
-tokens of a stream:
+decode (`Filling` and, for a crowd or a backlog, `riding_tokens` say how much a step is given), and so the time between
+two tokens of a stream:
 
-    time between tokens = step that only decodes + RIDING_S
+    time between tokens = step that only decodes + RIDING_S         (but for a crowd, or a `Backlog`: up to twice)
 
 RIDING_S is 12 ms, so that the time between tokens of 64 sequences with 64 distinct adapters stays below 27 ms: 21 are
 measured on an H200 (99th percentile), 22 on an H100. The bound is the number of prompt tokens that the device computes
@@ -20,6 +20,7 @@ From FLOPS; of these models the one with 8B was measured (benchmarks/RESULTS.md)
 from __future__ import annotations
 
 from collections.abc import Mapping
+from enum import Enum, auto
 from functools import lru_cache
 
 from adapters.manifest import Manifest
@@ -51,31 +52,47 @@ CROWD, CROWD_TOKENS = 80, 1280
 """From so many decoding sequences on the bound grows with them, as far as a step of so many tokens."""
 
 
-LASTING_S, LASTING = 2.0, 2
-"""Prompts that have been left over for so many seconds may take so many times the bound (`Backlog`)."""
+class Left(Enum):
+    """What a step's bound left of prompts."""
+
+    ROOM = auto()
+    """Nothing."""
+    REST = auto()
+    """All room was taken, by those that were in it: one of them may not be through."""
+    OTHERS = auto()
+    """Others stood behind them."""
+
+
+LASTING_S, LASTING = 3.0, 2
+"""After so many seconds in which others stood behind, prompts may take up to so many times the bound."""
+CLEARLY = 1.25
+"""Otherwise the steps stay as they are: a few tokens more are not worth a size that is not full."""
 
 
 class Backlog:
-    """Whether prompts have been left over for long: more come in than the bound lets through, or sequences with answers
-    much shorter than their prompts wait for one another. Streams are then worth less than those who wait for a first
-    token: with 32 streams, 2,048 tokens in and 64 out, 29,300 prompt tokens a second had a median of 1.1 s for it and
-    16 ms between two tokens (8B, H200). A burst is over before: 64 prompts of 512 tokens take 1 s."""
+    """Whether prompts have stood behind others' for long, in steps in which sequences decode: sequences with answers
+    much shorter than their prompts then wait for one another, or more come in than the bound lets through. Those who
+    wait for a first token are worth longer steps: with 32 streams, 2,048 tokens in and 64 out, the median wait was
+    1.1 s, and the time between two tokens 16 ms (8B, H200). A burst is over before: 64 prompts of 512 tokens take 1 s.
+
+    It begins when others have stood behind for LASTING_S more than not, and ends when there has been room for so long:
+    with longer steps fewer stand behind, so by one measure alone it would come and go."""
 
     def __init__(self) -> None:
         self._seconds = 0.0
-        """Of steps that left some over, less those of steps that did not."""
         self.lasts = False
 
-    def took(self, seconds: float, *, left_over: bool) -> None:
-        """A step; left_over: it had no room for all tokens of prompts that there were."""
-        self._seconds = min(LASTING_S, max(0.0, self._seconds + (seconds if left_over else -seconds)))
+    def took(self, seconds: float, left: Left) -> None:
+        """A step in which sequences decoded."""
+        more = left is Left.OTHERS or (self.lasts and left is Left.REST)
+        self._seconds = min(LASTING_S, max(0.0, self._seconds + (seconds if more else -seconds)))
         if self._seconds in (0.0, LASTING_S):
             self.lasts = self._seconds > 0.0
 
 
 def riding_tokens(decoding: int, bound: int, *, lasts: bool = False) -> int:
-    """Prompt tokens that may ride with so many decoding sequences, where no other tenant waits for a short step. lasts:
-    see `Backlog`.
+    """Prompt tokens that may ride with so many decoding sequences, where no other tenant waits for a short step: the
+    bound, or more for a crowd, and where a backlog `lasts`.
 
     Under a fixed bound no more sequences decode than it brings in while they last, and others wait before free slots:
     with prompts of 512 tokens, four times as long as answers, 124 of 256 run. So the bound grows with those that
@@ -85,8 +102,8 @@ def riding_tokens(decoding: int, bound: int, *, lasts: bool = False) -> int:
     if decoding <= CROWD and not lasts:
         return bound
     most = min(CROWD_TOKENS, decoding + bound * max(decoding, LASTING * CROWD if lasts else 0) // CROWD)
-    whole = max((size for size in STEP_SIZES if size <= most), default=0)
-    return max(bound, whole - decoding)
+    more = max((size for size in STEP_SIZES if size <= most), default=0) - decoding
+    return more if more > bound * (1.0 if decoding > CROWD else CLEARLY) else bound
 
 
 FULL_FROM = 16

@@ -138,6 +138,8 @@ def build_engine(
         max_prefill_tokens_per_step=config.max_prefill_tokens_per_step
         or prefill_tokens_per_step(config.device, manifest, multiprocessors),
         filling=Filling(runner.graphs.seconds if runner.graphs else {}),
+        # On a CPU a step takes long as it is, and gains nothing by being longer; and who sets a bound means it.
+        backlog=cuda and not config.max_prefill_tokens_per_step,
         on_close=loader.close,
     )
     log.info(

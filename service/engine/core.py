@@ -123,12 +123,13 @@ class Engine:
         max_prefill_tokens_per_step: int | None = None,
         prices: Prices | None = None,
         filling: Filling | None = None,
+        backlog: bool = False,
         clock: Callable[[], float] = time.monotonic,
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
         """The budgets of a step: as given, else as configured, else by device. `prices`: else the model's. `filling`:
-        how steps are padded. `clock`: times steps for the scheduler. `on_close` ends what the parts run beside the step
-        loop (the loader's threads and worker)."""
+        how steps are padded. `backlog`: as for the scheduler. `clock`: times steps for the scheduler. `on_close` ends
+        what the parts run beside the step loop (the loader's threads and worker)."""
         self.close = on_close
         self._clock = clock
         self.config = config
@@ -145,6 +146,7 @@ class Engine:
             max_prefill_tokens_per_step=max_prefill_tokens_per_step or config.max_prefill_tokens_per_step,
             prices=prices or Prices.of(manifest),
             filling=filling,
+            backlog=backlog,
         )
         self.calls = Calls(residency, send)
         self.draining = False

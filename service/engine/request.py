@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from service.engine.budgets import Left
 from service.engine.messages import AdapterRef, SamplingParams, TokenLogprob
 from service.engine.tracing import Timeline
 
@@ -107,6 +108,8 @@ class Batch:
     """One step's work, decided by the scheduler and executed by the runner. Token order = order of items."""
 
     items: list[Scheduled]
+    left: Left | None = None
+    """Of prompts; None where no sequence decodes."""
 
     @property
     def num_tokens(self) -> int:

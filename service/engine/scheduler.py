@@ -3,7 +3,7 @@
 A step has a budget of tokens. First every running sequence that decodes gets its one token, so that no stream waits
 for another's prompt; what is left goes to the chunks of prompts. While somebody decodes, those chunks have a bound of
 their own (`max_prefill_tokens_per_step`): it, and not the budget, says how long the streams' next token takes. How much
-of it a step is given is in budgets.py.
+of it a step is given, and when more than that, is in budgets.py.
 
 Between tenants, the one charged least goes first (fairness.py), but for the rest of a prompt that the step before had
 no room for; within one, a higher priority, then prompts that are begun, then order of arrival. Only two are passed by
@@ -33,7 +33,7 @@ from itertools import pairwise
 from adapters.errors import LoraplexAdapterError
 from adapters.residency import Residency
 from service.engine.admission import Admission
-from service.engine.budgets import Backlog, Filling, riding_tokens
+from service.engine.budgets import Backlog, Filling, Left, riding_tokens
 from service.engine.errors import IntegrityError
 from service.engine.fairness import Prices, Tenant, Tenants, rank
 from service.engine.guests import Guests
@@ -65,16 +65,17 @@ class Scheduler:
         max_prefill_tokens_per_step: int = 0,
         prices: Prices | None = None,
         filling: Filling | None = None,
+        backlog: bool = False,
     ) -> None:
         """`max_prefill_tokens_per_step`: of prompts, in a step in which sequences decode; 0: no such bound. filling:
-        how much of that a step is given."""
+        how much of that a step is given. backlog: more where prompts have stood behind others' for long."""
         if max_sequences < 1 or max_tokens_per_step < 1:
             raise ValueError("max_sequences and max_tokens_per_step must be at least 1")
         self.pool = pool
         self.max_tokens_per_step = max_tokens_per_step
         self.max_prefill_tokens_per_step = max_prefill_tokens_per_step or max_tokens_per_step
         self._filling = filling or Filling({})
-        self._backlog = Backlog()
+        self._backlog = Backlog() if backlog else None
         # Every running sequence decodes in every step, so there are never more of them than the budget has tokens.
         self.max_sequences = min(max_sequences, max_tokens_per_step)
         self.tenants = Tenants(prices or Prices())
@@ -88,8 +89,6 @@ class Scheduler:
         """Preempted in this step."""
         self._rode = False
         """There were prompts in the last step."""
-        self._full = False
-        """The last step had no room for all of them."""
         self._cut: Sequence | None = None
         """The last step had no room for all of its prompt."""
         self._guests = Guests(self.tenants, self.max_prefill_tokens_per_step)
@@ -115,7 +114,7 @@ class Scheduler:
     def add(self, seq: Sequence, leader: Sequence | None = None, weight: float = 1.0) -> None:
         """Queue `seq`. `leader` has the same prompt and adapters: `seq` waits until the leader's prompt is computed
         and then finds it in the prefix cache. `weight`: its tenant's from now on."""
-        if not self.running and not self.num_waiting:
+        if self._backlog and not self.running and not self.num_waiting:
             self._backlog = Backlog()
         tenant = self.tenants.open(seq.tenant, weight)
         if leader is not None and self.pool.prefix_caching and seq.num_prompt > self.pool.page_size:
@@ -126,7 +125,8 @@ class Scheduler:
     def took(self, batch: Batch, seconds: float, lead: float = 0.0) -> None:
         """How long the step took, and how long before its end the next one was closed."""
         self._guests.took(batch.num_tokens - len(batch.items), len(batch.items), seconds, lead)
-        self._backlog.took(seconds, left_over=self._full)
+        if self._backlog and batch.left:
+            self._backlog.took(seconds, batch.left)
 
     def finish(self, seq: Sequence) -> None:
         """Take `seq` out, wherever it is, with all it holds. The owner says why in finish_reason."""
@@ -150,9 +150,9 @@ class Scheduler:
         if decoding:
             budget = min(budget, self._riding(decoding, guests=bool(hosts)))
         # Where pages were just short, whoever came in now would be the next to go.
-        self._prefill(begun, budget, admit=not self._gone, hosts=hosts)
+        left = self._prefill(begun, budget, admit=not self._gone, hosts=hosts)
         self._rode = len(self._step) > decoding
-        return Batch(list(self._step.values()))
+        return Batch(list(self._step.values()), left if decoding else None)
 
     def _riding(self, decoding: int, *, guests: bool) -> int:
         """Prompt tokens that may ride with so many decoding sequences."""
@@ -161,7 +161,8 @@ class Scheduler:
         # Short steps and free slots are what makes a flood bearable for other tenants (guests.py).
         if guests and not alone:
             return bound
-        if alone and (most := riding_tokens(decoding, bound, lasts=self._backlog.lasts)) > bound:
+        lasts = self._backlog is not None and self._backlog.lasts
+        if alone and (most := riding_tokens(decoding, bound, lasts=lasts)) > bound:
             return most
         # A prompt that comes alone ends sooner in one step; where one follows another, the next fills up what is cut.
         return self._filling.tokens(decoding, min(bound, self.max_tokens_per_step - decoding)) if self._rode else bound
@@ -188,7 +189,7 @@ class Scheduler:
             self.tenants.charge(self.tenants[name], cost)
         return begun
 
-    def _prefill(self, begun: dict[str, list[Sequence]], budget: int, admit: bool, hosts: dict[str, Tenant]) -> None:
+    def _prefill(self, begun: dict[str, list[Sequence]], budget: int, admit: bool, hosts: dict[str, Tenant]) -> Left:
         """Chunks of prompts, the next always of the tenant that has been charged least; hosts come last."""
         admit = self._admission.begin() and admit
         names = {**begun, **self.tenants.queued} if admit else begun
@@ -222,10 +223,15 @@ class Scheduler:
             budget -= count
             rest -= count if order[0] else 0
             heapq.heapreplace(heap, ((order[0], True, *tenant.standing(), order[-1]), tenant, candidates))
-        self._full = budget <= 0
         if hosts and self._guests.sit_out(any(seq in self._step for seq in fed)):
             for seq in [seq for seq in self._step if seq.tenant in hosts]:
                 self._take_out(seq)
+        if budget > 0:
+            return Left.ROOM
+        free = admit and len(self.running) < self.max_sequences
+        behind = free and self.num_waiting > self.num_fetching
+        behind |= any(seq not in self._step for seqs in begun.values() for seq in seqs)
+        return Left.OTHERS if behind else Left.REST
 
     def _rest_of_cut(self) -> str | None:
         """The tenant of the prompt that the last step cut, if half a step's prompts or less are left of it: it goes

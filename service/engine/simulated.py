@@ -405,5 +405,5 @@ def build_engine(
     # An adapter is to the base what one of rank 16 is to a model of 8 billion parameters.
     prices = Prices(base_bytes=170.0 * options.adapter_bytes)
     base = manifest(options, limits.max_positions)
-    engine = Engine(config, base, limits, runner, pool, residency, send, prices=prices, clock=clock)
+    engine = Engine(config, base, limits, runner, pool, residency, send, prices=prices, backlog=True, clock=clock)
     return engine, {"simulated": "1"}
