@@ -491,6 +491,7 @@ class Engine:
             "steps_total": self._steps,
             "step_seconds_total": self._step_seconds,
             "steps_late_total": self._patience.late,
+            "steps_backlog_total": scheduler.steps_in_backlog,
             "generated_tokens_total": self._generated,
             "prefill_tokens_total": self._prefilled,
             "out_of_memory_total": self._out_of_memory,

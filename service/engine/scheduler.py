@@ -82,6 +82,8 @@ class Scheduler:
         self.running: list[Sequence] = []
         """By arrival; among them those whose prompt is not yet computed."""
         self.preemptions = 0
+        self.steps_in_backlog = 0
+        """In which prompts might take more than the bound, as others had stood behind them for long."""
         self._admission = Admission(self, residency)
         self._step: dict[Sequence, Scheduled] = {}
         """What is decided of this step."""
@@ -126,6 +128,7 @@ class Scheduler:
         """How long the step took, and how long before its end the next one was closed."""
         self._guests.took(batch.num_tokens - len(batch.items), len(batch.items), seconds, lead)
         if self._backlog and batch.left:
+            self.steps_in_backlog += self._backlog.lasts
             self._backlog.took(seconds, batch.left)
 
     def finish(self, seq: Sequence) -> None:

@@ -54,6 +54,8 @@ def test_long_prompts_with_short_answers_do_not_wait_for_one_another(ahead: bool
     waited, gap = figures(line)
     assert 512 * 64 / seconds > 1080, "tokens/s; under the bound 973"
     assert waited < 0.15, "under the bound 1.06 s"
+    stats = line.engine.stats()
+    assert stats["steps_total"] / 2 < stats["steps_backlog_total"] < stats["steps_total"]
     assert gap < 0.0275, "the bound's 12 ms of prompts twice"
 
 
@@ -73,6 +75,7 @@ def test_a_burst_is_over_before_and_who_is_alone_in_a_step_stands_behind_nobody(
     line = timeline()
     driven(line, streams=streams, prompt=prompt, output=output, requests=8 * streams)
     assert figures(line)[1] < gap
+    assert line.engine.stats()["steps_backlog_total"] == 0
 
 
 def test_one_prompt_however_long_is_no_backlog() -> None:
