@@ -233,7 +233,7 @@ class Scheduler:
             return Left.ROOM
         free = admit and len(self.running) < self.max_sequences
         behind = free and self.num_waiting > self.num_fetching
-        behind |= any(seq not in self._step for seqs in begun.values() for seq in seqs)
+        behind |= any(seq.state is _RUNNING and seq not in self._step for seqs in begun.values() for seq in seqs)
         return Left.OTHERS if behind else Left.REST
 
     def _rest_of_cut(self) -> str | None:
