@@ -83,7 +83,8 @@ def _delta(s, b, place, weight, scale, slot, ENDS: tl.constexpr):
     """weight · scale · s B of one slot; zeros for rows whose it is not. What is loaded must go into the product as it
     is: else the compiler waits for s before it asks for b."""
     own = (place > 0) & (slot >= place % ENDS) & (slot < place // ENDS)
-    return tl.where(own[:, None], tl.dot(s, b, input_precision="ieee") * (weight * scale)[:, None], 0.0)
+    factor = tl.where(own, weight, 0.0) * scale  # weights of others are anything
+    return tl.where(own[:, None], tl.dot(s, b, input_precision="ieee") * factor[:, None], 0.0)
 
 
 @triton.jit(do_not_specialize=["tokens"])

@@ -146,6 +146,7 @@ def test_deltas_that_were_computed_beside_the_product_are_added_where_they_are_t
     deltas = expected(torch.zeros_like(base), x, world.site, rest, world.table)
     beside[rest.tokens] = deltas[rest.tokens].to(DEVICE, DTYPE)
     tail_plan = TailPlan.from_plan(part, world.place(part, slots), 97, DEVICE, slots, rest)
+    tail_plan.weights[tail_plan.places <= 0] = 3e38  # whatever an earlier plan left there
     y = world.product(x, tail_plan, beside)
     assert error(y, world.wanted(plan, x)) < LIMIT[DTYPE]
     z = world.read(world.whole(x, tail_plan), tail_plan, beside, residual=torch.ones_like(y))
