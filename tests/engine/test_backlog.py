@@ -10,7 +10,6 @@ import pytest
 from benchmarks.timeline import Timeline, percentile
 from service.engine import budgets
 from service.engine.budgets import LASTING, LASTING_S, Backlog, Left, riding_tokens
-from service.engine.scheduler import Scheduler
 from service.engine.simulated import Options
 from tests.engine.test_scheduler import Stage
 
@@ -144,7 +143,6 @@ def test_what_a_step_leaves() -> None:
 def test_a_scheduler_without_keeps_its_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a CPU, and where an operator has set one."""
     line = timeline()
-    assert isinstance(line.engine.scheduler, Scheduler)
     monkeypatch.setattr(line.engine.scheduler, "_backlog", None)
     driven(line, streams=32, prompt=2048, output=64, requests=256)
     assert figures(line)[1] < 0.017
